@@ -1,0 +1,1 @@
+"""Runs the source model layer by layer on calibration text and streams statistics."""

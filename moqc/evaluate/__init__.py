@@ -1,0 +1,1 @@
+"""Loss, divergence and comparison of plans."""

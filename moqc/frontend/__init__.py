@@ -1,0 +1,1 @@
+"""Front ends: a checkpoint or graph becomes an IRModule and a source of weights."""

@@ -1,0 +1,1 @@
+"""Quantization numerics: formats, packing, quantizers, allocators and the reference forward. Never imports tvm."""

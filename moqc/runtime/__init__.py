@@ -1,0 +1,1 @@
+"""Loads and runs artifacts; needs neither torch nor the TVM compiler."""

@@ -1,0 +1,1 @@
+"""Kernels and schedules, one folder a target family."""

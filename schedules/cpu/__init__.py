@@ -1,0 +1,1 @@
+"""x86 kernels: builders of scheduled TIR."""
