@@ -1,4 +1,4 @@
-"""The target table: a name -> what TVM compiles for, which schedules serve it, and what the host must have."""
+"""The target table: a name -> what TVM compiles for, which schedules serve it, what the host must have."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ class Target:
     """One machine family.
 
     `tvm` is the dict `tvm.target.Target` takes. `features` are the CPU flags (Linux names) the generated code
-    uses; loading an artifact checks them. `schedules` names the folder under `schedules/`; `layout` the packed
-    weight layout its kernels read (`moqc.quant.pack`).
+    uses; loading an artifact checks them. `schedules` names the folder under `schedules/`; `layout` the
+    packed weight layout its kernels read (`moqc.quant.pack`).
     """
 
     name: str
@@ -46,7 +46,7 @@ TARGETS: dict[str, Target] = {
     target.name: target
     for target in (
         Target("x86-64-v3", {"kind": "llvm", "mcpu": "x86-64-v3"}, _V3, doc="any x86 with AVX2 (2013 on)"),
-        Target("x86-64-v4", {"kind": "llvm", "mcpu": "x86-64-v4"}, _V4, doc="any x86 with AVX-512 (Skylake-X on)"),
+        Target("x86-64-v4", {"kind": "llvm", "mcpu": "x86-64-v4"}, _V4, doc="x86 with AVX-512 (Skylake-X on)"),
         Target(
             "x86-64-v4-vnni",
             {"kind": "llvm", "mcpu": "cascadelake"},

@@ -1,1 +1,1 @@
-"""Quantization numerics: formats, packing, quantizers, allocators and the reference forward. Never imports tvm."""
+"""Quantization numerics: formats, packing, quantizers, allocators, the reference forward. Without tvm."""

@@ -6,9 +6,9 @@ A matrix ``W[rows, columns]`` is cut along its columns into groups that share a 
 
 * ``code``: ``bits``-bit unsigned integer.
 * ``scale``: float16.
-* ``zero``: asymmetric formats store an unsigned byte ``z``; the zero point is ``z * (levels - 1) / 255``, so it
-  has a resolution of 1/255 of the code range and is not confined to whole codes (a whole zero point costs a
-  third of the accuracy at 2 bits). Symmetric formats store none; the zero point is ``symmetric_zero``.
+* ``zero``: asymmetric formats store an unsigned byte ``z``; the zero point is ``z * (levels - 1) / 255``: it
+  has a resolution of 1/255 of the code range and is not confined to whole codes.
+  Symmetric formats store none; the zero point is ``symmetric_zero``.
 
 The last group of a matrix may be short; columns are padded to a multiple of `COLUMN_TILE` and rows to
 `ROW_TILE` when packed, and the padding is counted in the stored size.
