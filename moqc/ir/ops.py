@@ -1,0 +1,230 @@
+"""moqc's Relax operators: importing this module registers them, once a process.
+
+They print as ``R.moqc.experts(...)`` and that text parses back. Every argument after the fixed ones is named
+by the attribute `operands`, in order; floats in attributes are strings (`repr`), because TVM prints a float
+with 17 digits.
+
+| operator           | arguments                                               | result                |
+| ------------------ | ------------------------------------------------------- | --------------------- |
+| experts            | x [T,H], ids int [T,k], weights [T,k], *operands        | [T,H]                 |
+| mixed_experts      | the same, operands packed                               | [T,H]                 |
+| linear             | x [...,K], codes, scales, zeros?, bias?                 | [...,rows]            |
+| embedding          | ids int [...], codes, scales, zeros?                    | [...,columns]         |
+| attention          | q [B,H,S,D], k [B,Hk,S,D], v [B,Hk,S,Dv], positions     | [B,S,H,Dv]            |
+| cached_attention   | the same, k_cache [B,Hk,C,D], v_cache [B,Hk,C,Dv]       | ([B,S,H,Dv], caches)  |
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import tvm.relax.script as relax_script
+import tvm.relax.script.parser as relax_parser
+from tvm import relax
+from tvm.ir import Op, _ffi_api, make_node, register_op_attr
+from tvm_ffi import register_error
+
+from moqc.errors import VerifyError
+from moqc.ir import infer
+from moqc.ir.calls import (
+    FIXED_ARGUMENTS,
+    PROJECTIONS,
+    attributes,
+    bit_classes,
+    describe,
+    is_call,
+    operand,
+    operands,
+    plain,
+)
+
+__all__ = [
+    "ATTENTION",
+    "CACHED_ATTENTION",
+    "EMBEDDING",
+    "EXPERTS",
+    "EXPERT_OPERANDS",
+    "FIXED_ARGUMENTS",
+    "LINEAR",
+    "MIXED_EXPERTS",
+    "PROJECTIONS",
+    "attention",
+    "attributes",
+    "bit_classes",
+    "cached_attention",
+    "describe",
+    "embedding",
+    "experts",
+    "is_call",
+    "linear",
+    "mixed_experts",
+    "operand",
+    "operands",
+    "plain",
+]
+
+EXPERTS = "relax.moqc.experts"
+MIXED_EXPERTS = "relax.moqc.mixed_experts"
+LINEAR = "relax.moqc.linear"
+EMBEDDING = "relax.moqc.embedding"
+ATTENTION = "relax.moqc.attention"
+CACHED_ATTENTION = "relax.moqc.cached_attention"
+
+EXPERT_OPERANDS = ("gate", "up", "down", "gate_bias", "up_bias", "down_bias")
+"""Operands an experts call may have, in their order; up and down are always there."""
+
+
+def _call(name: str, arguments: Sequence[relax.Expr], **attrs: Any) -> relax.Call:
+    return relax.Call(Op.get(name), list(arguments), attrs=make_node("ir.DictAttrs", **attrs))
+
+
+def experts(
+    x: relax.Expr,
+    ids: relax.Expr,
+    weights: relax.Expr,
+    *tensors: relax.Expr,
+    site: str,
+    activation: str,
+    operands: Sequence[str],
+) -> relax.Call:
+    """One MoE layer's routed experts before quantization.
+
+    ``y[t] = sum_j weights[t,j] * (down[e] @ act(gate[e] @ x[t], up[e] @ x[t]) + biases)`` with
+    ``e = ids[t,j]``. `tensors` are `operands` (a subsequence of `EXPERT_OPERANDS`): gate and up [E,I,H],
+    down [E,H,I], gate_bias and up_bias [E,I], down_bias [E,H]. `activation` is a name of
+    `moqc.quant.activations`.
+    """
+    names = list(operands)
+    return _call(EXPERTS, (x, ids, weights, *tensors), site=site, activation=activation, operands=names)
+
+
+def mixed_experts(
+    x: relax.Expr,
+    ids: relax.Expr,
+    weights: relax.Expr,
+    *tensors: relax.Expr,
+    site: str,
+    activation: str,
+    activations: str,
+    operands: Sequence[str],
+    classes: Sequence[str],
+    intermediate: int,
+) -> relax.Call:
+    """The routed experts of one layer with packed weights, grouped into bit classes.
+
+    `operands` begin with ``table`` (int32 [3,E,2]: projection gate/up/down, expert -> class within the
+    projection, index in the class), then ``gate.0.codes`` (uint8 [n,N16,K32,bits,64]), ``gate.0.scales``
+    (float16 [n,N16,G,16]), ``gate.0.zeros`` (uint8, absent when symmetric), ..., then the biases.
+    `classes` lists ``projection:format`` in the order of the operands, `activations` is ``float`` or
+    ``int8``, `intermediate` the unpadded I.
+    """
+    return _call(
+        MIXED_EXPERTS,
+        (x, ids, weights, *tensors),
+        site=site,
+        activation=activation,
+        activations=activations,
+        operands=list(operands),
+        classes=list(classes),
+        intermediate=intermediate,
+    )
+
+
+def linear(
+    x: relax.Expr,
+    *tensors: relax.Expr,
+    site: str,
+    format: str,
+    rows: int,
+    activations: str,
+    operands: Sequence[str],
+) -> relax.Call:
+    """``x @ W.T + bias`` with packed W [rows, K]; operands are codes, scales, zeros?, bias?."""
+    attrs = {"site": site, "format": format, "rows": rows, "activations": activations}
+    return _call(LINEAR, (x, *tensors), **attrs, operands=list(operands))
+
+
+def embedding(
+    ids: relax.Expr, *tensors: relax.Expr, site: str, format: str, columns: int, operands: Sequence[str]
+) -> relax.Call:
+    """``W[ids]`` with packed W [vocabulary, columns]; operands are codes, scales, zeros?."""
+    return _call(
+        EMBEDDING, (ids, *tensors), site=site, format=format, columns=columns, operands=list(operands)
+    )
+
+
+def attention(
+    q: relax.Expr,
+    k: relax.Expr,
+    v: relax.Expr,
+    positions: relax.Expr,
+    *tensors: relax.Expr,
+    site: str,
+    scale: str,
+    window: int,
+    softcap: str,
+    causal: int,
+    operands: Sequence[str],
+) -> relax.Call:
+    """Attention over the tokens of this call.
+
+    Token i attends key j iff ``positions[j] <= positions[i]`` (when `causal`) and
+    ``positions[j] > positions[i] - window`` (when `window` is not 0); a key of position < 0 is padding and
+    never attended. `positions` is int64 [B,S]; scores are multiplied by `scale` and, unless `softcap` is
+    ``0.0``, passed through ``softcap * tanh(score / softcap)``. The only further operand is ``sinks`` [H].
+    """
+    attrs = {"site": site, "scale": scale, "window": window, "softcap": softcap, "causal": causal}
+    return _call(ATTENTION, (q, k, v, positions, *tensors), **attrs, operands=list(operands))
+
+
+def cached_attention(
+    q: relax.Expr,
+    k: relax.Expr,
+    v: relax.Expr,
+    positions: relax.Expr,
+    k_cache: relax.Expr,
+    v_cache: relax.Expr,
+    *tensors: relax.Expr,
+    site: str,
+    scale: str,
+    window: int,
+    softcap: str,
+    causal: int,
+    operands: Sequence[str],
+) -> relax.Call:
+    """Write k and v into the cache slots `positions`, attend slots 0..position; returns the caches too."""
+    attrs = {"site": site, "scale": scale, "window": window, "softcap": softcap, "causal": causal}
+    arguments = (q, k, v, positions, k_cache, v_cache, *tensors)
+    return _call(CACHED_ATTENTION, arguments, **attrs, operands=list(operands))
+
+
+_RULES: dict[str, tuple[Callable[..., relax.Call], Callable[[relax.Call, Any], Any]]] = {
+    EXPERTS: (experts, infer.infer_experts),
+    MIXED_EXPERTS: (mixed_experts, infer.infer_experts),
+    LINEAR: (linear, infer.infer_linear),
+    EMBEDDING: (embedding, infer.infer_embedding),
+    ATTENTION: (attention, infer.infer_attention),
+    CACHED_ATTENTION: (cached_attention, infer.infer_cached_attention),
+}
+
+
+def _register() -> None:
+    """Register the operators with TVM, with its script parser under ``R.moqc``, and the error they raise."""
+    register_error(VerifyError)  # so that one raised in a rule passes through TVM as itself
+    for name, (builder, rule) in _RULES.items():
+        _ffi_api.RegisterOp(name, (builder.__doc__ or "").partition("\n")[0])
+        op = Op.get(name)
+        for argument in FIXED_ARGUMENTS[name]:
+            op.add_argument(argument, "Tensor", "")
+        op.set_num_inputs(-1)  # the operands follow
+        op.set_attrs_type_key("ir.DictAttrs")
+        register_op_attr(name, "FInferType", rule)
+        register_op_attr(name, "FPurity", True)
+    namespace = types.SimpleNamespace(**{builder.__name__: builder for builder, _ in _RULES.values()})
+    for module in (relax_script, relax_parser):
+        module.moqc = namespace
+
+
+_register()
