@@ -136,7 +136,7 @@ def load_calibration(
             f"for each of {len(paths)} files; raise the number of tokens"
         )
     chosen: dict[str, NDArray[np.int64]] = {}
-    for index, (name, path) in enumerate(zip(_names(paths), paths, strict=True)):
+    for index, (name, path) in enumerate(zip(dataset_names(paths), paths, strict=True)):
         available = tokenized_windows(path, tokenizer, window)
         if len(available) < share:
             logger.warning(
@@ -147,7 +147,7 @@ def load_calibration(
     return CalibrationSet.of(chosen)
 
 
-def _names(paths: Sequence[Path]) -> list[str]:
+def dataset_names(paths: Sequence[Path]) -> list[str]:
     """The stem of every path; the second of the same stem becomes ``stem-2``, and so on."""
     seen: Counter[str] = Counter()
     names: list[str] = []
