@@ -1,0 +1,156 @@
+"""A Hugging Face checkpoint on disk: opened and checked from headers alone, weights streamed by name."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+
+import torch
+import transformers
+from huggingface_hub.errors import StrictDataclassError
+
+from moqc.errors import ModelError
+from moqc.frontend.experts import ExpertLayout, find_layouts
+from moqc.frontend.hooks import hook
+from moqc.frontend.mapping import match, refuse
+from moqc.frontend.shards import Shards, read_json
+from moqc.frontend.skeleton import build_skeleton, first_line
+
+
+class Checkpoint:
+    """One model folder. Make it with `open`.
+
+    `names` are the parameters and persistent buffers of the transformers model, `layouts` its experts blocks;
+    `tied` maps a tied parameter to the one that is stored.
+    """
+
+    def __init__(self, path: Path, config: transformers.PretrainedConfig) -> None:
+        """Match every checkpoint tensor with the model of `config`; use `open`."""
+        self.path, self.config = path, config
+        self._shards = Shards(path)
+        self._model = build_skeleton(config)
+        self.layouts: tuple[ExpertLayout, ...] = find_layouts(self._model, config.model_type)
+        self._shapes = {name: tuple(tensor.shape) for name, tensor in self._model.state_dict().items()}
+        self.names: tuple[str, ...] = tuple(self._shapes)
+        self._operands = {
+            f"{layout.site}.{operand}": (layout, operand)
+            for layout in self.layouts
+            for operand in layout.operands
+        }
+        self._sources = match(path, self._shards, self._model)
+        self.tied: dict[str, str] = self._resolve_ties()
+        missing = [name for name in self.names if name not in self._sources and name not in self.tied]
+        refuse(path, "lacks weights", missing)
+
+    @classmethod
+    def open(cls, path: str | Path) -> Checkpoint:
+        """Open the folder `path`, reading the configuration and the headers of the weight files only.
+
+        Raises ModelError, in one line: no folder, no or unknown configuration, files missing or cut short,
+        dtypes moqc does not read, tensors missing, extra or of a wrong shape, a model without experts.
+        """
+        path = Path(path)
+        return cls(path, _read_config(path))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 over config.json and the contents of all weight files (read once, streamed)."""
+        return self._shards.digest([self.path / "config.json"])
+
+    def meta_model(self) -> transformers.PreTrainedModel:
+        """A new float32 model on the meta device with moqc's hooks (see `moqc.frontend.hooks.hook`)."""
+        model = build_skeleton(self.config)
+        hook(model)
+        return model
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a parameter, or of a canonical experts operand such as ``<site>.gate``."""
+        if name in self._operands:
+            layout, operand = self._operands[name]
+            return layout.shape(operand)
+        return self._shapes[self._known(name)]
+
+    def load(self, name: str, expert: int | None = None) -> torch.Tensor:
+        """One weight in its stored dtype, read from disk now.
+
+        Args:
+            name: a parameter of the transformers model, or a canonical experts operand (``<site>.gate``,
+                ``.up``, ``.down``, ``.gate_bias``...): [E, I, H], [E, I, H], [E, H, I], biases [E, N].
+            expert: read this expert only, and drop the first axis.
+
+        Raises:
+            ModelError: no such weight, or the file changed since `open`.
+
+        """
+        if name in self._operands:
+            layout, operand = self._operands[name]
+            return layout.take(self._load(layout.source(operand), expert), operand)
+        return self._load(self._known(name), expert)
+
+    def _known(self, name: str) -> str:
+        if name not in self._shapes:
+            raise ModelError(f"{self.path}: the model has no weight called {name}")
+        return name
+
+    def _load(self, name: str, expert: int | None) -> torch.Tensor:
+        name = self.tied.get(name, name)
+        source = self._sources[name]
+        if expert is None:
+            tensors = {
+                pattern: [self._shards.read(key) for key in keys] for pattern, keys in source.keys.items()
+            }
+            return source.convert(tensors, self._model)[name]
+        if source.per_expert(self._shapes[name][0]):
+            one = {pattern: [self._shards.read(keys[expert])] for pattern, keys in source.keys.items()}
+            return source.convert(one, self._model)[name][0]
+        if source.converter is None:
+            return self._shards.read(next(iter(source.keys.values()))[0], row=expert)
+        return self._load(name, None)[expert]
+
+    def _resolve_ties(self) -> dict[str, str]:
+        """Tied parameter -> the stored one. Raises ModelError when both are stored and differ."""
+        tied: dict[str, str] = {}
+        for target, origin in self._model.all_tied_weights_keys.items():
+            if origin not in self._sources:
+                tied[origin] = target
+            else:
+                if target in self._sources and not torch.equal(
+                    self._load(origin, None), self._load(target, None)
+                ):
+                    raise ModelError(
+                        f"{self.path}: config.json ties {target} to {origin}, but two different tensors are "
+                        "stored: set tie_word_embeddings to false"
+                    )
+                tied[target] = origin
+        return {name: stored for name, stored in tied.items() if stored in self._sources}
+
+
+def _read_config(path: Path) -> transformers.PretrainedConfig:
+    """The configuration of a model folder. Raises ModelError."""
+    if not path.is_dir():
+        raise ModelError(f"{path}: not a folder; a model is a folder with config.json and safetensors files")
+    file = path / "config.json"
+    if not file.is_file():
+        raise ModelError(f"{path}: no config.json: this is not a Hugging Face model folder")
+    declared = read_json(file)
+    if "quantization_config" in declared:
+        method = dict(declared["quantization_config"] or {}).get("quant_method", "an unnamed method")
+        raise ModelError(
+            f"{path}: the weights are already quantized ({method}); moqc starts from float32, float16 or bfloat16"
+        )
+    try:
+        config = transformers.AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except (
+        ValueError,
+        TypeError,
+        KeyError,
+        AttributeError,
+        OSError,
+        ImportError,
+        StrictDataclassError,
+    ) as error:
+        kind = declared.get("model_type", "(no model_type)")
+        raise ModelError(
+            f"{file}: transformers {transformers.__version__} does not know this model ({kind}): {first_line(error)}"
+        ) from error
+    return config

@@ -1,0 +1,162 @@
+"""The safetensors files of a checkpoint folder: headers checked against file lengths, tensors read by name.
+
+Files are read with plain reads at the offsets the headers give, never mapped: a large checkpoint then costs
+only the memory of the tensors somebody holds.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moqc.errors import ModelError
+
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_INDEX = "model.safetensors.index.json"
+_MAX_HEADER = 100_000_000  # the limit of the safetensors library itself
+_CHUNK = 1 << 22
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """Where one tensor lies: its file, the dtype word of the header, its shape, its first byte in the file."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+
+
+class Shards:
+    """All tensors of a checkpoint folder, by their names in the files."""
+
+    def __init__(self, folder: Path) -> None:
+        """Read the index and every header of `folder`. Raises ModelError."""
+        self.folder = folder
+        self.files = _weight_files(folder)
+        self.tensors: dict[str, Stored] = {}
+        for file in self.files:
+            for name, stored in _header(file):
+                if name in self.tensors:
+                    raise ModelError(
+                        f"{folder}: {name} is in {self.tensors[name].file.name} and in {file.name}"
+                    )
+                self.tensors[name] = stored
+        _check_index(folder, self.tensors)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Dtype of a stored tensor. Raises ModelError for one that moqc does not read."""
+        stored = self.tensors[name]
+        if stored.dtype not in DTYPES:
+            raise ModelError(
+                f"{stored.file}: {name} is stored as {stored.dtype}; moqc reads {', '.join(DTYPES)} only: "
+                "dequantize or convert the checkpoint first"
+            )
+        return DTYPES[stored.dtype]
+
+    def read(self, name: str, row: int | None = None) -> torch.Tensor:
+        """The tensor called `name`, or its slice `row` along the first axis, in its stored dtype."""
+        stored, dtype = self.tensors[name], self.dtype(name)
+        offset, shape = stored.offset, stored.shape
+        if row is not None:
+            shape = shape[1:]
+            offset += row * math.prod(shape) * dtype.itemsize
+        data = torch.empty(math.prod(shape) * dtype.itemsize, dtype=torch.uint8)
+        with stored.file.open("rb") as stream:
+            stream.seek(offset)
+            if stream.readinto(data.numpy().data) != len(data):
+                raise ModelError(
+                    f"{stored.file}: ends inside {name}: the file changed while it was being read"
+                )
+        return data.view(dtype).reshape(shape)
+
+    def digest(self, extra: Iterable[Path]) -> str:
+        """sha256 (hex) over the names and bytes of `extra` and of all weight files."""
+        sha = hashlib.sha256()
+        for file in [*extra, *self.files]:
+            sha.update(f"{file.name}\0{file.stat().st_size}\0".encode())
+            with file.open("rb") as stream:
+                while chunk := stream.read(_CHUNK):
+                    sha.update(chunk)
+        return sha.hexdigest()
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The files of the index, or the only safetensors file."""
+    index = folder / _INDEX
+    if index.is_file():
+        files = [folder / name for name in sorted(set(read_json(index).get("weight_map", {}).values()))]
+        if not files:
+            raise ModelError(f"{index}: has no weight_map")
+        for file in files:
+            if not file.is_file():
+                raise ModelError(
+                    f"{folder}: {file.name} is missing, although {_INDEX} lists it: download it again"
+                )
+        return files
+    found = sorted(folder.glob("*.safetensors"))
+    if len(found) > 1:
+        raise ModelError(f"{folder}: {len(found)} safetensors files but no {_INDEX}: download the index too")
+    if not found:
+        pickled = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in folder.glob(pattern))
+        hint = (
+            f"; {pickled[0]} is a pickle, which moqc never loads: convert it to safetensors"
+            if pickled
+            else ""
+        )
+        raise ModelError(f"{folder}: no safetensors files{hint}")
+    return found
+
+
+def _check_index(folder: Path, tensors: dict[str, Stored]) -> None:
+    """Every tensor of the index is in the file the index names."""
+    if not (folder / _INDEX).is_file():
+        return
+    for name, file in read_json(folder / _INDEX)["weight_map"].items():
+        if name not in tensors or tensors[name].file.name != file:
+            raise ModelError(f"{folder}: {_INDEX} says that {name} is in {file}, but it is not")
+
+
+def _header(file: Path) -> Iterator[tuple[str, Stored]]:
+    """Tensors of one file. Raises ModelError when the header or the length of the file is wrong."""
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if size < 8 or length > min(_MAX_HEADER, size - 8):
+            raise ModelError(f"{file}: truncated or not a safetensors file")
+        try:
+            header: dict[str, Any] = json.loads(stream.read(length))
+        except ValueError as error:
+            raise ModelError(f"{file}: truncated or not a safetensors file: {error}") from error
+    header.pop("__metadata__", None)
+    expected = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    if size != expected:
+        what = "truncated" if size < expected else "longer than its header says"
+        raise ModelError(f"{file}: {what} ({size} bytes of {expected}): download it again")
+    for name, entry in header.items():
+        begin, end = entry["data_offsets"]
+        stored = Stored(file, entry["dtype"], tuple(entry["shape"]), 8 + length + begin)
+        dtype = DTYPES.get(stored.dtype)
+        if dtype is not None and math.prod(stored.shape) * dtype.itemsize != end - begin:
+            raise ModelError(
+                f"{file}: {name} has {end - begin} bytes, too many or too few for {stored.shape}"
+            )
+        yield name, stored
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object from `file`. Raises ModelError when it is not one."""
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise ModelError(f"{file}: cannot be read: {error}") from error
+    if not isinstance(value, dict):
+        raise ModelError(f"{file}: is not a JSON object")
+    return value

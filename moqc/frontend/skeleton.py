@@ -1,0 +1,57 @@
+"""A transformers model without its weights: parameters on the meta device, computed buffers real."""
+
+from __future__ import annotations
+
+import torch
+import transformers
+
+from moqc.errors import ModelError
+
+
+def build_skeleton(config: transformers.PretrainedConfig) -> transformers.PreTrainedModel:
+    """The causal language model of `config` in float32, eval mode, with meta parameters.
+
+    Buffers that are not in checkpoints (rotary frequencies) get their values from the model's own
+    initializer, as in `from_pretrained`. Raises ModelError when transformers cannot build the model.
+    """
+    try:
+        with torch.device("meta"):
+            model = transformers.AutoModelForCausalLM.from_config(
+                config, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager"
+            )
+    except (ValueError, TypeError, KeyError, AttributeError, ImportError, RuntimeError) as error:
+        raise ModelError(
+            f"transformers cannot build a {config.model_type} model: {first_line(error)}"
+        ) from error
+    _compute_buffers(model)
+    model.config.use_cache = False
+    return model.eval()
+
+
+def first_line(error: BaseException) -> str:
+    """Type and first line of an error's text: enough for a one-line message."""
+    text = str(error).strip()
+    return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__
+
+
+@torch.no_grad()
+def _compute_buffers(model: transformers.PreTrainedModel) -> None:
+    """Move non-persistent buffers off the meta device and let transformers fill them."""
+    owners: dict[str, torch.nn.Module] = {}
+    for name, buffer in list(model.named_non_persistent_buffers()):
+        path, _, leaf = name.rpartition(".")
+        owners[path] = module = model.get_submodule(path)
+        # NaN marks what the initializer leaves alone; integers have no such mark, and -1 is no index.
+        blank = float("nan") if buffer.is_floating_point() else -1
+        if buffer.dtype != torch.bool:
+            module._buffers[leaf] = torch.full(buffer.shape, blank, dtype=buffer.dtype, device="cpu")
+    for module in owners.values():
+        model._init_weights(module)
+    for name, buffer in model.named_non_persistent_buffers():
+        if buffer.is_meta or bool(
+            torch.isnan(buffer).any() if buffer.is_floating_point() else (buffer == -1).any()
+        ):
+            raise ModelError(
+                f"{model.config.model_type}: buffer {name} is computed in the model's constructor only; "
+                "moqc cannot rebuild it without loading the model"
+            )
