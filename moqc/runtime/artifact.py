@@ -1,0 +1,181 @@
+"""Load a compiled model and run it, with TVM's runtime library only."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from moqc.errors import ArtifactError, TargetError, UserError
+from moqc.log import logger
+from moqc.manifest import LIBRARY, Manifest, check_hash, check_sizes, read_manifest
+from moqc.runtime.generate import generate_text, generate_tokens
+from moqc.runtime.sampling import Sampling
+from moqc.runtime.session import Session
+from moqc.runtime.tokenizer import Tokenizer
+from moqc.runtime.tvm_runtime import import_runtime
+from moqc.targets import host_features
+from moqc.tensorfile import StoredTensor, open_tensors
+
+HASHED_AT_LOAD = 1 << 30
+"""Parameter files up to this many bytes together are hashed whenever they are loaded (under a second)."""
+
+
+class Artifact:
+    """A compiled model in memory. Made by `moqc.load`.
+
+    `manifest` says what it is, `tokenizer` is the model's own, `path` the folder.
+    """
+
+    def __init__(self, path: Path, manifest: Manifest, tvm: ModuleType) -> None:
+        """Load the library and the weights of a checked folder; use `load` instead."""
+        self.path = path
+        self.manifest = manifest
+        self.tokenizer = Tokenizer(path / "tokenizer.json")
+        library = tvm.runtime.load_module(str((path / LIBRARY).resolve()))
+        # The machine owns the memory pools of `main`: it must live as long as the function.
+        self._machine = tvm.runtime.vm.VirtualMachine(library, tvm.cpu())
+        self._main = self._machine["main"]
+        self._weights = _load_weights(tvm, path, manifest)
+
+    def session(self) -> Session:
+        """A new, empty key/value state to run tokens with."""
+        return Session(self._main, self._weights, self.manifest)
+
+    def forward(self, ids: ArrayLike) -> NDArray[np.float32]:
+        """Logits of every position: ids [S] -> [S, V], or ids [B, S] -> [B, S, V]; float32.
+
+        Sequences start at position 0. Any B: rows are run in groups of the compiled batch size.
+        Raises UserError for ids outside of the vocabulary or more than the compiled context.
+        """
+        tokens = np.asarray(ids)
+        if tokens.ndim not in (1, 2) or tokens.size == 0 or tokens.dtype.kind not in "iu":
+            raise UserError(f"forward: ids must be integers of shape [S] or [B, S], not {tokens.shape}")
+        rows = np.atleast_2d(tokens).astype(np.int64)
+        batch = self.manifest.cache.batch
+        parts = [self.session().extend(rows[at : at + batch]) for at in range(0, len(rows), batch)]
+        logits = np.concatenate(parts) if len(parts) > 1 else parts[0]
+        return logits if tokens.ndim == 2 else logits[0]
+
+    def generate(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        max_tokens: int | None = None,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int | None = None,
+        stop: Sequence[str] = (),
+    ) -> str:
+        """The text that follows `prompt` (text or token ids); options as for `stream`."""
+        pieces = self.stream(
+            prompt, max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed, stop=stop
+        )
+        return "".join(pieces)
+
+    def stream(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        max_tokens: int | None = None,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int | None = None,
+        stop: Sequence[str] = (),
+    ) -> Iterator[str]:
+        """Like `generate`, piece by piece; a piece never ends inside a character.
+
+        Ends after `max_tokens` (None: when the context is full), at an end-of-text token, or before the
+        first of the `stop` strings. Temperature 0 is greedy. Raises UserError for an empty prompt, for
+        options out of range, and for a prompt that with `max_tokens` is longer than the compiled context.
+        """
+        ids = self.encode(prompt)
+        tokens = self.tokens(ids, Sampling(temperature, top_p, seed), max_tokens=max_tokens)
+        return generate_text(self.tokenizer, ids, tokens, stop)
+
+    def tokens(
+        self, ids: Sequence[int], sampling: Sampling, *, max_tokens: int | None = None
+    ) -> Iterator[int]:
+        """Token ids that follow `ids`; an end-of-text token ends it and is not part of it."""
+        ends = frozenset(self.manifest.generation.eos_token_ids)
+        return generate_tokens(self.session(), ids, sampling, ends, max_tokens)
+
+    def encode(self, prompt: str | Sequence[int]) -> list[int]:
+        """Token ids of a prompt. Raises UserError where there are none."""
+        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else [int(token) for token in prompt]
+        if not ids:
+            raise UserError("the prompt is empty: give at least one token to continue")
+        return ids
+
+
+def load(path: str | Path, *, verify: bool = False) -> Artifact:
+    """Load an artifact folder.
+
+    Checks the manifest, this machine, TVM's version, the size of every file and the hash of the library;
+    hashes of weights and of the rest too if they are small or with `verify`.
+
+    Raises ArtifactError or TargetError; their messages say what to do.
+    """
+    folder = Path(path)
+    manifest = read_manifest(folder)
+    check_machine(folder, manifest)
+    check_files(folder, manifest, everything=verify)
+    logger.debug("loading %s (%s)", folder, manifest.target.name)
+    return Artifact(folder, manifest, import_runtime())
+
+
+def check_machine(folder: Path, manifest: Manifest) -> None:
+    """Raise where this process cannot run the library: another TVM, or a CPU without its instructions."""
+    for package, built in (
+        ("apache-tvm", manifest.versions.tvm),
+        ("apache-tvm-ffi", manifest.versions.tvm_ffi),
+    ):
+        installed = importlib.metadata.version(package)
+        if installed != built:
+            raise ArtifactError(
+                f"{folder}: compiled with {package} {built}, but {installed} is installed; "
+                f"compile the model again or `pip install {package}=={built}`"
+            )
+    missing = sorted(set(manifest.target.features) - host_features())
+    if missing:
+        raise TargetError(
+            f"{folder}: compiled for {manifest.target.name}, but this CPU lacks {', '.join(missing)}; "
+            "compile with --target native here"
+        )
+
+
+def check_files(folder: Path, manifest: Manifest, *, everything: bool) -> None:
+    """Check sizes of all files, and hashes of those that are cheap or, with `everything`, of all."""
+    check_sizes(folder, manifest.files)
+    total = sum(record.bytes for record in manifest.files.values())
+    for name, record in manifest.files.items():
+        if everything or total <= HASHED_AT_LOAD or not name.endswith(".safetensors"):
+            check_hash(folder, name, record)
+
+
+def _load_weights(tvm: ModuleType, folder: Path, manifest: Manifest) -> Any:
+    """The weights tuple of ``main``: TVM tensors in the function's order and types, 64-byte aligned."""
+    stored: dict[str, StoredTensor] = {}
+    for name in manifest.files:
+        if name.endswith(".safetensors"):
+            stored |= open_tensors(folder / name)
+    weights = []
+    for parameter in manifest.parameters:
+        if parameter.name not in stored:
+            raise ArtifactError(
+                f"{folder}: no tensor {parameter.name!r} in its files; compile the model again"
+            )
+        source = stored.pop(parameter.name)
+        if source.data.shape != parameter.shape:
+            raise ArtifactError(
+                f"{folder}: {parameter.name} is {source.data.shape}, not {parameter.shape}; compile again"
+            )
+        tensor = tvm.runtime.empty(parameter.shape, parameter.dtype)
+        source.copy_to(np.from_dlpack(tensor))
+        weights.append(tensor)
+    return tvm.runtime.convert(weights)
