@@ -26,7 +26,7 @@ from tvm import relax
 from tvm.ir import Op, _ffi_api, make_node, register_op_attr
 from tvm_ffi import register_error
 
-from moqc.errors import VerifyError
+from moqc.errors import MoqcError
 from moqc.ir import infer
 from moqc.ir.calls import (
     FIXED_ARGUMENTS,
@@ -211,8 +211,7 @@ _RULES: dict[str, tuple[Callable[..., relax.Call], Callable[[relax.Call, Any], A
 
 
 def _register() -> None:
-    """Register the operators with TVM, with its script parser under ``R.moqc``, and the error they raise."""
-    register_error(VerifyError)  # so that one raised in a rule passes through TVM as itself
+    """Register the operators with TVM, and with its script parser under ``R.moqc``."""
     for name, (builder, rule) in _RULES.items():
         _ffi_api.RegisterOp(name, (builder.__doc__ or "").partition("\n")[0])
         op = Op.get(name)
@@ -227,4 +226,12 @@ def _register() -> None:
         module.moqc = namespace
 
 
+def _register_errors(error: type[MoqcError]) -> None:
+    """Let `error` and its subclasses, raised inside a rule or a pass, come back out of TVM as themselves."""
+    register_error(error)
+    for subclass in error.__subclasses__():
+        _register_errors(subclass)
+
+
 _register()
+_register_errors(MoqcError)

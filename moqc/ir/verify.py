@@ -1,0 +1,273 @@
+"""The rules of moqc's IR, checked between passes with ``--verify-each`` and in tests.
+
+* main exists; its parameters are input_ids, positions, one a name in PARAMS, then the caches of CACHE.
+* Attributes under ``moqc.`` are known keys. BITS fits the experts it speaks of.
+* A site names one experts block (and one attention).
+* Every R.moqc.* call has the operands its attributes promise, of the shapes and dtypes `moqc.ir.ops` states.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from tvm import IRModule, relax, tirx
+from tvm.sym import Analyzer
+
+from moqc.errors import UserError, VerifyError
+from moqc.ir import ops
+from moqc.ir.annotations import BITS, CACHE, KEYS, LINEAR_BITS, PARAMS
+from moqc.ir.calls import attributes, bit_classes, describe, is_call, operands
+from moqc.ir.packed import mixed_operands, packed_names, packed_types
+from moqc.ir.sites import INPUTS, bindings
+from moqc.quant.activations import parse_activation
+from moqc.quant.formats import Format
+
+INTEGERS = ("int32", "int64")
+
+
+def verify(mod: IRModule) -> None:
+    """Raise VerifyError, naming the operator and its site, at the first rule that `mod` breaks."""
+    if "main" not in {variable.name_hint for variable in mod.get_global_vars()}:
+        raise VerifyError("the module has no function main")
+    _check_keys(mod)
+    _check_parameters(mod)
+    calls = [value for _, value in bindings(mod["main"]) if is_call(value, *_RULES)]
+    for call in calls:
+        try:
+            _RULES[str(call.op.name)](call)
+        except UserError as error:  # a format or an activation that does not parse
+            raise VerifyError(f"{describe(call)}: {error}") from error
+    _check_unique(calls)
+    _check_bits(mod, calls)
+
+
+def _check_keys(mod: IRModule) -> None:
+    names = [] if mod.attrs is None else [str(name) for name in mod.attrs.keys()]  # noqa: SIM118
+    unknown = [name for name in names if name.startswith("moqc.") and name not in KEYS]
+    if unknown:
+        raise VerifyError(f"unknown annotation {unknown[0]}: 'moqc.' is reserved for {', '.join(KEYS)}")
+
+
+def _check_parameters(mod: IRModule) -> None:
+    names = PARAMS.get(mod)
+    if names is None:
+        return
+    if len(set(names)) != len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise VerifyError(f"{PARAMS} names {twice} twice")
+    cache = CACHE.get(mod)
+    caches = 0 if cache is None else len(cache["tensors"])
+    given, expected = len(mod["main"].params), INPUTS + len(names) + caches
+    if given != expected:
+        raise VerifyError(
+            f"main has {given} parameters, expected {expected}: input_ids, positions, "
+            f"{len(names)} weights ({PARAMS}) and {caches} caches"
+        )
+
+
+def _check_unique(calls: Sequence[relax.Call]) -> None:
+    seen = set()
+    for call in calls:
+        kind = str(call.op.name).replace("mixed_", "").replace("cached_", "")
+        if kind in (ops.LINEAR, ops.EMBEDDING):  # a tied table or a shared projection is used more than once
+            continue
+        if (kind, attributes(call)["site"]) in seen:
+            raise VerifyError(f"{describe(call)}: there is another with this site")
+        seen.add((kind, attributes(call)["site"]))
+
+
+def _check_bits(mod: IRModule, calls: Sequence[relax.Call]) -> None:
+    """BITS and LINEAR_BITS hold format names; BITS one for each expert and projection of its site."""
+    try:
+        for name in (LINEAR_BITS.get(mod) or {}).values():
+            Format.parse(name)
+        for site, projections in (BITS.get(mod) or {}).items():
+            for name in {name for formats in projections.values() for name in formats}:
+                Format.parse(name)
+            for call in calls:
+                if is_call(call, ops.EXPERTS) and attributes(call)["site"] == site:
+                    _check_plan(call, projections)
+    except UserError as error:
+        raise VerifyError(f"annotations: {error}") from error
+
+
+def _check_plan(call: relax.Call, projections: dict[str, list[str]]) -> None:
+    named = operands(call)
+    experts = int(named["down"].ty.shape[0])
+    expected = {name: experts for name in ops.PROJECTIONS if name in named}
+    given = {name: len(formats) for name, formats in projections.items()}
+    if given != expected:
+        raise VerifyError(
+            f"{BITS} of {attributes(call)['site']} has formats for {given}, expected {expected}"
+        )
+
+
+# ---- one rule an operator
+
+
+def _check_experts(call: relax.Call) -> None:
+    named = operands(call)
+    names = attributes(call)["operands"]
+    if names != [name for name in ops.EXPERT_OPERANDS if name in names] or not {"up", "down"} <= set(names):
+        order = ", ".join(ops.EXPERT_OPERANDS)
+        raise VerifyError(f"{describe(call)}: operands {names} are not up and down among {order}, in order")
+    _check_gate(call, "gate" in names)
+    experts, hidden, intermediate = _extents(call, "down", 3)
+    wide = (experts, intermediate, hidden)
+    shapes = {"gate": wide, "up": wide, **_bias_shapes(experts, hidden, intermediate)}
+    _check_routing(call, hidden)
+    for name in names:
+        if name in shapes:
+            _check(call, name, named[name].ty, shapes[name])
+
+
+def _check_mixed(call: relax.Call) -> None:
+    named, attrs, classes = operands(call), attributes(call), bit_classes(call)
+    intermediate, hidden = attrs["intermediate"], _extents(call, "x", 2)[1]
+    _check_gate(call, "gate" in classes)
+    _check_choice(call, "activations", ("float", "int8"))
+    _check_routing(call, hidden)
+    biases = [name for name in attrs["operands"] if name.endswith("_bias")]
+    if attrs["operands"] != mixed_operands(classes, biases):
+        expected = mixed_operands(classes, biases)
+        raise VerifyError(f"{describe(call)}: operands {attrs['operands']}, its classes need {expected}")
+    experts = _extents(call, "table", 3)[1]
+    _check(call, "table", named["table"].ty, (3, experts, 2), ("int32",))
+    for projection, formats in classes.items():
+        rows, columns = (hidden, intermediate) if projection == "down" else (intermediate, hidden)
+        stacked = 0
+        for number, format in enumerate(formats):
+            prefix = f"{projection}.{number}."
+            count = _extents(call, prefix + "codes", 5)[0]
+            _check_packed(call, prefix, format, rows, columns, (count,))
+            stacked += count
+        if stacked != experts:
+            raise VerifyError(f"{describe(call)}: {projection} has {stacked} experts, the table {experts}")
+    for name in biases:
+        _check(call, name, named[name].ty, _bias_shapes(experts, hidden, intermediate)[name])
+
+
+def _check_linear(call: relax.Call) -> None:
+    attrs, named = attributes(call), operands(call)
+    columns = _extents(call, "x", named["x"].ty.ndim, last=True)[-1]
+    _check_choice(call, "activations", ("float", "int8"))
+    _check_names(call, Format.parse(attrs["format"]), ["bias"])
+    _check_packed(call, "", Format.parse(attrs["format"]), attrs["rows"], columns)
+    if "bias" in named:
+        _check(call, "bias", named["bias"].ty, (attrs["rows"],))
+
+
+def _check_embedding(call: relax.Call) -> None:
+    attrs = attributes(call)
+    format = Format.parse(attrs["format"])
+    _check_names(call, format, [])
+    # The number of rows is not known here, only that of row tiles.
+    padded_rows = _extents(call, "codes", 4)[0] * 16
+    _check_packed(call, "", format, padded_rows, attrs["columns"])
+    ids = operands(call)["ids"].ty
+    _check(call, "ids", ids, tuple(ids.shape), INTEGERS)
+
+
+def _check_attention(call: relax.Call) -> None:
+    named = operands(call)
+    batch, heads, tokens, width = named["q"].ty.shape
+    key_heads, value_width = named["v"].ty.shape[1], named["v"].ty.shape[3]
+    _check(call, "k", named["k"].ty, (batch, key_heads, tokens, width))
+    _check(call, "v", named["v"].ty, (batch, key_heads, tokens, value_width))
+    _check(call, "positions", named["positions"].ty, (batch, tokens), ("int64",))
+    if int(heads) % int(key_heads):
+        raise VerifyError(f"{describe(call)}: {heads} heads are no multiple of {key_heads} key heads")
+    if "sinks" in named:
+        _check(call, "sinks", named["sinks"].ty, (heads,))
+    for name in ("scale", "softcap"):
+        _check_number(call, name)
+    if "k_cache" in named:
+        slots, capacity = named["k_cache"].ty.shape[0], named["k_cache"].ty.shape[2]
+        _check(call, "k_cache", named["k_cache"].ty, (slots, key_heads, capacity, width))
+        _check(call, "v_cache", named["v_cache"].ty, (slots, key_heads, capacity, value_width))
+
+
+_RULES: dict[str, Callable[[relax.Call], None]] = {
+    ops.EXPERTS: _check_experts,
+    ops.MIXED_EXPERTS: _check_mixed,
+    ops.LINEAR: _check_linear,
+    ops.EMBEDDING: _check_embedding,
+    ops.ATTENTION: _check_attention,
+    ops.CACHED_ATTENTION: _check_attention,
+}
+
+
+# ---- parts of rules
+
+
+def _bias_shapes(experts: int, hidden: int, intermediate: int) -> dict[str, tuple[int, ...]]:
+    wide = (experts, intermediate)
+    return {"gate_bias": wide, "up_bias": wide, "down_bias": (experts, hidden)}
+
+
+def _check_gate(call: relax.Call, has_gate: bool) -> None:
+    name = attributes(call)["activation"]
+    if parse_activation(name).has_gate != has_gate:
+        verb = "has" if has_gate else "lacks"
+        raise VerifyError(f"{describe(call)} {verb} a gate projection, which does not fit activation {name}")
+
+
+def _check_routing(call: relax.Call, hidden: int) -> None:
+    named = operands(call)
+    tokens = named["x"].ty.shape[0]
+    chosen = named["ids"].ty.shape[1]
+    _check(call, "x", named["x"].ty, (tokens, hidden))
+    _check(call, "ids", named["ids"].ty, (tokens, chosen), INTEGERS)
+    _check(call, "weights", named["weights"].ty, (tokens, chosen))
+
+
+def _check_names(call: relax.Call, format: Format, optional: list[str]) -> None:
+    names = attributes(call)["operands"]
+    needed = list(packed_names(format))
+    if names[: len(needed)] != needed or names[len(needed) :] not in ([], optional):
+        raise VerifyError(f"{describe(call)}: operands {names}, a matrix of format {format} needs {needed}")
+
+
+def _check_packed(
+    call: relax.Call, prefix: str, format: Format, rows: int, columns: int, matrices: tuple[int, ...] = ()
+) -> None:
+    named = operands(call)
+    for part, expected in packed_types(format, rows, columns, matrices).items():
+        _check(call, prefix + part, named[prefix + part].ty, tuple(expected.shape), (str(expected.dtype),))
+
+
+def _check_choice(call: relax.Call, name: str, choices: tuple[str, ...]) -> None:
+    if attributes(call)[name] not in choices:
+        raise VerifyError(f"{describe(call)}: {name} is {attributes(call)[name]!r}, not one of {choices}")
+
+
+def _check_number(call: relax.Call, name: str) -> None:
+    text = attributes(call)[name]
+    try:
+        float(text)
+    except ValueError:
+        raise VerifyError(f"{describe(call)}: {name} is {text!r}, not a number") from None
+
+
+def _extents(call: relax.Call, name: str, ndim: int, *, last: bool = False) -> list[int]:
+    """Extents of an operand of `ndim` dimensions; -1 for symbolic ones, which may not be the `last`."""
+    shape = operands(call)[name].ty.shape
+    extents = [int(extent) if isinstance(extent, tirx.IntImm) else -1 for extent in shape]
+    if len(extents) != ndim or (last and extents[-1] < 0):
+        raise VerifyError(f"{describe(call)}: {name} has shape {list(shape)}, expected {ndim} dimensions")
+    return extents
+
+
+def _check(
+    call: relax.Call, name: str, ty: Any, shape: tuple[Any, ...], dtypes: tuple[str, ...] = ("float32",)
+) -> None:
+    """VerifyError unless the operand `name`, of type `ty`, is a tensor of `shape` and one of `dtypes`."""
+    expected = f"{' or '.join(dtypes)} [{', '.join(map(str, shape))}]"
+    if not isinstance(ty, relax.TensorType) or ty.shape is None:
+        raise VerifyError(f"{describe(call)}: {name} is {ty}, expected {expected}")
+    given = list(ty.shape)
+    same = len(given) == len(shape) and all(map(Analyzer().can_prove_equal, given, shape))
+    if not same or str(ty.dtype) not in dtypes:
+        given_text = f"{ty.dtype} [{', '.join(map(str, given))}]"
+        raise VerifyError(f"{describe(call)}: {name} is {given_text}, expected {expected}")
