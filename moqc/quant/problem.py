@@ -1,0 +1,101 @@
+"""The bit-allocation problem: which format every projection of every expert gets, under a size budget.
+
+Plain arrays, so that allocators are pure functions and can be tested against brute force. U units, F formats,
+S sites, E experts of a site.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moqc.errors import BudgetError, InternalError
+from moqc.quant.formats import Format
+
+PROJECTIONS = ("gate", "up", "down")
+MCMOE_BITS = (1, 2, 3)
+"""Code widths MC-MoE chooses from; the columns of `Problem.block_errors`."""
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """An instance. A unit is one projection of one expert of one site.
+
+    * `unit_site`, `unit_expert`, `unit_projection`: int64 [U], indices into `sites`, the site's experts, and
+      `PROJECTIONS`.
+    * `costs`: float64 [U, F], harm of storing the unit in the format, additive over units; all zero when no
+      cost was measured.
+    * `sizes`: int64 [U, F], stored bits; `weights`: int64 [U], number of weights.
+    * `budget_bits`: stored bits allowed in all; `overhead_bits` of them (the expert tables) are spent anyway.
+    * `frequency`: one float array [E] a site, share of the site's pairs; `router_weight`: likewise, the sum
+      of the routing weights given to the expert over the number of tokens. None without a profile.
+    * `block_errors`: one float array [E, 3] a site, Frobenius norm of the change of the block's output when
+      one expert is quantized to 1, 2, 3 bits (`MCMOE_BITS`). None unless measured.
+    """
+
+    sites: tuple[str, ...]
+    unit_site: NDArray[np.int64]
+    unit_expert: NDArray[np.int64]
+    unit_projection: NDArray[np.int64]
+    formats: tuple[Format, ...]
+    costs: NDArray[np.float64]
+    sizes: NDArray[np.int64]
+    weights: NDArray[np.int64]
+    budget_bits: int
+    overhead_bits: int = 0
+    frequency: tuple[NDArray[np.float64], ...] | None = None
+    router_weight: tuple[NDArray[np.float64], ...] | None = None
+    block_errors: tuple[NDArray[np.float64], ...] | None = None
+
+    def __post_init__(self) -> None:
+        units, expected = len(self.unit_site), (len(self.unit_site), len(self.formats))
+        vectors = (self.unit_expert, self.unit_projection, self.weights)
+        if units == 0 or not self.formats:
+            raise ValueError("an allocation problem needs a unit and a format")
+        if self.costs.shape != expected or self.sizes.shape != expected:
+            raise ValueError(f"costs {self.costs.shape} and sizes {self.sizes.shape} are not {expected}")
+        if any(vector.shape != (units,) for vector in vectors):
+            raise ValueError(f"the descriptions of units do not have {units} entries each")
+        if not np.isfinite(self.costs).all() or (self.sizes <= 0).any():
+            raise ValueError("costs must be finite, sizes positive")
+
+    @property
+    def available_bits(self) -> int:
+        """Stored bits left for units."""
+        return self.budget_bits - self.overhead_bits
+
+    def bits_per_weight(self, size: int) -> float:
+        """Expert file bits per weight when the units take `size` stored bits."""
+        return (size + self.overhead_bits) / int(self.weights.sum())
+
+    def require(self, smallest: int, largest: int, family: str) -> None:
+        """BudgetError when the `smallest` plan (stored bits) of a `family` of plans exceeds the budget."""
+        if smallest > self.available_bits:
+            raise BudgetError(
+                f"{self.bits_per_weight(self.available_bits):.4g} bits per weight are out of reach: {family} "
+                f"reach {self.bits_per_weight(smallest):.4g} to {self.bits_per_weight(largest):.4g}; "
+                "raise the bits or allow smaller formats"
+            )
+
+    def solution(self, choice: NDArray[np.int64], gap: float | None = None) -> Solution:
+        """The outcome of `choice` (int64 [U], index of each unit's format); InternalError over budget."""
+        rows = np.arange(len(choice))
+        size = int(self.sizes[rows, choice].sum())
+        if size > self.available_bits:
+            raise InternalError(f"a plan of {size} bits exceeds the {self.available_bits} available")
+        return Solution(choice, float(self.costs[rows, choice].sum()), size, gap)
+
+
+@dataclass(frozen=True, eq=False)
+class Solution:
+    """A plan: `choice` int64 [U], its `cost` and `size` (stored bits of the units, without overhead).
+
+    `gap`: proven bound on ``(cost - optimum) / |optimum|`` over all plans, None where nothing is proven.
+    """
+
+    choice: NDArray[np.int64]
+    cost: float
+    size: int
+    gap: float | None
