@@ -1,6 +1,6 @@
 """TIR expressions of the activations of `moqc.quant.activations`, for scalars and for vectors alike.
 
-LLVM has no vector form of ``exp``, ``tanh`` and ``erf`` without a vector math library (it would call libm once
+LLVM has no vector ``exp``, ``tanh`` and ``erf`` without a vector math library (it would call libm once
 a lane), so they are written out here. Relative errors against float64, measured over the whole useful range:
 `exp` 9e-8, `tanh` 3e-7, `erf` 4e-7. All expressions are float32.
 """
