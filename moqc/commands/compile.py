@@ -1,0 +1,107 @@
+"""`moqc compile`: from a checkpoint to an artifact."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from moqc import log
+from moqc.commands.options import (
+    Cache,
+    Calibration,
+    CalibrationTokens,
+    DumpIr,
+    ModelArgument,
+    PipelineText,
+    PrintAfter,
+    Quiet,
+    Seed,
+    StopAfter,
+    TargetName,
+    TimePasses,
+    VerifyEach,
+    pipeline_text,
+    split,
+)
+
+
+def command(
+    model: ModelArgument,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="DIR", help="Artifact folder to write.")
+    ] = None,
+    bits: Annotated[float, typer.Option(help="Expert file bits per weight, scales and all.")] = 3.0,
+    linears: Annotated[
+        str, typer.Option(metavar="FORMAT", help="Format of the other matrices, or none: as they are.")
+    ] = "int8-g64",
+    allocator: Annotated[str, typer.Option(help="Who gets how many bits; see `moqc allocators`.")] = "global",
+    quantizer: Annotated[str, typer.Option(help="How matrices are rounded: rtn or gptq.")] = "gptq",
+    activations: Annotated[
+        str, typer.Option(help="int8: kernels quantize activations by group; float: exact.")
+    ] = "int8",
+    target: TargetName = "native",
+    calib: Calibration = None,
+    calib_tokens: CalibrationTokens = 32_768,
+    context: Annotated[
+        int | None, typer.Option(metavar="N", help="Tokens a sequence may have. [the model's, at most 4096]")
+    ] = None,
+    max_batch: Annotated[int, typer.Option("--max-batch", metavar="N", help="Sequences at once.")] = 4,
+    cache: Cache = None,
+    force: Annotated[bool, typer.Option("--force", "-f", help="Replace an existing artifact.")] = False,
+    seed: Seed = 0,
+    dump_ir: DumpIr = None,
+    print_after: PrintAfter = "",
+    time_passes: TimePasses = False,
+    verify_each: VerifyEach = False,
+    stop_after: StopAfter = None,
+    start_from: Annotated[
+        Path | None,
+        typer.Option("--start-from", metavar="FILE", help="Continue from an IR file of --dump-ir."),
+    ] = None,
+    pipeline: PipelineText = None,
+    quiet: Quiet = False,
+) -> None:
+    """Compile a Hugging Face MoE checkpoint into an artifact that `moqc run` runs."""
+    from moqc.api import compile
+    from moqc.pipelines import Debug
+
+    log.setup(quiet=quiet)
+    manifest = compile(
+        model,
+        output,
+        bits=bits,
+        linears=linears,
+        allocator=allocator,
+        quantizer=quantizer,
+        activations=activations,
+        target=target,
+        calibration=calib,
+        calibration_tokens=calib_tokens,
+        context=context,
+        max_batch=max_batch,
+        cache=cache,
+        force=force,
+        seed=seed,
+        pipeline=pipeline_text(pipeline),
+        start_from=start_from,
+        debug=Debug(
+            dump_ir=dump_ir,
+            print_after=split(print_after),
+            time_passes=time_passes,
+            verify_each=verify_each,
+            stop_after=stop_after,
+        ),
+    )
+    if isinstance(manifest, str):  # the IR after --stop-after
+        typer.echo(manifest, nl=False)
+    elif not quiet:
+        sizes = manifest.sizes
+        log.logger.info(
+            "%s: %s bytes, experts %.3f and model %.3f file bits per weight",
+            output,
+            f"{sizes.artifact_bytes:,}",
+            sizes.expert_file_bits_per_weight,
+            sizes.model_file_bits_per_weight,
+        )

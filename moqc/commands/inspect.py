@@ -1,0 +1,51 @@
+"""`moqc inspect`: what is in an artifact?"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import typer
+
+from moqc.commands.options import ArtifactArgument, Json, print_json, print_table
+
+
+def command(artifact: ArtifactArgument, as_json: Json = False) -> None:
+    """Show target, sizes and the bits of every expert of an artifact."""
+    from moqc.api import inspect
+
+    content = inspect(artifact)
+    if as_json:
+        print_json(content)
+    else:
+        _print(content)
+
+
+def _print(content: dict[str, Any]) -> None:
+    versions = content["versions"]
+    for label, text in (
+        ("model", f"{content['model_type']} from {content['source']}"),
+        ("target", f"{content['target']}, activations {content['activations']}"),
+        ("size", f"{content['artifact_bytes']:,} bytes"),
+        ("experts", f"{content['expert_file_bits_per_weight']:.4f} file bits per weight"),
+        ("model", f"{content['model_file_bits_per_weight']:.4f} file bits per weight"),
+        ("context", f"{content['context']} tokens, batch {content['batch']}"),
+        ("built with", ", ".join(f"{name} {version}" for name, version in versions.items())),
+        ("linears", _histogram(content["linear_bits"].values()) or "not quantized"),
+    ):
+        typer.echo(f"{label:10}  {text}")
+    for name, error in content["numerics"].items():
+        typer.echo(f"{'certified':10}  {name}: relative error at most {error:.1e}")
+    if content["bits"]:
+        typer.echo()
+        rows = [
+            (site, projection, _histogram(formats))
+            for site, projections in content["bits"].items()
+            for projection, formats in projections.items()
+        ]
+        print_table(("experts", "projection", "formats"), rows)
+
+
+def _histogram(formats: Any) -> str:
+    counts = Counter(formats)
+    return ", ".join(f"{count} x {name}" for name, count in sorted(counts.items()))

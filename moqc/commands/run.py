@@ -1,0 +1,64 @@
+"""`moqc run`: continue a prompt."""
+
+from __future__ import annotations
+
+import time
+from typing import Annotated
+
+import typer
+
+from moqc import log
+from moqc.commands.options import ArtifactArgument, Json, Quiet, print_json
+
+DEFAULT_TOKENS = 128
+
+
+def command(
+    artifact: ArtifactArgument,
+    prompt: Annotated[str, typer.Option("--prompt", "-p", metavar="TEXT", help="Text to continue.")],
+    max_tokens: Annotated[
+        int | None,
+        typer.Option("--max-tokens", "-n", metavar="N", help=f"[default: {DEFAULT_TOKENS} or what fits]"),
+    ] = None,
+    temperature: Annotated[float, typer.Option(help="0 takes the most likely token.")] = 0.0,
+    top_p: Annotated[float, typer.Option("--top-p", help="Draw from the likeliest tokens only.")] = 1.0,
+    seed: Annotated[int | None, typer.Option(help="Makes drawing repeatable.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(metavar="TEXT", help="End before it; repeatable.")] = None,
+    verify: Annotated[bool, typer.Option("--verify", help="Check the hash of every file first.")] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Continue a prompt with a compiled model. The text goes to stdout as it comes."""
+    from moqc.runtime.artifact import load
+    from moqc.runtime.generate import generate_text
+    from moqc.runtime.sampling import Sampling
+
+    model = load(artifact, verify=verify)
+    ids = model.encode(prompt)
+    room = model.manifest.cache.context - len(ids)
+    limit = max_tokens if max_tokens is not None else max(1, min(DEFAULT_TOKENS, room))
+    produced: list[int] = []
+    start = time.perf_counter()
+    tokens = model.tokens(ids, Sampling(temperature, top_p, seed), max_tokens=limit)
+    counted = (produced.append(token) or token for token in tokens)
+    pieces = []
+    for piece in generate_text(model.tokenizer, ids, counted, stop or ()):
+        pieces.append(piece)
+        if not as_json:
+            typer.echo(piece, nl=False)
+    seconds = time.perf_counter() - start
+    if as_json:
+        print_json(
+            {
+                "prompt": prompt,
+                "text": "".join(pieces),
+                "prompt_tokens": len(ids),
+                "tokens": len(produced),
+                "seconds": seconds,
+            }
+        )
+        return
+    typer.echo()
+    if not quiet:
+        log.setup()
+        log.logger.info("%d + %d tokens in %.2f s", len(ids), len(produced), seconds)
