@@ -6,6 +6,8 @@ floats: they print with 17 digits and break the comparison of modules, so a pass
     BITS.put(mod, {...})   a new module with the annotation; `mod` is unchanged
     BITS.of(mod)           its value; PipelineError names the pass that writes it
     BITS.get(mod)          its value or None
+
+The order of a dict is not kept: TVM sorts the keys.
 """
 
 from __future__ import annotations

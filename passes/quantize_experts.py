@@ -1,0 +1,190 @@
+"""quantize-experts: R.moqc.experts -> R.moqc.mixed_experts, one packed tensor stack for each bit class."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
+
+import numpy as np
+import numpy.typing as npt
+from tvm import IRModule, relax
+
+from moqc.calibrate.workspace import ParamStore
+from moqc.errors import PipelineError
+from moqc.ir import ops
+from moqc.ir.annotations import BITS, PARAMS, Key
+from moqc.ir.packed import mixed_operands, packed_types
+from moqc.ir.sites import ExpertSite, bindings, expert_site, weight_names
+from moqc.log import track
+from moqc.passes.base import Pass, PassContext
+from moqc.passes.rewriting import Rewrite, apply_rewrite, new_parameter
+from moqc.quant.formats import Format
+from moqc.quant.pack import Packed, pack
+from moqc.quant.tensor import Quantized
+
+ACTIVATIONS = ("float", "int8")
+
+
+class ExpertProvider(Protocol):
+    """Where the quantized experts come from: the store of `moqc.calibrate.quantize`, or a test's own."""
+
+    def get(self, site: str, projection: str, expert: int) -> Quantized:
+        """One expert's matrix [rows, columns], in the format BITS gave it."""
+
+
+@dataclass(frozen=True)
+class QuantizeExperts(Pass):
+    """Quantize the routed experts as moqc.bits says and group them into bit classes.
+
+    `quantizer` is a name of `moqc.calibrate.quantize`; `activations` tells whether the kernels read their
+    inputs as floats or quantize them to int8 by groups of 32.
+    """
+
+    name: ClassVar[str] = "quantize-experts"
+    reads: ClassVar[tuple[Key[Any], ...]] = (PARAMS, BITS)
+
+    quantizer: str = "gptq"
+    activations: str = "int8"
+
+    def run(self, mod: IRModule, ctx: PassContext) -> IRModule:
+        """Quantize with checkpoint, calibration and workspace of `ctx`; packed arrays go to its params."""
+        from moqc.calibrate.quantize import quantize_experts
+
+        checkpoint, workspace = ctx.need("checkpoint", self.name), ctx.need("workspace", self.name)
+        params = ctx.need("params", self.name)
+        sites = check_plan(mod, self.activations)
+        if not sites:
+            return mod
+        plan = BITS.of(mod)
+        provider = quantize_experts(checkpoint, plan, self.quantizer, ctx.calibration, workspace)
+        return rewrite_experts(mod, provider, params, self.activations)
+
+
+def check_plan(mod: IRModule, activations: str) -> list[ExpertSite]:
+    """The experts blocks of `mod`. Raises PipelineError when BITS does not fit them, before hours of work."""
+    if activations not in ACTIVATIONS:
+        raise PipelineError(
+            f"quantize-experts: activations={activations} is not one of {', '.join(ACTIVATIONS)}"
+        )
+    plan, names = BITS.of(mod), weight_names(mod)
+    sites = []
+    for _, call in _experts_calls(mod):
+        site = expert_site(call)
+        sites.append(site)
+        if site.site not in plan:
+            raise PipelineError(f"{BITS} has no entry for {site.site}: allocate bits for every experts block")
+        given = {projection: len(formats) for projection, formats in plan[site.site].items()}
+        if given != dict.fromkeys(site.projections, site.experts):
+            raise PipelineError(
+                f"{BITS} of {site.site} has {given} formats; its projections "
+                f"{', '.join(site.projections)} need {site.experts} each"
+            )
+        for name, operand in ops.operands(call).items():
+            if name in ops.EXPERT_OPERANDS and operand not in names:
+                raise PipelineError(f"{site.site}: {name} is computed, not a weight; it cannot be quantized")
+    return sites
+
+
+def rewrite_experts(
+    mod: IRModule, provider: ExpertProvider, params: ParamStore, activations: str
+) -> IRModule:
+    """`mod` with every experts block mixed, its matrices taken from `provider` and packed into `params`."""
+    plan, rewrite = BITS.of(mod), Rewrite()
+    for variable, call in track(list(_experts_calls(mod)), "packing experts"):
+        site, named = expert_site(call), ops.operands(call)
+        classes = {name: bit_classes(plan[site.site][name]) for name in site.projections}
+        for name, array in pack_site(site, classes, provider):
+            params.put(f"{site.site}.{name}", array)
+        packed = _packed_parameters(site, classes)
+        rewrite.values[variable] = _mixed_call(call, classes, packed, activations)
+        for number, projection in enumerate(site.projections):
+            prefixes = (f"{projection}.", "table") if number == 0 else (f"{projection}.",)
+            rewrite.parameters[named[projection]] = {
+                f"{site.site}.{name}": new for name, new in packed.items() if name.startswith(prefixes)
+            }
+    return apply_rewrite(mod, rewrite)
+
+
+def _mixed_call(
+    call: relax.Call,
+    classes: Mapping[str, Mapping[Format, list[int]]],
+    packed: Mapping[str, relax.Var],
+    activations: str,
+) -> relax.Call:
+    """The mixed_experts call that takes the place of the experts `call`."""
+    site, named = expert_site(call), ops.operands(call)
+    biases = {name: named[name] for name in site.operands if name.endswith("_bias")}
+    formats = {projection: list(members) for projection, members in classes.items()}
+    return ops.mixed_experts(
+        *(named[name] for name in ("x", "ids", "weights")),
+        *packed.values(),
+        *biases.values(),
+        site=site.site,
+        activation=site.activation,
+        activations=activations,
+        operands=mixed_operands(formats, biases),
+        classes=[f"{projection}:{format}" for projection, members in formats.items() for format in members],
+        intermediate=site.intermediate,
+    )
+
+
+def bit_classes(formats: Sequence[str]) -> dict[Format, list[int]]:
+    """Format -> its experts in ascending order, formats ascending: the bit classes of one projection."""
+    classes: dict[Format, list[int]] = {format: [] for format in sorted(map(Format.parse, set(formats)))}
+    for expert, name in enumerate(formats):
+        classes[Format.parse(name)].append(expert)
+    return classes
+
+
+def routing_table(classes: Mapping[str, Mapping[Format, list[int]]], experts: int) -> npt.NDArray[np.int32]:
+    """int32 [3, E, 2]: (class, index in class) of each expert by projection; 0 for a gate there is not."""
+    table = np.zeros((len(ops.PROJECTIONS), experts, 2), np.int32)
+    for projection, members in classes.items():
+        for number, chosen in enumerate(members.values()):
+            for index, expert in enumerate(chosen):
+                table[ops.PROJECTIONS.index(projection), expert] = number, index
+    return table
+
+
+def pack_site(
+    site: ExpertSite, classes: Mapping[str, Mapping[Format, list[int]]], provider: ExpertProvider
+) -> Iterator[tuple[str, npt.NDArray[Any]]]:
+    """(operand name, array) of one site, a class at a time: the most that is in memory."""
+    yield "table", routing_table(classes, site.experts)
+    for projection, members in classes.items():
+        for number, (format, chosen) in enumerate(members.items()):
+            packed = [_pack_one(site, projection, expert, format, provider) for expert in chosen]
+            yield f"{projection}.{number}.codes", np.stack([one.codes for one in packed])
+            yield f"{projection}.{number}.scales", np.stack([one.scales for one in packed])
+            zeros = [one.zeros for one in packed if one.zeros is not None]
+            if zeros:
+                yield f"{projection}.{number}.zeros", np.stack(zeros)
+
+
+def _pack_one(
+    site: ExpertSite, projection: str, expert: int, format: Format, provider: ExpertProvider
+) -> Packed:
+    matrix = provider.get(site.site, projection, expert)
+    if matrix.format != format or matrix.shape != site.shape(projection):
+        raise PipelineError(
+            f"{site.site}: expert {expert} of {projection} was quantized to {matrix.format} {matrix.shape}, "
+            f"{BITS} says {format} {site.shape(projection)}"
+        )
+    return pack(matrix)
+
+
+def _packed_parameters(
+    site: ExpertSite, classes: Mapping[str, Mapping[Format, list[int]]]
+) -> dict[str, relax.Var]:
+    """Operand name -> new parameter of main, in the order of the operands."""
+    types = {"table": relax.TensorType([len(ops.PROJECTIONS), site.experts, 2], "int32")}
+    for projection, members in classes.items():
+        for number, (format, chosen) in enumerate(members.items()):
+            parts = packed_types(format, *site.shape(projection), (len(chosen),))
+            types |= {f"{projection}.{number}.{part}": ty for part, ty in parts.items()}
+    return {name: new_parameter(f"{site.site}.{name}", ty) for name, ty in types.items()}
+
+
+def _experts_calls(mod: IRModule) -> Iterator[tuple[relax.Var, relax.Call]]:
+    return ((variable, value) for variable, value in bindings(mod["main"]) if ops.is_call(value, ops.EXPERTS))
