@@ -1,5 +1,6 @@
 """The attention kernel against numpy: ragged batches, chunks, windows, soft caps, sinks, shared key heads."""
 
+import functools
 import itertools
 
 import numpy as np
@@ -21,6 +22,7 @@ def shape_of(**changes):
     return AttentionShape(**{**fields, **changes})
 
 
+@functools.cache
 def compile_kernel(shape, cached, target="x86-64-v4"):
     batch, tokens = tirx.Var("batch", "int64"), tirx.Var("tokens", "int64")
     kernel = attention_kernel(shape, batch, tokens, (3, SLOTS) if cached else None)
@@ -89,15 +91,12 @@ class Sequences:
 
 VARIANTS = {
     "plain": {},
-    "window": {"window": 7},
-    "wide-window": {"window": 70},
-    "softcap": {"softcap": 5.0},
-    "sinks": {"sinks": True},
-    "no-groups": {"key_heads": 4, "key_width": 64, "value_width": 64},
-    "one-key-head": {"heads": 6, "key_heads": 1, "key_width": 96, "value_width": 96},
+    "window": {"window": 7, "key_heads": 4, "key_width": 64, "value_width": 64},
+    "sinks-softcap": {"sinks": True, "softcap": 5.0},
+    "one-key-head": {"heads": 6, "key_heads": 1, "key_width": 96, "value_width": 96, "window": 70},
     "latent": {"key_width": 48, "value_width": 32, "heads": 2, "key_heads": 2},
     "odd": {"key_width": 6, "value_width": 5},
-    "everything": {"window": 33, "softcap": 4.0, "sinks": True, "heads": 8, "value_width": 112, "lanes": 8},
+    "avx2": {"window": 33, "softcap": 4.0, "sinks": True, "heads": 8, "value_width": 40, "lanes": 8},
 }
 
 
@@ -115,9 +114,7 @@ def test_cached_chunks_equal_one_shot(name):
     np.testing.assert_allclose(sequences.run(kernel, 0, 140), reference, atol=2e-6)
 
 
-@pytest.mark.parametrize(
-    "changes", [{}, {"causal": False}, {"window": 9, "sinks": True, "softcap": 3.0}], ids=str
-)
+@pytest.mark.parametrize("changes", [{"causal": False}, {"window": 9, "sinks": True}], ids=str)
 def test_stateless_attention(changes):
     shape = shape_of(**changes)
     kernel = compile_kernel(shape, cached=False)
