@@ -22,6 +22,7 @@ from moqc.passes.options import field_types, suggest
 GROUP = "moqc.passes"
 
 BUILTIN: dict[str, str] = {
+    "allocate-bits": "moqc.passes.allocate_bits:AllocateBits",
     "quantize-experts": "moqc.passes.quantize_experts:QuantizeExperts",
     "quantize-linears": "moqc.passes.quantize_linears:QuantizeLinears",
 }

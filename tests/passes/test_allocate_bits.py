@@ -1,0 +1,196 @@
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import numpy as np
+import pytest
+from tvm import IRModule, relax
+
+from moqc.errors import BudgetError, PipelineError, UserError
+from moqc.ir.annotations import BITS, BLOCK_ERRORS, COSTS, PROFILE
+from moqc.ir.ops import experts
+from moqc.ir.text import parse_module, print_module
+from moqc.passes.allocate_bits import FORMATS, TABLE_BITS, AllocateBits
+from moqc.passes.base import PassContext
+from moqc.passes.pipeline import Pipeline
+from moqc.quant.formats import Format
+
+EXPERTS, HIDDEN, INTERMEDIATE = 4, 256, 128
+SITES = {"layers.0": ("gate", "up", "down"), "layers.1": ("up", "down")}
+
+
+def module() -> IRModule:
+    """Two experts blocks; the second has no gate."""
+    builder = relax.BlockBuilder()
+    x = relax.Var("x", relax.TensorType((5, HIDDEN), "float32"))
+    ids = relax.Var("ids", relax.TensorType((5, 2), "int64"))
+    weights = relax.Var("weights", relax.TensorType((5, 2), "float32"))
+    tensors: dict[str, list[relax.Var]] = {}
+    for site, names in SITES.items():
+        for name in names:
+            shape = (HIDDEN, INTERMEDIATE) if name == "down" else (INTERMEDIATE, HIDDEN)
+            info = relax.TensorType((EXPERTS, *shape), "float32")
+            tensors.setdefault(site, []).append(relax.Var(f"{site}.{name}".replace(".", "_"), info))
+    parameters = [x, ids, weights, *(var for group in tensors.values() for var in group)]
+    with builder.function("main", parameters):
+        with builder.dataflow():
+            value = x
+            for site, names in SITES.items():
+                activation = "silu_glu" if "gate" in names else "relu2"
+                call = experts(
+                    value, ids, weights, *tensors[site], site=site, activation=activation, operands=names
+                )
+                value = builder.emit(call)
+            output = builder.emit_output(value)
+        builder.emit_func_output(output)
+    return builder.get()
+
+
+def costs(seed: int = 0) -> dict[str, Any]:
+    random = np.random.default_rng(seed)
+    return {
+        site: {
+            name: {
+                fmt: (random.lognormal(0, 1.5, EXPERTS) * 4.0 ** -Format.parse(fmt).bits * 1e9)
+                .astype(int)
+                .tolist()
+                for fmt in FORMATS
+            }
+            for name in names
+        }
+        for site, names in SITES.items()
+    }
+
+
+def annotated() -> IRModule:
+    profile = {
+        site: {"tokens": 100, "pairs": [10, 120, 30, 40], "weight_ppm": [400_000, 600_000, 500_000, 500_000]}
+        for site in SITES
+    }
+    errors = {site: {"1": [9, 9, 9, 9], "2": [5, 5, 5, 5], "3": [1, 1, 1, 1]} for site in SITES}
+    return BLOCK_ERRORS.put(PROFILE.put(COSTS.put(module(), costs()), profile), errors)
+
+
+def file_bits(plan: dict[str, dict[str, list[str]]]) -> float:
+    """Bits per weight as an artifact would store the plan."""
+    stored = sum(EXPERTS * TABLE_BITS for _ in plan)
+    count = 0
+    for projections in plan.values():
+        for name, formats in projections.items():
+            shape = (HIDDEN, INTERMEDIATE) if name == "down" else (INTERMEDIATE, HIDDEN)
+            stored += sum(Format.parse(fmt).stored_bits(*shape) for fmt in formats)
+            count += len(formats) * HIDDEN * INTERMEDIATE
+    return stored / count
+
+
+def used(plan: dict[str, dict[str, list[str]]]) -> set[str]:
+    """Names of the formats in a plan."""
+    return {fmt for projections in plan.values() for names in projections.values() for fmt in names}
+
+
+@pytest.mark.parametrize("allocator", ["uniform", "frequency", "pmq", "global"])
+@pytest.mark.parametrize("bits", [2.3, 2.75])
+def test_every_allocator_meets_the_budget(allocator: str, bits: float) -> None:
+    mod = annotated()
+    result = AllocateBits(bits=bits, allocator=allocator)(mod, PassContext())
+    plan = BITS.of(result)
+    assert {site: tuple(projections) for site, projections in plan.items()} == SITES
+    assert all(len(names) == EXPERTS for projections in plan.values() for names in projections.values())
+    assert bits - 0.5 < file_bits(plan) <= bits
+    assert BITS.get(mod) is None
+
+
+def test_global_costs_less_than_uniform() -> None:
+    measured = costs()
+
+    def cost(allocator: str) -> int:
+        plan = BITS.of(AllocateBits(bits=2.5, allocator=allocator)(annotated(), PassContext()))
+        return sum(
+            measured[site][name][fmt][expert]
+            for site, projections in plan.items()
+            for name, formats in projections.items()
+            for expert, fmt in enumerate(formats)
+        )
+
+    assert cost("global") < cost("uniform")
+
+
+def test_plan_follows_costs_and_profile() -> None:
+    spiked = costs()
+    for fmt in FORMATS:
+        spiked["layers.1"]["up"][fmt][2] *= 10_000
+    mod = COSTS.put(annotated(), spiked)
+    plan = BITS.of(AllocateBits(bits=2.0, allocator="global")(mod, PassContext()))
+    assert plan["layers.1"]["up"][2] == "int8-g64"
+    by_use = BITS.of(AllocateBits(bits=2.5, allocator="frequency")(mod, PassContext()))
+    widths = [Format.parse(fmt).bits for fmt in by_use["layers.0"]["gate"]]
+    assert widths[1] == max(widths)
+    assert widths[0] == min(widths)
+    pmq = BITS.of(AllocateBits(bits=2.3, allocator="pmq")(mod, PassContext()))
+    assert pmq["layers.0"]["down"][1] == "int3-g128"
+    assert used(pmq) <= {"int1-g128", "int2-g128", "int3-g128"}
+
+
+def test_plan_survives_printing() -> None:
+    mod = AllocateBits(bits=2.5)(annotated(), PassContext())
+    assert BITS.of(parse_module(print_module(mod))) == BITS.of(mod)
+
+
+def test_allocators_require_what_they_read() -> None:
+    bare = module()
+    plan = BITS.of(AllocateBits(bits=2.5, allocator="uniform")(bare, PassContext()))
+    assert {fmt for projections in plan.values() for names in projections.values() for fmt in names} == {
+        "int2-g64"
+    }
+    for allocator, writer in (
+        ("frequency", "profile-activation"),
+        ("pmq", "profile"),
+        ("global", "measure-costs"),
+    ):
+        with pytest.raises(PipelineError, match=writer):
+            AllocateBits(allocator=allocator)(bare, PassContext())
+    with pytest.raises(UserError, match="known are uniform"):
+        AllocateBits(allocator="best")(bare, PassContext())
+
+
+def test_formats_can_be_chosen() -> None:
+    chosen = ("int1-g64", "int4-g64")
+    plan = BITS.of(AllocateBits(bits=2.5, formats=chosen)(annotated(), PassContext()))
+    assert used(plan) == set(chosen)
+    with pytest.raises(PipelineError, match="no costs for int4-g32; measured are int1-g64, "):
+        AllocateBits(formats=("int4-g32",))(annotated(), PassContext())
+    with pytest.raises(UserError, match="unknown format 'int5'"):
+        AllocateBits(allocator="uniform", formats=("int5",))(module(), PassContext())
+
+
+@pytest.mark.parametrize("allocator", ["uniform", "frequency", "pmq", "global"])
+def test_unreachable_bits_name_the_range(allocator: str) -> None:
+    with pytest.raises(BudgetError, match=r"^1 bits per weight are out of reach: .* reach 1\.\d+ to"):
+        AllocateBits(bits=1.0, allocator=allocator)(annotated(), PassContext())
+
+
+@pytest.mark.parametrize("bits", [0.0, -1.0, 16.5, float("nan")])
+def test_senseless_bits_are_refused(bits: float) -> None:
+    with pytest.raises(BudgetError, match="above 0 and at most 16"):
+        AllocateBits(bits=bits)(annotated(), PassContext())
+
+
+def test_module_without_experts_is_refused() -> None:
+    builder = relax.BlockBuilder()
+    x = relax.Var("x", relax.TensorType((2, 2), "float32"))
+    with builder.function("main", [x]):
+        builder.emit_func_output(x)
+    with pytest.raises(PipelineError, match=r"no R\.moqc\.experts"):
+        AllocateBits(allocator="uniform")(builder.get(), PassContext())
+
+
+def test_pipeline_text_and_log(caplog: pytest.LogCaptureFixture) -> None:
+    text = "allocate-bits{bits=2.25 allocator=pmq formats=int1-g128+int2-g128+int3-g128}"
+    pipeline = Pipeline.parse(text)
+    assert str(pipeline) == text
+    with caplog.at_level(logging.INFO, "moqc"):
+        pipeline.passes[0](annotated(), PassContext())
+    assert "pmq: 2." in caplog.text
+    with pytest.raises(PipelineError, match=r"moqc\.profile"):
+        pipeline.check()
