@@ -1,0 +1,76 @@
+"""Dot products of u8 codes with i8 activations, by instruction family.
+
+One line of 64 bytes holds, in its 32-bit lane ``n``, four consecutive columns of row ``n``; it is multiplied
+with four activations that every lane shares, and a tile is eight such lines. A `DotFamily` adds a line to a
+state and turns the state into int32 sums. All are exact:
+
+* ``vnni512``: ``vpdpbusd`` adds four products to an int32 lane.
+* ``bw512``, ``avx2``: ``vpmaddubsw`` adds two products in int16, ``vpmaddwd`` pairs those up. Eight lines of
+  codes of at most 4 bits stay below 2**15 (8 * 2 * 15 * 127 = 30480), so a tile is widened once. Wider codes
+  are taken as two nibbles.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from tvm.tirx.script import builder as T
+
+from moqc.schedules.cpu.emit import intrinsic, splat
+
+
+@dataclass(frozen=True)
+class DotFamily:
+    """One way to multiply; `lanes` rows at a time, `token_tile` tokens for codes in registers."""
+
+    name: str
+    lanes: int
+    token_tile: int
+
+    @property
+    def halves(self) -> int:
+        """Vectors that a 16-row line takes."""
+        return 16 // self.lanes
+
+    def step(self, state: Any, codes: Any, x: Any, wide: bool) -> Any:
+        """Add one line: `codes` uint32xL (4 codes a lane), `x` int32xL (4 int8 a lane, all lanes equal).
+
+        `state` is None for the first line. `wide` says that codes exceed 4 bits.
+        """
+        if self.name == "vnni512":
+            total = splat(0, 16, "int32") if state is None else state
+            bytes_ = T.reinterpret("uint8x64", codes), T.reinterpret("int8x64", x)
+            return intrinsic("int32x16", "llvm.x86.avx512.vpdpbusd.512", total, *bytes_)
+        nibbles = [codes]
+        if wide:
+            mask = splat(0x0F0F0F0F, self.lanes, "uint32")
+            nibbles = [codes & mask, (codes >> splat(4, self.lanes, "uint32")) & mask]
+        products = [self._pairs(nibble, x) for nibble in nibbles]
+        if state is None:
+            return tuple(products)
+        return tuple(total + product for total, product in zip(state, products, strict=True))
+
+    def finish(self, state: Any) -> Any:
+        """int32xL sums of a state."""
+        if self.name == "vnni512":
+            return state
+        low, *high = [self._widen(total) for total in state]
+        return low + (high[0] << splat(4, self.lanes, "int32")) if high else low
+
+    def _pairs(self, codes: Any, x: Any) -> Any:
+        name = "llvm.x86.avx512.pmaddubs.w.512" if self.lanes == 16 else "llvm.x86.avx2.pmadd.ub.sw"
+        size = 4 * self.lanes
+        operands = T.reinterpret(f"uint8x{size}", codes), T.reinterpret(f"int8x{size}", x)
+        return intrinsic(f"int16x{size // 2}", name, *operands)
+
+    def _widen(self, sums: Any) -> Any:
+        name = "llvm.x86.avx512.pmaddw.d.512" if self.lanes == 16 else "llvm.x86.avx2.pmadd.wd"
+        return intrinsic(f"int32x{self.lanes}", name, sums, splat(1, 2 * self.lanes, "int16"))
+
+
+FAMILIES = {
+    family.name: family
+    for family in (DotFamily("vnni512", 16, 8), DotFamily("bw512", 16, 8), DotFamily("avx2", 8, 4))
+}
+"""`moqc.targets.Target.dot` -> family."""

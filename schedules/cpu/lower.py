@@ -1,0 +1,147 @@
+"""Replace moqc's packed operators by calls of the CPU kernels.
+
+Each function takes the builder of the pass that rewrites a function, the operator's call and the target; it emits the
+calls of the intermediate tensors and returns the last one. Equal kernels become one PrimFunc of the module.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from tvm import relax, tirx
+
+from moqc.ir.ops import PROJECTIONS, attributes, bit_classes, operands
+from moqc.quant.formats import COLUMN_TILE, Format
+from moqc.schedules.cpu.dot import FAMILIES
+from moqc.schedules.cpu.emit import ceildiv
+from moqc.schedules.cpu.packed_embedding import embedding_kernel
+from moqc.schedules.cpu.packed_experts import ExpertsShape, down_kernel, gate_up_kernel
+from moqc.schedules.cpu.packed_linear import linear_kernel
+from moqc.schedules.cpu.quantize_activations import activations_kernel
+from moqc.schedules.cpu.route import route_kernel
+from moqc.targets import Target
+
+Types = Sequence[tuple[Sequence[Any], str]]
+"""Shape and dtype of each output."""
+
+
+def lower_mixed_experts(bb: relax.BlockBuilder, call: relax.Call, target: Target) -> relax.Expr:
+    """``R.moqc.mixed_experts``: route, prepare x, gate and up, prepare the hidden tensor, down."""
+    family, named = FAMILIES[target.dot], operands(call)
+    x, ids, weights = (named[name] for name in ("x", "ids", "weights"))
+    shape = _experts_shape(call)
+    tokens, pairs = x.ty.shape[0], x.ty.shape[0] * shape.top_k
+    integers = [[pairs], [shape.experts + 1], [shape.experts + 1]]
+    sort = route_kernel(shape.experts, shape.top_k, str(ids.ty.dtype))
+    order, starts, active = _emit(bb, sort, "route", [ids], [(extent, "int32") for extent in integers])
+
+    gather = activations_kernel(family, shape.hidden, mode=shape.mode, top_k=shape.top_k)
+    inputs = _emit(bb, gather, "gather", [x, order], _activation_types(pairs, shape.hidden, shape.mode))
+    first = [*_class_operands(named, "gate"), *_class_operands(named, "up")]
+    first += [named[name] for name in ("gate_bias", "up_bias") if name in shape.biases]
+    routing = [starts, active, named["table"]]
+    (hidden,) = _emit(
+        bb,
+        gate_up_kernel(family, shape),
+        "gate_up",
+        [*inputs, *routing, *first],
+        [([pairs, shape.padded_intermediate], "float32")],
+    )
+
+    if shape.mode == "int8":
+        prepare = activations_kernel(family, shape.padded_intermediate, mode=shape.mode)
+        types = _activation_types(pairs, shape.intermediate, shape.mode)
+        prepared = _emit(bb, prepare, "activations", [hidden], types)
+    else:
+        prepared = [hidden]
+    last = _class_operands(named, "down")
+    last += [named["down_bias"]] if "down_bias" in shape.biases else []
+    arguments = [*prepared, *routing, order, weights, *last]
+    return _call(bb, down_kernel(family, shape), "down", arguments, [([tokens, shape.hidden], "float32")])
+
+
+def _experts_shape(call: relax.Call) -> ExpertsShape:
+    """Read the configuration of a mixed_experts call."""
+    attrs, named, classes = attributes(call), operands(call), bit_classes(call)
+    x, ids, table = (named[name].ty.shape for name in ("x", "ids", "table"))
+    return ExpertsShape(
+        experts=int(table[1]),
+        top_k=int(ids[1]),
+        hidden=int(x[1]),
+        intermediate=attrs["intermediate"],
+        gate=classes.get("gate", ()),
+        up=classes["up"],
+        down=classes["down"],
+        activation=attrs["activation"],
+        mode=attrs["activations"],
+        biases=frozenset(name for name in named if name in {f"{p}_bias" for p in PROJECTIONS}),
+    )
+
+
+def _class_operands(named: dict[str, relax.Expr], projection: str) -> list[relax.Expr]:
+    """The packed tensors of a projection's classes, in the order of the operands."""
+    return [value for name, value in named.items() if name.startswith(f"{projection}.")]
+
+
+def lower_linear(bb: relax.BlockBuilder, call: relax.Call, target: Target) -> relax.Expr:
+    """``R.moqc.linear``: prepare x, multiply."""
+    family, named, attrs = FAMILIES[target.dot], operands(call), attributes(call)
+    x, mode, rows = named["x"], attrs["activations"], attrs["rows"]
+    *lead, columns = list(x.ty.shape)
+    tokens: Any = 1
+    for extent in lead:
+        tokens = tokens * extent
+    prepare = activations_kernel(family, int(columns), mode=mode, lead=len(lead))
+    inputs = _emit(bb, prepare, "activations", [x], _activation_types(tokens, int(columns), mode))
+    multiply = linear_kernel(
+        family,
+        Format.parse(attrs["format"]),
+        rows,
+        int(columns),
+        mode=mode,
+        bias="bias" in named,
+        lead=len(lead),
+    )
+    tensors = [named[name] for name in ("codes", "scales", "zeros", "bias") if name in named]
+    return _call(bb, multiply, "linear", [*inputs, *tensors], [([*lead, rows], "float32")])
+
+
+def lower_embedding(bb: relax.BlockBuilder, call: relax.Call, target: Target) -> relax.Expr:
+    """``R.moqc.embedding``: gather and dequantize."""
+    named, attrs = operands(call), attributes(call)
+    ids, columns = named["ids"], attrs["columns"]
+    lead = list(ids.ty.shape)
+    gather = embedding_kernel(Format.parse(attrs["format"]), columns, dtype=str(ids.ty.dtype), lead=len(lead))
+    tensors = [named[name] for name in ("codes", "scales", "zeros") if name in named]
+    return _call(bb, gather, "embedding", [ids, *tensors], [([*lead, columns], "float32")])
+
+
+def _activation_types(rows: Any, columns: int, mode: str) -> Types:
+    """Outputs of `activations_kernel`."""
+    tiles = ceildiv(columns, COLUMN_TILE)
+    if mode == "float":
+        return [([rows, tiles * COLUMN_TILE], "float32")]
+    return [
+        ([rows, tiles * COLUMN_TILE], "int8"),
+        ([rows, tiles], "float32"),
+        ([rows, tiles], "float32"),
+    ]
+
+
+def _call(
+    bb: relax.BlockBuilder, function: tirx.PrimFunc, name: str, arguments: Sequence[relax.Expr], types: Types
+) -> relax.Call:
+    outputs = [relax.TensorType(list(shape), dtype) for shape, dtype in types]
+    target = bb.add_func(function, f"moqc_{name}")
+    return relax.call_tir(target, list(arguments), outputs[0] if len(outputs) == 1 else outputs)
+
+
+def _emit(
+    bb: relax.BlockBuilder, function: tirx.PrimFunc, name: str, arguments: Sequence[relax.Expr], types: Types
+) -> list[relax.Expr]:
+    """Emit a kernel's call; its outputs as variables."""
+    result = bb.emit(_call(bb, function, name, arguments, types))
+    if len(types) == 1:
+        return [result]
+    return [bb.emit(relax.TupleGetItem(result, number)) for number in range(len(types))]

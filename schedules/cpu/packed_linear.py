@@ -1,0 +1,42 @@
+"""Packed linear layers: ``y[..., N] = x @ W^T + bias``, for one token or many."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tvm import tirx
+
+from moqc.quant.formats import ROW_TILE, Format
+from moqc.schedules.cpu.blocks import Choice, load_rows, multiply_block, store_rows
+from moqc.schedules.cpu.dot import DotFamily
+from moqc.schedules.cpu.emit import ceildiv, int64, kernel, parallel, symbol, unravel
+from moqc.schedules.cpu.tiles import Activations, Weights
+
+
+def linear_kernel(
+    family: DotFamily, fmt: Format, rows: int, columns: int, *, mode: str, bias: bool, lead: int
+) -> tirx.PrimFunc:
+    """Build the kernel of a ``[rows, columns]`` matrix.
+
+    Parameters of the PrimFunc: the activations (`Activations.declare`, M rows), codes, scales, zeros unless
+    symmetric, bias [rows] if `bias`, and the output float32 [*lead axes, rows] with M = the product of its
+    `lead` leading extents.
+    """
+    with kernel("linear", format=str(fmt), activations=mode, dot=family.name) as k:
+        tokens = symbol("m")
+        x = Activations.declare(k, mode, tokens, columns)
+        weights = Weights.declare(k, "", fmt, ceildiv(rows, ROW_TILE), columns)
+        offsets = k.parameter("bias", [rows], "float32") if bias else None
+        extents = [symbol(f"d{axis}") for axis in range(lead)]
+        y = k.parameter("y", [*extents, rows], "float32")
+        with parallel(ceildiv(rows, ROW_TILE)) as row_block:
+
+            def finish(token: Any, half: int, values: list[Any]) -> None:
+                row = row_block * ROW_TILE + half * family.lanes
+                value = values[0]
+                if offsets is not None:
+                    value = value + load_rows(family, offsets, [], row, rows)
+                store_rows(family, y, unravel(token, extents), row, rows, value)
+
+            multiply_block(family, [Choice((weights,))], x, row_block, (int64(0), tokens), finish)
+    return k.finish()

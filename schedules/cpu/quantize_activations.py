@@ -1,0 +1,113 @@
+"""Bring activations into the form packed products read: padded to 32 columns, int8 by groups or float.
+
+int8 follows `moqc.quant.reference.quantize_activations`: ``scale = max|x| / 127``, codes rounded half to even.
+A NaN or an infinity makes the scale NaN or infinite, so it reaches the output.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tvm import tirx
+from tvm.tirx.script import builder as T
+
+from moqc.quant.formats import COLUMN_TILE
+from moqc.schedules.cpu.dot import DotFamily
+from moqc.schedules.cpu.emit import (
+    Index,
+    bind,
+    broadcast,
+    int64,
+    intrinsic,
+    kernel,
+    load,
+    loop,
+    parallel,
+    scratch,
+    splat,
+    store,
+    symbol,
+    unravel,
+)
+from moqc.schedules.cpu.tiles import Activations
+
+SERIAL_ROWS = 4
+"""Up to so many rows are quicker done by one thread than handed to several."""
+
+
+def activations_kernel(
+    family: DotFamily, columns: int, *, mode: str, lead: int = 1, top_k: int = 0
+) -> tirx.PrimFunc:
+    """Build the kernel that prepares ``x [*lead axes, columns]`` float32, as M rows.
+
+    With `top_k`, row p is token ``order[p] // top_k``: the rows are gathered in the order of `route`.
+    Parameters of the PrimFunc: x, order int32 [M] if `top_k`, then the outputs in the order of
+    `Activations.declare`.
+    """
+    with kernel("activations", activations=mode, gather=bool(top_k)) as k:
+        extents = [symbol(f"d{axis}") for axis in range(lead)]
+        x = k.parameter("x", [*extents, columns], "float32")
+        rows: Index = symbol("m")
+        order = k.parameter("order", [rows], "int32") if top_k else None
+        if order is None and lead == 1:
+            rows = extents[0]
+        outputs = Activations.declare(k, mode, rows, columns)
+
+        def body(row: Any) -> None:
+            source = row if order is None else T.truncdiv(load(order, [row]), top_k)
+            at = unravel(bind(int64(source)), extents)
+            whole, rest = divmod(columns, COLUMN_TILE)
+            with loop(0, whole) as tile:
+                _prepare(outputs, row, tile, _vectors(family, x, at, tile, COLUMN_TILE))
+            if rest:
+                _prepare(outputs, row, int64(whole), _vectors(family, x, at, int64(whole), rest))
+
+        with T.If(rows <= SERIAL_ROWS):
+            with T.Then(), loop(0, rows) as row:
+                body(row)
+            with T.Else(), parallel(rows) as row:
+                body(row)
+    return k.finish()
+
+
+def _vectors(family: DotFamily, x: Any, at: list[Any], tile: Any, valid: int) -> list[Any]:
+    """The 32 columns of a tile as float32xL values; those from `valid` on are 0."""
+    lanes, first = family.lanes, tile * COLUMN_TILE
+    dtype = f"float32x{lanes}"
+    if valid == COLUMN_TILE:
+        return [bind(load(x, [*at, first + offset], dtype)) for offset in range(0, COLUMN_TILE, lanes)]
+    padded = scratch(COLUMN_TILE)
+    for column in range(COLUMN_TILE):
+        store(padded, [column], load(x, [*at, first + column]) if column < valid else T.float32(0))
+    return [bind(load(padded, [offset], dtype)) for offset in range(0, COLUMN_TILE, lanes)]
+
+
+def _prepare(outputs: Activations, row: Any, tile: Any, vectors: list[Any]) -> None:
+    """Write one tile of a row."""
+    lanes = vectors[0].ty.dtype.lanes
+    first = tile * COLUMN_TILE
+    if not outputs.quantized:
+        for number, vector in enumerate(vectors):
+            store(outputs.values, [row, first + number * lanes], vector)
+        return
+    scale = bind(_largest(vectors) / T.float32(127))
+    step = broadcast(bind(T.if_then_else(scale > 0, scale, T.float32(1))), lanes)
+    sums: Any = None
+    for number, vector in enumerate(vectors):
+        rounded = tirx.nearbyint(vector / step).astype(f"int32x{lanes}")
+        codes = bind(tirx.max(tirx.min(rounded, splat(127, lanes, "int32")), splat(-127, lanes, "int32")))
+        store(outputs.values, [row, first + number * lanes], codes.astype(f"int8x{lanes}"))
+        sums = codes if sums is None else sums + codes
+    total = intrinsic("int32", "llvm.vector.reduce.add", sums)
+    store(outputs.scales, [row, tile], scale)
+    store(outputs.sums, [row, tile], scale * total.astype("float32"))
+
+
+def _largest(vectors: list[Any]) -> Any:
+    """max|x|, through the bits: they order like the magnitudes, and a NaN is above everything."""
+    lanes = vectors[0].ty.dtype.lanes
+    largest: Any = None
+    for vector in vectors:
+        bits = T.reinterpret(f"int32x{lanes}", vector) & splat(0x7FFFFFFF, lanes, "int32")
+        largest = bits if largest is None else tirx.max(largest, bits)
+    return T.reinterpret("float32", intrinsic("int32", "llvm.vector.reduce.smax", largest))

@@ -1,0 +1,199 @@
+"""Packed matrices and activations as kernels read them, and the product of 16 rows with one token."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from tvm.tirx.script import builder as T
+
+from moqc.quant.formats import COLUMN_TILE, ROW_TILE, Format
+from moqc.quant.pack import LINE, PLANES
+from moqc.schedules.cpu.dot import DotFamily
+from moqc.schedules.cpu.emit import (
+    Index,
+    Kernel,
+    bind,
+    broadcast,
+    ceildiv,
+    int64,
+    load,
+    loop,
+    scratch,
+    splat,
+    store,
+)
+
+LINES = 8
+"""Operands of a dot product in a tile: 32 columns, 4 in each."""
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The buffers of packed matrices of one format and `columns` columns; `stacked` ones have a leading axis."""
+
+    format: Format
+    columns: int
+    codes: Any
+    scales: Any
+    zeros: Any | None
+    stacked: bool
+
+    @classmethod
+    def declare(
+        cls,
+        kernel: Kernel,
+        prefix: str,
+        fmt: Format,
+        blocks: Index,
+        columns: int,
+        count: Index | None = None,
+    ) -> Weights:
+        """Add the kernel parameters of a matrix of `blocks` x 16 rows, or of a stack of `count`."""
+        lead = [] if count is None else [count]
+        codes = [*lead, blocks, ceildiv(columns, COLUMN_TILE), fmt.bits, LINE]
+        per_group = [*lead, blocks, fmt.groups(columns), ROW_TILE]
+        return cls(
+            fmt,
+            columns,
+            kernel.parameter(f"{prefix}codes", codes, "uint8"),
+            kernel.parameter(f"{prefix}scales", per_group, "float16"),
+            None if fmt.symmetric else kernel.parameter(f"{prefix}zeros", per_group, "uint8"),
+            count is not None,
+        )
+
+    @property
+    def tiles(self) -> int:
+        """Column tiles of a row."""
+        return ceildiv(self.columns, COLUMN_TILE)
+
+    def block(self, index: Index, row_block: Index) -> Block:
+        """The 16 rows `row_block` of matrix `index` (ignored unless stacked)."""
+        return Block(self, (index, row_block) if self.stacked else (row_block,))
+
+
+@dataclass(frozen=True)
+class Block:
+    """16 rows of a packed matrix."""
+
+    weights: Weights
+    at: tuple[Index, ...]
+
+    def operands(self, tile: Index, half: int, family: DotFamily) -> list[Any]:
+        """The eight dot operands of a column tile, uint32xL: lane n has 4 codes of row n, one a byte."""
+        lanes = family.lanes
+        result: list[Any] = [None] * LINES
+        low = 0
+        for width in PLANES[self.weights.format.bits]:
+            for line in range(width):
+                at = [*self.at, tile, low + line, half * 4 * lanes]
+                raw = load(self.weights.codes, at, f"uint8x{4 * lanes}")
+                word = bind(T.reinterpret(f"uint32x{lanes}", raw))
+                for i in range(8 // width):
+                    field = _field(word, width * i, width, low, lanes)
+                    v = line * (8 // width) + i
+                    result[v] = field if result[v] is None else result[v] | field
+            low += width
+        return [bind(operand) for operand in result]
+
+    def scale(self, group: Index, half: int, lanes: int) -> Any:
+        """Scales of the rows, float32xL."""
+        return load(self.weights.scales, [*self.at, group, half * lanes], f"float16x{lanes}").astype(
+            f"float32x{lanes}"
+        )
+
+    def zero_point(self, group: Index, half: int, lanes: int) -> Any:
+        """Zero points of the rows in codes, float32xL."""
+        if self.weights.zeros is None:
+            return splat(self.weights.format.symmetric_zero, lanes)
+        stored = load(self.weights.zeros, [*self.at, group, half * lanes], f"uint8x{lanes}")
+        steps = stored.astype(f"int32x{lanes}").astype(f"float32x{lanes}")
+        return steps * splat(self.weights.format.zero_step, lanes)
+
+
+def _field(word: Any, shift: int, width: int, place: int, lanes: int) -> Any:
+    """Bits `shift .. shift + width` of every byte of `word`, moved to bit `place` of the byte."""
+    if width == 8:
+        return word
+    moved = shift - place
+    if moved > 0:
+        word = word >> splat(moved, lanes, "uint32")
+    elif moved < 0:
+        word = word << splat(-moved, lanes, "uint32")
+    return word & splat(((1 << width) - 1 << place) * 0x01010101, lanes, "uint32")
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Inputs of a product, M rows of K padded to tiles: int8 codes with scales, or float32 `values`.
+
+    * int8: `values` int8 [M, K32*32], `scales` float32 [M, K32], `sums` float32 [M, K32] (scale * sum of codes).
+    * float: `values` float32 [M, K32*32].
+    """
+
+    values: Any
+    scales: Any | None = None
+    sums: Any | None = None
+
+    @classmethod
+    def declare(cls, kernel: Kernel, mode: str, rows: Index, columns: int) -> Activations:
+        """Add the kernel parameters."""
+        tiles = ceildiv(columns, COLUMN_TILE)
+        if mode == "float":
+            return cls(kernel.parameter("x", [rows, tiles * COLUMN_TILE], "float32"))
+        return cls(
+            kernel.parameter("x", [rows, tiles * COLUMN_TILE], "int8"),
+            kernel.parameter("x_scales", [rows, tiles], "float32"),
+            kernel.parameter("x_sums", [rows, tiles], "float32"),
+        )
+
+    @property
+    def quantized(self) -> bool:
+        """Whether they are int8."""
+        return self.scales is not None
+
+    def four(self, row: Index, tile: Index, v: int, lanes: int) -> Any:
+        """Columns 4v..4v+3 of a tile in every lane, int32xL."""
+        word = load(self.values, [row, tile * COLUMN_TILE + 4 * v], "int8x4")
+        return broadcast(T.reinterpret("int32", word), lanes)
+
+
+def row_product(family: DotFamily, block: Block, x: Activations, row: Index) -> list[Any]:
+    """The product of `block` with int8 activations `row`: one scratch vector float32xL a half."""
+    lanes = family.lanes
+    totals = [scratch(lanes) for _ in range(family.halves)]
+    for total in totals:
+        store(total, [0], splat(0, lanes))
+    tiles, per_group = block.weights.tiles, block.weights.format.group // COLUMN_TILE
+    whole, rest = divmod(tiles, per_group)
+    with loop(0, whole) as group:
+        _add_group(family, block, x, row, group, per_group, totals)
+    if rest:
+        _add_group(family, block, x, row, int64(whole), rest, totals)
+    return totals
+
+
+def _add_group(
+    family: DotFamily, block: Block, x: Activations, row: Index, group: Any, tiles: int, totals: list[Any]
+) -> None:
+    """Add the first `tiles` column tiles of a group to `totals`."""
+    lanes, fmt = family.lanes, block.weights.format
+    sums: list[Any] = [None] * family.halves
+    correction: Any = None
+    for t in range(tiles):
+        tile = group * (fmt.group // COLUMN_TILE) + t
+        xs = [bind(x.four(row, tile, v, lanes)) for v in range(LINES)]
+        step = broadcast(load(x.scales, [row, tile]), lanes)
+        part = load(x.sums, [row, tile])
+        correction = part if correction is None else correction + part
+        for half in range(family.halves):
+            state = None
+            for v, operand in enumerate(block.operands(tile, half, family)):
+                state = family.step(state, operand, xs[v], fmt.bits > 4)
+            product = family.finish(state).astype(f"float32x{lanes}") * step
+            sums[half] = bind(product if sums[half] is None else sums[half] + product)
+    correction = bind(correction)
+    for half, total in enumerate(totals):
+        shift = block.zero_point(group, half, lanes) * broadcast(correction, lanes)
+        product = (sums[half] - shift) * block.scale(group, half, lanes)
+        store(total, [0], load(total, [0], f"float32x{lanes}") + product)
