@@ -183,7 +183,10 @@ class ParamStore:
             np.save(file, np.ascontiguousarray(array).reshape(array.shape), allow_pickle=False)
 
     def get(self, name: str) -> NDArray[Any]:
-        """The array called `name`, read-only and memory-mapped. Raises KeyError if there is none."""
+        """The array called `name`, read-only and memory-mapped. Raises KeyError if there is none.
+
+        Every array kept holds a file descriptor: use them one after the other.
+        """
         path = self._path(name)
         if not path.is_file():
             raise KeyError(name)
