@@ -1,0 +1,1 @@
+"""Text for calibration when the user gives none; SOURCES.md names origins and licenses."""
