@@ -136,10 +136,14 @@ def _read_config(path: Path) -> transformers.PretrainedConfig:
     if "quantization_config" in declared:
         method = dict(declared["quantization_config"] or {}).get("quant_method", "an unnamed method")
         raise ModelError(
-            f"{path}: the weights are already quantized ({method}); moqc starts from float32, float16 or bfloat16"
+            f"{path}: the weights are already quantized ({method}); "
+            "moqc starts from float32, float16 or bfloat16"
         )
     try:
-        config = transformers.AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        config: transformers.PretrainedConfig = transformers.AutoConfig.from_pretrained(
+            path, local_files_only=True, trust_remote_code=False
+        )
+        return config
     except (
         ValueError,
         TypeError,
@@ -151,6 +155,6 @@ def _read_config(path: Path) -> transformers.PretrainedConfig:
     ) as error:
         kind = declared.get("model_type", "(no model_type)")
         raise ModelError(
-            f"{file}: transformers {transformers.__version__} does not know this model ({kind}): {first_line(error)}"
+            f"{file}: transformers {transformers.__version__} does not know this model ({kind}): "
+            f"{first_line(error)}"
         ) from error
-    return config

@@ -120,5 +120,5 @@ def find_layouts(model: torch.nn.Module, model_type: str) -> tuple[ExpertLayout,
 def canonical(
     layout: ExpertLayout, checkpoint: Checkpoint, projection: str, expert: int | None = None
 ) -> torch.Tensor:
-    """Weights of one projection (or bias, ``"up_bias"``), float32: canonical [E, N, K], or [N, K] of `expert`."""
+    """One projection (or bias, as ``up_bias``) in float32: canonical [E, N, K], or [N, K] of `expert`."""
     return checkpoint.load(f"{layout.site}.{projection}", expert).float().contiguous()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -24,7 +25,7 @@ _LIMITED = (
 _TOLERANCE = 1e-6  # float64; some models compute the gate in float32
 
 
-def classify_gate(module: torch.nn.Module, site: str) -> str:
+def classify_gate(module: Any, site: str) -> str:
     """Name of the gate function of an experts module; ModelError when it is none that moqc knows."""
     limit, alpha = _number(module, "limit"), _number(module, "alpha")
     inputs = _inputs(limit)
@@ -65,7 +66,7 @@ def _candidates(has_gate: bool, limit: float | None, alpha: float | None) -> Ite
             yield template.format(alpha=1.0 if alpha is None else alpha, limit=limit)
 
 
-def _number(module: torch.nn.Module, stem: str) -> float | None:
+def _number(module: Any, stem: str) -> float | None:
     """A finite number the module keeps as ``limit`` or ``swiglu_limit`` (``alpha`` alike)."""
     for name in (stem, f"swiglu_{stem}"):
         value = getattr(module, name, None)

@@ -171,7 +171,8 @@ def hook(model: transformers.PreTrainedModel) -> tuple[ExpertLayout, ...]:
     for name in persistent:
         path, _, leaf = name.rpartition(".")
         owner = model.get_submodule(path)
-        tensor = owner._buffers.pop(leaf)
+        tensor = owner.get_buffer(leaf)
+        delattr(owner, leaf)
         owner.register_parameter(leaf, torch.nn.Parameter(tensor, requires_grad=False))
     model.set_attn_implementation(IMPLEMENTATION)
     model.set_experts_implementation(IMPLEMENTATION)

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -45,7 +46,7 @@ class Source:
         """Parameters made of `tensors` (pattern -> one tensor for each of its first keys)."""
         if self.converter is None:
             return {self.target: next(iter(tensors.values()))[0]}
-        converter = deepcopy(self.converter)
+        converter: Any = deepcopy(self.converter)
         for pattern, items in tensors.items():
             for key, tensor in zip(self.keys[pattern], items, strict=False):
                 converter.add_tensor(self.target, key, pattern, lambda tensor=tensor: tensor)
@@ -72,7 +73,8 @@ def match(folder: Path, shards: Shards, model: transformers.PreTrainedModel) -> 
         for name, tensor in made.items():
             if tuple(tensor.shape) != shapes.get(name, tuple(tensor.shape)):
                 raise ModelError(
-                    f"{folder}: {name} is stored with shape {tuple(tensor.shape)}, config.json asks for {shapes[name]}"
+                    f"{folder}: {name} is stored with shape {tuple(tensor.shape)}, "
+                    f"config.json asks for {shapes[name]}"
                 )
             outputs[name] = source
     return outputs

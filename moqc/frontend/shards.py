@@ -26,7 +26,7 @@ _CHUNK = 1 << 22
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """Where one tensor lies: its file, the dtype word of the header, its shape, its first byte in the file."""
+    """Where one tensor lies: file, dtype as the header writes it, shape, first byte within the file."""
 
     file: Path
     dtype: str

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
+from typing import Any
+
 import torch
 import transformers
 
@@ -16,16 +19,25 @@ def build_skeleton(config: transformers.PretrainedConfig) -> transformers.PreTra
     """
     try:
         with torch.device("meta"):
-            model = transformers.AutoModelForCausalLM.from_config(
-                config, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager"
-            )
+            model = build_eager(config)
     except (ValueError, TypeError, KeyError, AttributeError, ImportError, RuntimeError) as error:
         raise ModelError(
             f"transformers cannot build a {config.model_type} model: {first_line(error)}"
         ) from error
     _compute_buffers(model)
+    return model
+
+
+def build_eager(config: transformers.PretrainedConfig) -> transformers.PreTrainedModel:
+    """Transformers' own model of `config` as written, without caches, in float32 and eval mode."""
+    # A copy: a model changes its configuration (hooks, caches).
+    auto: Any = transformers.AutoModelForCausalLM
+    model = auto.from_config(
+        deepcopy(config), dtype=torch.float32, attn_implementation="eager", experts_implementation="eager"
+    )
     model.config.use_cache = False
-    return model.eval()
+    eager: transformers.PreTrainedModel = model.eval()
+    return eager
 
 
 def first_line(error: BaseException) -> str:
@@ -46,12 +58,15 @@ def _compute_buffers(model: transformers.PreTrainedModel) -> None:
         if buffer.dtype != torch.bool:
             module._buffers[leaf] = torch.full(buffer.shape, blank, dtype=buffer.dtype, device="cpu")
     for module in owners.values():
-        model._init_weights(module)
+        model._init_weights(module)  # type: ignore[no-untyped-call]
     for name, buffer in model.named_non_persistent_buffers():
-        if buffer.is_meta or bool(
-            torch.isnan(buffer).any() if buffer.is_floating_point() else (buffer == -1).any()
-        ):
+        if buffer.is_meta or _is_blank(buffer):
             raise ModelError(
                 f"{model.config.model_type}: buffer {name} is computed in the model's constructor only; "
                 "moqc cannot rebuild it without loading the model"
             )
+
+
+def _is_blank(buffer: torch.Tensor) -> bool:
+    marks = torch.isnan(buffer) if buffer.is_floating_point() else buffer == -1
+    return bool(marks.any())

@@ -1,0 +1,219 @@
+"""The mandatory gate: a tiny model of the user's class must give the same logits at every stage.
+
+transformers adds architectures faster than anybody reads them, and moqc has no list of its own. What stands
+in for one is this test: the hooked model, the exported program and the compiled module are compared with
+transformers' eager model, with windows active, at several shapes. What disagrees is refused, with the number.
+
+The compiled module is also given the same tokens in another order, with their positions. Attention by
+position does not mind; recurrent and convolutional layers do, and so does anything that counts tokens itself.
+Those would need state that moqc's cache does not hold, so they are refused too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import transformers
+from tvm import IRModule
+
+import moqc
+from moqc.errors import ModelError
+from moqc.frontend.hf import export, import_program
+from moqc.frontend.hooks import hook
+from moqc.frontend.shrink import shrink
+from moqc.frontend.skeleton import build_eager, build_skeleton, first_line
+from moqc.ir.annotations import PARAMS
+from moqc.ir.ops import ATTENTION, EXPERTS, is_call
+from moqc.ir.sites import bindings
+
+Array = npt.NDArray[Any]
+Run = Callable[[Array, Array], Array]
+"""(input_ids, positions), both int64 [batch, seq] -> logits float32 [batch, seq, vocabulary]."""
+CompileAndRun = Callable[[IRModule, list[Array]], Run]
+"""Compiles a module for its weights (float32, in the order of PARAMS)."""
+
+TOLERANCE = 1e-4  # times max(1, |logit|)
+SHAPES = ((2, 7), (3, 11), (1, 1))
+_MAX_PARAMETERS = 20_000_000
+_SEED = 20240611
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What the gate measured: largest error of each stage, in units of max(1, |logit|)."""
+
+    model_type: str
+    architecture: str
+    experts_blocks: int
+    attention_blocks: int
+    errors: dict[str, float]
+
+
+def verify_architecture(
+    config: transformers.PretrainedConfig, cache_dir: Path, compile_and_run: CompileAndRun
+) -> Verdict:
+    """Verify the architecture of `config` on a tiny model, or return the cached verdict.
+
+    A verdict is kept in ``cache_dir/gate`` by the versions of moqc, transformers and torch and by the tiny
+    configuration. Only passes are kept.
+
+    Raises:
+        ModelError: naming the model type, the stage and the reason.
+
+    """
+    small = shrink(config)
+    file = cache_dir / "gate" / f"{_key(small)}.json"
+    if file.is_file():
+        return Verdict(**json.loads(file.read_text(encoding="utf-8")))
+    verdict = _measure(small, compile_and_run)
+    _write(file, json.dumps(asdict(verdict), indent=1))
+    return verdict
+
+
+def _key(small: transformers.PretrainedConfig) -> str:
+    versions = (moqc.__version__, transformers.__version__, torch.__version__)
+    text = json.dumps([versions, type(small).__name__, small.to_dict()], sort_keys=True, default=str)
+    return f"{small.model_type}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+
+
+def _write(file: Path, text: str) -> None:
+    """Write atomically: a cache is read by other processes."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False, encoding="utf-8") as stream:
+        stream.write(text)
+    os.replace(stream.name, file)
+
+
+def _measure(small: transformers.PretrainedConfig, compile_and_run: CompileAndRun) -> Verdict:
+    eager = random_model(small)
+    hooked = build_skeleton(small)
+    # Copies: hooking turns weights around in place, and the eager model must stay as it is.
+    weights = {name: tensor.clone() for name, tensor in eager.state_dict().items()}
+    hooked.load_state_dict(weights, assign=True)
+    hooked.tie_weights()
+    layouts = hook(hooked)
+    comparison = _Comparison(eager)
+    comparison.check("hooked", _torch_run(hooked))
+    program = export(hooked, max_batch=4, max_chunk=16)
+    comparison.check("exported", _torch_run(program.module()))
+    mod = import_program(program, small.model_type)
+    state = dict(hooked.named_parameters(remove_duplicate=False))
+    compiled = compile_and_run(mod, [state[name].detach().numpy() for name in PARAMS.of(mod)])
+    comparison.check("compiled", compiled)
+    comparison.check("reordered", _reordered(compiled))
+    values = [value for _, value in bindings(mod["main"])]
+    found = sum(is_call(value, EXPERTS) for value in values)
+    if found != len(layouts):
+        raise ModelError(f"{small.model_type}: has {len(layouts)} experts blocks, but the graph has {found}")
+    attentions = sum(is_call(value, ATTENTION) for value in values)
+    return Verdict(small.model_type, type(eager).__name__, found, attentions, comparison.errors)
+
+
+class _Comparison:
+    """Compares stages with the eager model at `SHAPES` and keeps the errors."""
+
+    def __init__(self, eager: transformers.PreTrainedModel) -> None:
+        self._model_type = eager.config.model_type
+        run = _torch_run(eager)
+        self._inputs = [_inputs(*shape, eager.config.vocab_size) for shape in SHAPES]
+        self._expected = [run(*inputs) for inputs in self._inputs]
+        self.errors: dict[str, float] = {}
+
+    def check(self, stage: str, run: Run) -> None:
+        """Record the error of `run`; ModelError when it is over the tolerance, or when it fails."""
+        errors = []
+        for inputs, expected in zip(self._inputs, self._expected, strict=True):
+            try:
+                found = run(*inputs)
+            except (RuntimeError, ValueError, TypeError) as error:
+                raise ModelError(f"{self._model_type}: {stage} model fails: {first_line(error)}") from error
+            errors.append(float(np.max(np.abs(found - expected) / np.maximum(1, np.abs(expected)))))
+        self.errors[stage] = worst = max(errors)
+        if not worst <= TOLERANCE:  # NaN too
+            shape = SHAPES[errors.index(worst)] if worst in errors else SHAPES[0]
+            raise ModelError(
+                f"{self._model_type}: refused: {_REASONS[stage]} (relative error {worst:.1e} in the "
+                f"logits of a tiny model at batch {shape[0]}, length {shape[1]}; allowed {TOLERANCE:.0e})"
+            )
+
+
+_REASONS = {
+    "hooked": "its experts or attention do something that moqc's operators do not, such as a mask of its own",
+    "exported": "torch.export changes what it computes",
+    "compiled": "the compiled model computes something else",
+    "reordered": "it mixes tokens outside attention or counts them itself (recurrent, convolutional or "
+    "length-dependent layers), for which moqc keeps no state",
+}
+
+
+def random_model(config: transformers.PretrainedConfig) -> transformers.PreTrainedModel:
+    """An eager model with random weights, large enough that every part of it shows in the logits.
+
+    Raises ModelError when the configuration cannot be built or is not small.
+    """
+    size = sum(parameter.numel() for parameter in build_skeleton(config).parameters())
+    if size > _MAX_PARAMETERS:
+        raise ModelError(
+            f"{config.model_type}: moqc cannot shrink it for verification ({size} parameters left)"
+        )
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(_SEED)
+        model = build_eager(config)
+        for name, tensor in model.state_dict().items():
+            if tensor.is_floating_point():
+                _randomize(name, tensor)
+    return model
+
+
+def _randomize(name: str, tensor: torch.Tensor) -> None:
+    if tensor.dim() >= 2:
+        tensor.normal_(0, 0.2)
+    elif name.endswith("weight"):  # of a norm
+        tensor.normal_(1, 0.1)
+    else:
+        tensor.normal_(0, 0.3)
+
+
+def _inputs(batch: int, length: int, vocabulary: int) -> tuple[Array, Array]:
+    generator = np.random.default_rng(_SEED)
+    ids = generator.integers(3, vocabulary, (batch, length))
+    return ids, np.tile(np.arange(length), (batch, 1))
+
+
+def _torch_run(module: torch.nn.Module) -> Run:
+    """`Run` of a transformers model or of an exported program's module."""
+
+    def run(ids: Array, positions: Array) -> Array:
+        tokens, places = torch.from_numpy(ids), torch.from_numpy(positions)
+        with torch.no_grad():
+            if isinstance(module, transformers.PreTrainedModel):
+                output = module(input_ids=tokens, position_ids=places, use_cache=False).logits
+            else:
+                output = module(tokens, places)
+        logits: Array = output.numpy()
+        return logits
+
+    return run
+
+
+def _reordered(run: Run) -> Run:
+    """`run` on tokens in another order, its logits put back."""
+
+    def wrapped(ids: Array, positions: Array) -> Array:
+        order = np.random.default_rng(_SEED).permutation(ids.shape[1])
+        logits = run(np.ascontiguousarray(ids[:, order]), np.ascontiguousarray(positions[:, order]))
+        back: Array = np.empty_like(logits)
+        back[:, order] = logits
+        return back
+
+    return wrapped

@@ -1,0 +1,203 @@
+"""From a Hugging Face model to an IR module: export on fake tensors, import, canonicalize.
+
+The result has one function,
+
+    main(input_ids [batch, seq] int64, positions [batch, seq] int64, *weights) -> logits [batch, seq, vocab]
+
+in float32, with ``R.moqc.experts`` for every experts block and ``R.moqc.attention`` for every attention.
+`moqc.ir.annotations.PARAMS` names the weights: parameters of the transformers model, and canonical experts
+operands such as ``model.layers.0.mlp.experts.gate``.
+"""
+
+from __future__ import annotations
+
+import operator
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import transformers
+from torch._subclasses.fake_tensor import FakeTensorMode
+from tvm import IRModule, relax
+
+from moqc.errors import InternalError, ModelError
+from moqc.frontend.checkpoint import Checkpoint
+from moqc.frontend.importer import Importer
+from moqc.frontend.skeleton import first_line
+from moqc.ir.annotations import PARAMS, SCHEMA, SCHEMA_VERSION
+from moqc.ir.sites import INPUTS, find_experts
+
+MAX_BATCH = 4
+MAX_CHUNK = 512
+
+# Whatever a model's own code and torch raise while it is traced.
+_TRACING_ERRORS = (
+    RuntimeError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    LookupError,
+    AssertionError,
+    ArithmeticError,
+)
+# Composite operators that passes want whole.
+_KEPT = ("aten::linear", "aten::silu", "aten::gelu")
+
+
+def import_model(
+    checkpoint: Checkpoint, *, max_batch: int = MAX_BATCH, max_chunk: int = MAX_CHUNK
+) -> IRModule:
+    """The IR module of a checkpoint, without reading its weights.
+
+    `max_batch` and `max_chunk` bound the two symbolic sizes (memory is planned for them). Raises ModelError
+    for a model that cannot be exported or imported, naming the reason.
+    """
+    return import_torch(checkpoint.meta_model(), max_batch=max_batch, max_chunk=max_chunk)
+
+
+def import_torch(
+    model: transformers.PreTrainedModel, *, max_batch: int = MAX_BATCH, max_chunk: int = MAX_CHUNK
+) -> IRModule:
+    """The IR module of a hooked model, whose parameters may be on the meta device."""
+    return import_program(export(model, max_batch=max_batch, max_chunk=max_chunk), model.config.model_type)
+
+
+class _Logits(torch.nn.Module):
+    """What is exported: (input_ids, positions) -> logits."""
+
+    def __init__(self, model: transformers.PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.model(input_ids=input_ids, position_ids=positions, use_cache=False).logits
+        return logits
+
+
+def export(
+    model: transformers.PreTrainedModel, *, max_batch: int = MAX_BATCH, max_chunk: int = MAX_CHUNK
+) -> torch.export.ExportedProgram:
+    """Export a hooked model with symbolic batch and seq, decomposed; meta parameters become fake tensors.
+
+    Raises ModelError naming the model type when torch cannot export it for all sizes.
+    """
+    kind = model.config.model_type
+    sizes = {
+        0: torch.export.Dim("batch", min=1, max=max_batch),
+        1: torch.export.Dim("seq", min=1, max=max_chunk),
+    }
+    _fake_parameters(model)
+    ids = torch.zeros(2, 8, dtype=torch.int64)
+    positions = torch.arange(8).repeat(2, 1)
+    try:
+        with torch.no_grad(), _quiet():
+            program = torch.export.export(
+                _Logits(model),
+                (ids, positions),
+                dynamic_shapes={"input_ids": sizes, "positions": sizes},
+                strict=False,
+                prefer_deferred_runtime_asserts_over_guards=True,
+            )
+            check_assertions(program, kind)
+            decomposed: torch.export.ExportedProgram = program.run_decompositions(_decompositions())
+            return decomposed
+    except _TRACING_ERRORS as error:
+        raise ModelError(f"{kind}: cannot be exported: {first_line(error)}") from error
+
+
+def check_assertions(program: torch.export.ExportedProgram, kind: str) -> None:
+    """Refuse a program with run-time checks, which the import drops, beyond that both inputs have one shape.
+
+    Raises ModelError quoting the first other check.
+    """
+    inputs = set(program.graph_signature.user_inputs)
+    for node in program.graph.nodes:
+        checks = getattr(node.target, "__name__", "") in ("_assert_scalar.default", "_assert_async.msg")
+        if checks and not _equates_inputs(node.args[0], inputs):
+            raise ModelError(f"{kind}: depends on a condition that moqc cannot check: {node.args[-1]}")
+
+
+def _equates_inputs(condition: Any, inputs: set[str]) -> bool:
+    """Whether `condition` says that a dimension of one input equals the same dimension of another."""
+    if getattr(condition, "target", None) is not operator.eq:
+        return False
+    sizes = [argument.args for argument in condition.args if _is_size(argument)]
+    return len(sizes) == 2 and {node.name for node, _ in sizes} <= inputs and sizes[0][1] == sizes[1][1]
+
+
+def _is_size(node: Any) -> bool:
+    return getattr(node, "target", None) is torch.ops.aten.sym_size.int
+
+
+def import_program(program: torch.export.ExportedProgram, kind: str) -> IRModule:
+    """An exported program as an IR module with named sizes, moqc's operators and the PARAMS annotation.
+
+    Raises ModelError for operators the importer does not know, and when no experts block came through.
+    """
+    try:
+        mod = Importer(_symbols(program)).from_exported_program(program, True, True, False, None)
+    except (RuntimeError, TypeError, ValueError, AssertionError, LookupError, AttributeError) as error:
+        raise ModelError(f"{kind}: cannot be imported: {first_line(error)}") from error
+    main = mod["main"].without_attr("params").without_attr("num_input")
+    mod = _drop_unused(IRModule({"main": main}), _weight_names(program))
+    if not find_experts(mod):
+        raise ModelError(f"{kind}: no experts block reached the graph")
+    return SCHEMA.put(mod, SCHEMA_VERSION)
+
+
+def _symbols(program: torch.export.ExportedProgram) -> dict[str, str]:
+    """Torch's names of the two symbolic sizes -> ``batch`` and ``seq``."""
+    ids = next(node for node in program.graph.find_nodes(op="placeholder") if node.name == "input_ids")
+    return dict(zip((str(size) for size in ids.meta["val"].shape), ("batch", "seq"), strict=True))
+
+
+def _weight_names(program: torch.export.ExportedProgram) -> list[str]:
+    """Names of main's parameters after the two inputs, in order."""
+    kinds = torch.export.graph_signature.InputKind
+    specs = program.graph_signature.input_specs
+    return [str(spec.target).removeprefix("model.") for spec in specs if spec.kind == kinds.PARAMETER]
+
+
+def _drop_unused(mod: IRModule, names: list[str]) -> IRModule:
+    """Remove dead bindings and the weights nothing uses; annotate the names of the others."""
+    mod = relax.transform.DeadCodeElimination()(relax.transform.CanonicalizeBindings()(mod))
+    main = mod["main"]
+    inputs, weights = list(main.params)[:INPUTS], list(main.params)[INPUTS:]
+    if len(weights) != len(names):
+        raise InternalError(f"{len(weights)} parameters were imported, {len(names)} exported")
+    used = set(relax.analysis.free_vars(main.body))
+    kept = [(weight, name) for weight, name in zip(weights, names, strict=True) if weight in used]
+    parameters = [*inputs, *(weight for weight, _ in kept)]
+    main = relax.Function(parameters, main.body, main.ret_ty, main.is_pure, main.attrs)
+    return PARAMS.put(IRModule({"main": main}), [name for _, name in kept])
+
+
+def _fake_parameters(model: torch.nn.Module) -> None:
+    """Replace meta parameters by fake ones on the CPU: traced code sees ordinary tensors, without memory."""
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    made: dict[torch.nn.Parameter, torch.nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if not parameter.is_meta:
+                continue
+            if parameter not in made:  # a tied parameter stays one
+                with mode:
+                    blank = torch.empty(parameter.shape, dtype=parameter.dtype)
+                made[parameter] = torch.nn.Parameter(blank, requires_grad=False)
+            module.register_parameter(name, made[parameter])
+
+
+def _decompositions() -> dict[Any, Any]:
+    """Torch's default decompositions without the operators in `_KEPT`."""
+    table = dict(torch.export.default_decompositions())
+    return {operator: rule for operator, rule in table.items() if operator.name() not in _KEPT}
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence a deprecation that torch 2.13 raises against itself whenever it copies a program."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
+        yield
