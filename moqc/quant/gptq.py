@@ -1,0 +1,196 @@
+"""GPTQ over a batch of matrices, followed by descent on what is left of the output error.
+
+1. Static grids: scale and zero of every group by clip search on the original weights, errors weighted by the
+   Hessian's diagonal. Groups are original columns, so act-order costs nothing at run time.
+2. GPTQ (arXiv 2210.17323): columns by descending Hessian diagonal, the error of each propagated to all columns
+   that follow, within its block and lazily beyond it.
+3. Descent: group by group, scale and zero get their closed-form optimum for ``tr(D H D^T)`` given all codes,
+   then every code moves to the nearest level of its own optimum given all others (coordinate descent, as in
+   QuantEase, arXiv 2309.01885). No step raises the damped loss.
+
+Inside, matrices are stored by columns, ``[B, K, N]``, so that a column is contiguous.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from moqc.quant import grid
+from moqc.quant.formats import Format
+from moqc.quant.hessian import damped, inverse_factor, output_error
+from moqc.quant.rtn import assemble, importance_groups
+from moqc.quant.tensor import Quantized
+
+BLOCK = 32
+"""Columns between two lazy updates of the columns that follow."""
+SWEEPS = 5
+"""Rounds of descent; the loss hardly moves after these."""
+_CHUNK = 1 << 24
+"""Weights quantized at a time, at least one matrix: bounds the memory of a large batch."""
+
+
+def quantize_gptq(
+    w: torch.Tensor,
+    hessian: torch.Tensor,
+    fmt: Format,
+    *,
+    damping: float = 0.01,
+    act_order: bool = True,
+) -> tuple[Quantized, torch.Tensor]:
+    """Quantize ``w[B, N, K]`` so that the output error under ``hessian[B, K, K]`` is small.
+
+    Args:
+        w: weights, any float dtype.
+        hessian: second moments of the inputs. A zero matrix stands for the identity.
+        fmt: the format.
+        damping: share of the mean diagonal added to the diagonal. The descent minimises the damped loss.
+        act_order: quantize columns in descending order of the Hessian's diagonal.
+
+    Returns:
+        The quantized matrices and ``tr(D H D^T)``, ``D = w - dequantized``, H not damped: float64 ``[B]``.
+
+    """
+    count = max(1, _CHUNK // w[0].numel())
+    parts = [
+        _quantize(w[i : i + count].float(), hessian[i : i + count], fmt, damping, act_order)
+        for i in range(0, w.shape[0], count)
+    ]
+    zeros = None if fmt.symmetric else torch.cat([part.zeros for part, _ in parts if part.zeros is not None])
+    codes, scales = (
+        torch.cat([part.codes for part, _ in parts]),
+        torch.cat([part.scales for part, _ in parts]),
+    )
+    return Quantized(fmt, codes, scales, zeros), torch.cat([loss for _, loss in parts])
+
+
+def _quantize(
+    w: torch.Tensor, hessian: torch.Tensor, fmt: Format, damping: float, act_order: bool
+) -> tuple[Quantized, torch.Tensor]:
+    curvature = damped(hessian, damping)
+    found = grid.search(
+        grid.to_groups(w, fmt.group).reshape(-1, fmt.group),
+        importance_groups(w, curvature.diagonal(dim1=-2, dim2=-1), fmt),
+        fmt,
+    )
+    state = _State.start(w, found, fmt)
+    _propagate(state, w.mT.contiguous(), curvature, act_order)
+    for _ in range(SWEEPS):
+        _descend(state, curvature)
+    quantized = state.quantized()
+    return quantized, output_error(w - quantized.dequantize(), hessian)
+
+
+@dataclass(eq=False)
+class _State:
+    """A quantization under way, all float32: codes and residual ``[B, K, N]``, scale and zero ``[B, G, N]``."""
+
+    format: Format
+    codes: torch.Tensor
+    residual: torch.Tensor
+    scale: torch.Tensor
+    zero: torch.Tensor
+
+    @classmethod
+    def start(cls, w: torch.Tensor, found: grid.Grid, fmt: Format) -> _State:
+        batch, rows, columns = w.shape
+        shape = (batch, rows, fmt.groups(columns))
+        codes = torch.empty(batch, columns, rows, device=w.device)
+        scale, zero = (part.reshape(shape).mT.contiguous() for part in (found.scale, found.zero))
+        return cls(fmt, codes, torch.empty_like(codes), scale, zero)
+
+    def quantized(self) -> Quantized:
+        flat = grid.Grid(self.scale.mT.reshape(-1), self.zero.mT.reshape(-1))
+        return assemble(self.codes.mT.to(torch.uint8), flat, self.format)
+
+
+def _propagate(state: _State, w: torch.Tensor, hessian: torch.Tensor, act_order: bool) -> None:
+    """One GPTQ pass over ``w[B, K, N]``; fills the state's codes and residual."""
+    batch, columns, rows = w.shape
+    order = torch.arange(columns, device=w.device).expand(batch, columns)
+    if act_order:
+        order = hessian.diagonal(dim1=-2, dim2=-1).argsort(dim=-1, descending=True)
+    by_row = order.unsqueeze(-1)
+    permuted = hessian.gather(1, by_row.expand(-1, -1, columns)).gather(
+        2, order.unsqueeze(1).expand(-1, columns, -1)
+    )
+    groups = (by_row // state.format.group).expand(-1, -1, rows)
+    by_row = by_row.expand(-1, -1, rows)
+    levels = grid.Grid(state.scale.gather(1, groups), state.zero.gather(1, groups))
+    target = w.gather(1, by_row)
+    codes = _gptq(target.clone(), inverse_factor(permuted), levels, state.format.levels)
+    state.codes.scatter_(1, by_row, codes)
+    state.residual.scatter_(1, by_row, target - levels.scale * (codes - levels.zero))
+
+
+def _gptq(w: torch.Tensor, factor: torch.Tensor, levels: grid.Grid, count: int) -> torch.Tensor:
+    """Codes of ``w[B, K, N]``, column after column; `levels` hold a grid a column. Overwrites ``w``."""
+    columns = w.shape[1]
+    codes, inverse = torch.empty_like(w), grid.inverse(levels.scale)
+    for start in range(0, columns, BLOCK):
+        stop = min(start + BLOCK, columns)
+        errors = torch.empty_like(w[:, start:stop])
+        for j in range(start, stop):
+            code = (w[:, j] * inverse[:, j]).add_(levels.zero[:, j]).round_().clamp_(0, count - 1)
+            codes[:, j] = code
+            error = (w[:, j] - levels.scale[:, j] * (code - levels.zero[:, j])) / factor[:, j, j, None]
+            errors[:, j - start] = error
+            w[:, j + 1 : stop] -= factor[:, j, j + 1 : stop, None] * error.unsqueeze(1)
+        w[:, stop:] -= factor[:, start:stop, stop:].mT @ errors
+    return codes
+
+
+def _descend(state: _State, hessian: torch.Tensor) -> None:
+    """One round of descent over all groups."""
+    columns = state.codes.shape[1]
+    for index, start in enumerate(range(0, columns, state.format.group)):
+        window = slice(start, min(start + state.format.group, columns))
+        gradient = hessian[:, window] @ state.residual
+        own = hessian[:, window, window]
+        _refit_scale(state, index, window, gradient, own)
+        if not state.format.symmetric:
+            _refit_zero(state, index, window, gradient, own)
+        _move_codes(state, index, window, gradient, own)
+
+
+def _closer(new: torch.Tensor, old: torch.Tensor, optimum: torch.Tensor) -> torch.Tensor:
+    """``new`` where it is nearer to the optimum of a parabola than ``old``."""
+    return torch.where((new - optimum).abs() < (old - optimum).abs(), new, old)
+
+
+def _refit_scale(state: _State, index: int, window: slice, gradient: torch.Tensor, own: torch.Tensor) -> None:
+    scale, zero = state.scale[:, index], state.zero[:, index]
+    offsets = state.codes[:, window] - zero.unsqueeze(1)
+    curved = own @ offsets
+    curvature = (offsets * curved).sum(1)
+    optimum = scale + torch.where(curvature > 0, (offsets * gradient).sum(1) / curvature, 0.0)
+    change = _closer(grid.rounded(optimum, zero, state.format).scale, scale, optimum) - scale
+    state.scale[:, index] += change
+    state.residual[:, window] -= change.unsqueeze(1) * offsets
+    gradient -= change.unsqueeze(1) * curved
+
+
+def _refit_zero(state: _State, index: int, window: slice, gradient: torch.Tensor, own: torch.Tensor) -> None:
+    scale, zero = state.scale[:, index], state.zero[:, index]
+    curved = own.sum(-1, keepdim=True)
+    curvature = curved.sum(1) * scale
+    optimum = zero - torch.where(curvature == 0, 0.0, gradient.sum(1) / curvature)
+    new = _closer(grid.rounded(scale, optimum, state.format).zero, zero, optimum)
+    change = scale * (new - zero)
+    state.zero[:, index] = new
+    state.residual[:, window] += change.unsqueeze(1)
+    gradient += change.unsqueeze(1) * curved
+
+
+def _move_codes(state: _State, index: int, window: slice, gradient: torch.Tensor, own: torch.Tensor) -> None:
+    scale, top = state.scale[:, index], state.format.levels - 1
+    inverse = grid.inverse(scale)
+    for j in range(window.stop - window.start):
+        code = state.codes[:, window.start + j]
+        optimum = code + gradient[:, j] / own[:, j, j, None] * inverse
+        new = optimum.round_().clamp_(0, top)
+        change = (new - code) * scale
+        state.codes[:, window.start + j] = new
+        state.residual[:, window.start + j] -= change
+        gradient[:, j + 1 :] -= own[:, j, j + 1 :, None] * change.unsqueeze(1)
