@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from tvm import tirx
 from tvm.tirx.script import builder as T
 
-from moqc.schedules.cpu.emit import Index, int64, load, loop, parallel, store
+from moqc.schedules.cpu.emit import Index, bind, int64, load, loop, parallel, store
 
 PARALLEL_WORK = 1 << 20
 """Multiply-adds below which a loop stays on its thread: about 35 µs; waking the pool costs up to 20."""
@@ -77,6 +77,36 @@ def reduce_lanes(vector: Any, lanes: int, combine: Callable[[Any, Any], Any]) ->
         low, high = (load(vector, [start], vector_type(width)) for start in (0, width))
         store(vector, [0], combine(low, high))
     return load(vector, [0])
+
+
+def block_product(
+    weights: Any,
+    at: Sequence[Index],
+    row: Index,
+    last: Index,
+    x: Any,
+    x_at: Sequence[Index],
+    size: tuple[int, int],
+) -> Any:
+    """Rows `row`.. of the matrix ``weights[*at]`` times the vector ``x[*x_at]``: a vector of `lanes` sums.
+
+    `size` is (columns, lanes); rows past `last` read that one again. Where the columns fit no vector of
+    `lanes`, narrower ones do the block in parts.
+    """
+    columns, lanes = size
+    width = common_lanes(lanes, columns)
+    kind = vector_type(width)
+    sums = T.alloc_buffer((width, width), "float32", scope="local")
+    folded = T.alloc_buffer((lanes,), "float32", scope="local")
+    for part in range(0, lanes, width):
+        with T.unroll(int64(0), int64(width)) as i:
+            store(sums, [i, 0], spread(0.0, width))
+        with loop(0, columns // width) as step, T.unroll(int64(0), int64(width)) as i:
+            line = tirx.min(row + part + i, int64(last))
+            product = load(weights, [*at, line, step * width], kind) * load(x, [*x_at, step * width], kind)
+            store(sums, [i, 0], load(sums, [i, 0], kind) + product)
+        store(folded, [part], fold_rows(sums, width))
+    return bind(load(folded, [0], vector_type(lanes)))
 
 
 def _shuffle(vectors: list[Any], lanes: list[int]) -> Any:
