@@ -2,8 +2,8 @@
 
 1. Static grids: scale and zero of every group by clip search on the original weights, errors weighted by the
    Hessian's diagonal. Groups are original columns, so act-order costs nothing at run time.
-2. GPTQ (arXiv 2210.17323): columns by descending Hessian diagonal, the error of each propagated to all columns
-   that follow, within its block and lazily beyond it.
+2. GPTQ (arXiv 2210.17323): columns by descending Hessian diagonal, the error of each propagated to all
+   columns that follow, within its block and lazily beyond it.
 3. Descent: group by group, scale and zero get their closed-form optimum for ``tr(D H D^T)`` given all codes,
    then every code moves to the nearest level of its own optimum given all others (coordinate descent, as in
    QuantEase, arXiv 2309.01885). No step raises the damped loss.
@@ -57,12 +57,14 @@ def quantize_gptq(
         _quantize(w[i : i + count].float(), hessian[i : i + count], fmt, damping, act_order)
         for i in range(0, w.shape[0], count)
     ]
-    zeros = None if fmt.symmetric else torch.cat([part.zeros for part, _ in parts if part.zeros is not None])
-    codes, scales = (
-        torch.cat([part.codes for part, _ in parts]),
-        torch.cat([part.scales for part, _ in parts]),
+    zeros = [part.zeros for part, _ in parts if part.zeros is not None]
+    quantized = Quantized(
+        format=fmt,
+        codes=torch.cat([part.codes for part, _ in parts]),
+        scales=torch.cat([part.scales for part, _ in parts]),
+        zeros=torch.cat(zeros) if zeros else None,
     )
-    return Quantized(fmt, codes, scales, zeros), torch.cat([loss for _, loss in parts])
+    return quantized, torch.cat([loss for _, loss in parts])
 
 
 def _quantize(
@@ -84,7 +86,7 @@ def _quantize(
 
 @dataclass(eq=False)
 class _State:
-    """A quantization under way, all float32: codes and residual ``[B, K, N]``, scale and zero ``[B, G, N]``."""
+    """A quantization under way, in float32: codes, residual ``[B, K, N]``; scale, zero ``[B, G, N]``."""
 
     format: Format
     codes: torch.Tensor

@@ -1,16 +1,16 @@
 """MC-MoE's own quantizers (arXiv 2410.06270), as its published code runs them: a baseline for `compare`.
 
-The code is github.com/Aaronhuang-778/MC-MoE: ``gptq.py``, ``utils/quantizer_moe.py``, ``utils/normal_quantizer.py``.
-Kept as they are there:
+The code is github.com/Aaronhuang-778/MC-MoE: ``gptq.py``, ``utils/quantizer_moe.py`` and
+``utils/normal_quantizer.py``. Kept as they are there:
 
-* GPTQ in blocks of 128 columns, groups of 128, no act-order; up to 3 bits a column's error reaches later blocks
-  only, never the rest of its own block.
-* Scales by a narrow search: 0.9 to 1.1 times the range, 101 steps, ``sum |error|^2.4``; float16 scale and float16
-  zero that is not a whole code.
+* GPTQ in blocks of 128 columns, groups of 128, no act-order; up to 3 bits a column's error reaches later
+  blocks only, never the rest of its own block.
+* Scales by a narrow search: 0.9 to 1.1 times the range, 101 steps, ``sum |error|^2.4``; float16 scale and
+  float16 zero that is not a whole code.
 * One bit: ``sign(w)`` at ``mean|w|``.
 
-The search compares its errors in float32 where the original does in float16, which can only help it. The float
-zeros are none of moqc's formats, so weights are returned dequantized.
+The search compares its errors in float32 where the original does in float16, which can only help it.
+The float zeros are none of moqc's formats, so weights are returned dequantized.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ GROUP = 128
 _OVERHEAD_BITS = 32
 """Float16 scale and float16 zero of a group."""
 _NORM = 2.4
-_SHRINK_STEPS = 50
-_SHRINK_RANGE = 0.1
+_SHRINKS = (1.0, *(1 + i / 500 for i in range(1, 51)), *(1 - i / 500 for i in range(1, 51)))
+"""In the original's order: the first of equals wins."""
 
 
 def quantize_mcmoe(
@@ -35,8 +35,8 @@ def quantize_mcmoe(
     """Quantize ``w[B, N, K]`` under ``hessian[B, K, K]``.
 
     Returns:
-        Dequantized weights float32 ``[B, N, K]``, and the bits all matrices would occupy: codes without padding,
-        16 bits of scale and 16 of zero a group.
+        Dequantized weights float32 ``[B, N, K]``, and the bits all matrices would occupy: codes without
+        padding, 16 bits of scale and 16 of zero a group.
 
     """
     batch, rows, columns = w.shape
@@ -97,17 +97,14 @@ def _block(block: torch.Tensor, factor: torch.Tensor, bits: int) -> tuple[torch.
 def _grid(block: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Scale and zero ``[B, N, 1]`` of a group ``[B, N, c]``, float32 values that float16 holds."""
     if bits == 1:
-        scale = _half(block.abs().mean(-1, keepdim=True) * 2)
+        scale = _half_scale(block.abs().mean(-1, keepdim=True) * 2)
         return scale, torch.full_like(scale, 0.5)
     low, high = _range(block)
-    shrinks = [
-        1 + sign * _SHRINK_RANGE * i / _SHRINK_STEPS for sign in (1, -1) for i in range(1, _SHRINK_STEPS + 1)
-    ]
     best = torch.full_like(low, torch.inf)
     scale, zero = torch.zeros_like(low), torch.zeros_like(low)
-    for shrink in (1.0, *shrinks):
-        tried = _half((high - low) * (shrink / ((1 << bits) - 1)))
-        tried_zero = _half(-low * shrink / tried)
+    for shrink in _SHRINKS:
+        tried = _half_scale((high - low) * (shrink / ((1 << bits) - 1)))
+        tried_zero = (-low * shrink / tried).half().float()
         difference = _nearest(block, tried, tried_zero, bits) - block
         error = difference.abs_().pow_(_NORM).sum(-1, keepdim=True)
         wins = error < best
@@ -129,6 +126,6 @@ def _range(groups: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return low.masked_fill(empty, -1.0), high.masked_fill(empty, 1.0)
 
 
-def _half(values: torch.Tensor) -> torch.Tensor:
-    # A scale below float16's reach would divide by zero; the original stops there.
+def _half_scale(values: torch.Tensor) -> torch.Tensor:
+    # A scale below float16's reach would divide by zero: the original fails there.
     return values.half().float().clamp(min=torch.finfo(torch.float16).smallest_normal)
