@@ -1,0 +1,209 @@
+"""What quantizing costs: measured output errors of the experts blocks, and how much the layers matter.
+
+* `measure_costs`: the error that the real quantizer leaves in a block's output when one unit (one projection
+  of one expert) is quantized alone, for every candidate format.
+* `measure_block_errors`: the error of the block with one whole expert quantized by MC-MoE's plain rounding,
+  the coefficient of its allocation (arXiv 2410.06270, ``awareness.py``).
+* `measure_sensitivity`: nats of KL divergence at the model's output per unit of squared error of one block's
+  output, without gradients.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from moqc.calibrate.capture import Captured, analyze_sites
+from moqc.calibrate.experts import ExpertWeights
+from moqc.calibrate.layers import ExpertsCall, ExpertsFunction, LayeredModel, Stream
+from moqc.calibrate.statistics import VERSION as STATISTICS_VERSION
+from moqc.calibrate.statistics import SiteStatistics, Statistics
+from moqc.calibrate.text import CalibrationSet
+from moqc.calibrate.workspace import Workspace, digest
+from moqc.frontend.checkpoint import Checkpoint
+from moqc.log import track
+from moqc.quant.formats import Format
+from moqc.quant.gptq import quantize_gptq
+from moqc.quant.mcmoe import mcmoe_rtn
+from moqc.quant.rtn import quantize_rtn
+
+VERSION = 1
+"""Of what is measured here; part of every cache key."""
+
+BLOCK_ERROR_BITS = (1, 2, 3)
+"""Widths that MC-MoE allots."""
+
+NOISE = 0.1
+"""Norm of the noise that probes a layer, relative to the block's output of the same token."""
+
+SiteCosts = dict[str, dict[str, list[float]]]
+"""projection -> format name -> cost of each expert."""
+
+
+def measure_costs(
+    checkpoint: Checkpoint, statistics: Statistics, formats: Sequence[Format], *, quantizer: str = "gptq"
+) -> dict[str, SiteCosts]:
+    """Costs of all units: site -> projection -> format -> one number an expert.
+
+    The number is ``Σ_t g_t² ‖E(x_t) - E_q(x_t)‖²`` over the calibration tokens routed to the expert, taken
+    from the sample of `SiteStatistics`: the squared error in the block's output when this unit alone is
+    quantized with `quantizer` ("gptq" or "rtn"). Cached by site and format in the statistics' workspace.
+    """
+    workspace = statistics.workspace
+    model = LayeredModel(checkpoint)
+    costs: dict[str, SiteCosts] = {}
+    for site in track(statistics.sites, "measuring costs"):
+        keys = {fmt: digest("costs", VERSION, statistics.keys[site], quantizer, str(fmt)) for fmt in formats}
+        missing = [fmt for fmt in formats if not workspace.has(keys[fmt])]
+        if missing:
+            weights, measured = model.experts(site), statistics.of(site)
+            for fmt in missing:
+                workspace.save_json(keys[fmt], _site_costs(weights, measured, fmt, quantizer))
+        by_format = {str(fmt): workspace.load_json(keys[fmt]) for fmt in formats}
+        projections = next(iter(by_format.values())).keys()
+        costs[site] = {name: {fmt: by_format[fmt][name] for fmt in by_format} for name in projections}
+    return costs
+
+
+@torch.inference_mode()
+def _site_costs(
+    weights: ExpertWeights, measured: SiteStatistics, fmt: Format, quantizer: str
+) -> dict[str, list[float]]:
+    """Cost of each expert, by projection, in one format."""
+    exact = weights.output(slice(None), measured.sample_x)
+    kept = (measured.sample_weights != 0).sum(1)
+    scale = measured.counts / kept.clamp(min=1)
+    costs: dict[str, list[float]] = {}
+    for projection in weights.projections:
+        original = weights.matrices(projection)
+        if quantizer == "rtn":
+            quantized = quantize_rtn(original, fmt)
+        else:
+            quantized = quantize_gptq(original, measured.hessians(projection).matrices, fmt)[0]
+        block = weights.substitute(**{projection: quantized.dequantize()})
+        changed = block.output(slice(None), measured.sample_x)
+        squared = (changed - exact).square().sum(2) * measured.sample_weights.square()
+        costs[projection] = (squared.double().sum(1) * scale).tolist()
+    return costs
+
+
+def measure_block_errors(
+    checkpoint: Checkpoint, calibration: CalibrationSet, workspace: Workspace
+) -> dict[str, list[list[float]]]:
+    """MC-MoE's coefficients: site -> [E][1, 2 and 3 bits].
+
+    ``Σ_batches ‖block(x) - block(x; expert quantized)‖_F`` with full-precision inputs, groups of 128.
+    """
+    key = digest("block-errors", VERSION, STATISTICS_VERSION, checkpoint.fingerprint, calibration.fingerprint)
+    model = LayeredModel(checkpoint)
+    keys = analyze_sites(model, calibration, workspace, key, _block_errors, "measuring block errors")
+    return {site: workspace.load_tensors(keys[site])["errors"].tolist() for site in keys}
+
+
+def _block_errors(site: str, captured: Captured, weights: ExpertWeights) -> dict[str, Tensor]:
+    errors = torch.zeros(weights.expert_count, len(BLOCK_ERROR_BITS), dtype=torch.float64)
+    batch_of = torch.arange(len(captured.batches)).repeat_interleave(torch.tensor(captured.batches))
+    for expert, tokens, gates in captured.routed(weights.expert_count):
+        x = captured.x[tokens]
+        exact = weights.output(expert, x)
+        for column, bits in enumerate(BLOCK_ERROR_BITS):
+            one = slice(expert, expert + 1)
+            changed = {name: mcmoe_rtn(weights.matrices(name)[one], bits) for name in weights.projections}
+            difference = weights.only(expert).substitute(**changed).output(0, x) - exact
+            squared = difference.double().square().sum(1) * gates.double().square()
+            norms = torch.bincount(batch_of[tokens], squared, minlength=len(captured.batches)).sqrt()
+            errors[expert, column] = norms.sum()
+    return {"errors": errors}
+
+
+def measure_sensitivity(
+    checkpoint: Checkpoint,
+    calibration: CalibrationSet,
+    workspace: Workspace,
+    *,
+    tokens: int = 2048,
+    noise: float = NOISE,
+    seed: int = 0,
+) -> dict[str, float]:
+    """Nats of KL divergence per unit of squared error in the output of each site's block.
+
+    Gaussian noise, of `noise` times the output's norm for each token, is added to the output of one site at a
+    time on about `tokens` tokens spread over the datasets; the mean KL divergence of the model's output from
+    the clean one, over the mean squared norm of the noise, is the result.
+    """
+    key = digest("sensitivity", VERSION, checkpoint.fingerprint, calibration.fingerprint, tokens, noise, seed)
+    if not workspace.has(key):
+        workspace.save_json(key, _sensitivity(checkpoint, calibration, tokens, noise, seed))
+    found: dict[str, float] = workspace.load_json(key)
+    return found
+
+
+def _sensitivity(
+    checkpoint: Checkpoint, calibration: CalibrationSet, tokens: int, noise: float, seed: int
+) -> dict[str, float]:
+    model = LayeredModel(checkpoint)
+    clean = model.start(_subset(calibration, tokens))
+    noisy: dict[str, tuple[Stream, _Noise]] = {}
+    # One pass over the weights: a second stream forks off at every site, and all of them move on together.
+    for index in track(range(model.layer_count), "measuring sensitivity"):
+        original = model.original_experts(index)
+        forks = {site: (clean.fork(), _Noise(original, site, noise, seed)) for site in model.sites(index)}
+        with model.layer(index) as layer:
+            for stream, _ in noisy.values():
+                layer.run(stream, original)
+            for stream, probe in forks.values():
+                layer.run(stream, probe)
+            layer.run(clean, original)
+        noisy |= forks
+    divergence = _divergences(model, clean, {site: stream for site, (stream, _) in noisy.items()})
+    return {site: divergence[site] / probe.mean_square for site, (_, probe) in noisy.items()}
+
+
+class _Noise:
+    """An experts function that disturbs the output of one site and sums up by how much."""
+
+    def __init__(self, original: ExpertsFunction, site: str, size: float, seed: int) -> None:
+        self._original, self._site, self._size = original, site, size
+        self._generator = torch.Generator().manual_seed(seed)
+        self._squares, self._tokens = 0.0, 0
+
+    def __call__(self, call: ExpertsCall) -> Tensor:
+        """The original output, disturbed at this probe's site."""
+        output = self._original(call)
+        if call.site != self._site:
+            return output
+        disturbance = torch.randn(output.shape, generator=self._generator)
+        disturbance *= self._size * output.norm(dim=1, keepdim=True) / math.sqrt(output.shape[1])
+        self._squares += float(disturbance.double().square().sum())
+        self._tokens += len(output)
+        return output + disturbance
+
+    @property
+    def mean_square(self) -> float:
+        """Mean squared norm of the noise a token."""
+        return self._squares / max(self._tokens, 1)
+
+
+def _divergences(model: LayeredModel, clean: Stream, noisy: dict[str, Stream]) -> dict[str, float]:
+    """Mean KL divergence from the clean model's output, nats a token, of each stream."""
+    names = list(noisy)
+    total = dict.fromkeys(names, 0.0)
+    for batch, tokens in enumerate(clean.tokens):
+        rows = [stream.hidden[batch] for stream in (clean, *noisy.values())]
+        joint = Stream([tokens] * len(rows), rows, clean.arguments)
+        outputs = (logits.log_softmax(-1) for logits in model.logits(joint))
+        reference = next(outputs)
+        for name, log_probabilities in zip(names, outputs, strict=True):
+            total[name] += float((reference.exp() * (reference - log_probabilities)).sum())
+    count = sum(tokens.numel() for tokens in clean.tokens)
+    return {name: max(value / count, 0.0) for name, value in total.items()}
+
+
+def _subset(calibration: CalibrationSet, tokens: int) -> list[Tensor]:
+    """Batches of about `tokens` tokens: the first windows of every dataset, at least one of each."""
+    window = calibration.tokens[0].shape[1]
+    share = max(1, tokens // (window * len(calibration.tokens)))
+    return [torch.from_numpy(windows[:share]) for windows in calibration.tokens]

@@ -1,0 +1,316 @@
+"""The source model, run one decoder layer at a time with its weights streamed from the checkpoint.
+
+`LayeredModel` keeps the Hugging Face model on the meta device. Only the layer being run has real weights
+(float32), so a model of any size needs the memory of one layer plus the activations of the calibration
+tokens. The experts blocks are not run by transformers: they are calls to a function given by the caller,
+which is how inputs are captured and quantized weights are tried. Everything else is the model's own eager
+code, the oracle for the rest of moqc.
+
+How the arguments of a layer are found without knowing the architecture: the model runs once with every layer
+replaced by a stub that hands its input through and keeps the other arguments (masks, rotary embeddings, ...).
+The head works the same way: the last stub returns the final hidden states, and the model does what it does
+after its last layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from moqc.calibrate.experts import ExpertWeights
+from moqc.errors import ModelError
+from moqc.frontend.checkpoint import Checkpoint
+from moqc.frontend.skeleton import build_skeleton
+from moqc.quant import reference
+from moqc.quant.reference import Activations
+
+BATCH_TOKENS = 4096
+"""Tokens a batch: bounds the memory of attention scores and logits."""
+
+
+@dataclass(frozen=True)
+class ExpertsCall:
+    """One experts block on one batch: `x` [T, H] float32, `ids` int64 [T, k], `weights` float32 [T, k]."""
+
+    site: str
+    batch: int
+    x: Tensor
+    ids: Tensor
+    weights: Tensor
+
+
+ExpertsFunction: TypeAlias = Callable[[ExpertsCall], Tensor]
+"""Computes the block's output [T, H] float32."""
+
+Override: TypeAlias = Callable[[str], "Tensor | None"]
+"""In-model parameter name -> float32 tensor to use instead of the checkpoint's, or None."""
+
+
+@dataclass
+class Stream:
+    """Activations on their way through the layers.
+
+    `tokens`: int64 [n, window] a batch. `hidden`: float32 [n, window, H] a batch, input of the next layer.
+    `arguments`: what the model passes to each layer beside the hidden states, [batch][layer].
+    """
+
+    tokens: list[Tensor]
+    hidden: list[Tensor]
+    arguments: list[list[tuple[tuple[Any, ...], dict[str, Any]]]]
+
+    def fork(self) -> Stream:
+        """A second stream from the same point; what is shared is never written in place."""
+        return Stream(self.tokens, list(self.hidden), self.arguments)
+
+
+def computed(blocks: Mapping[str, ExpertWeights], activations: Activations = "float") -> ExpertsFunction:
+    """The experts function of the given weights, site -> block."""
+    return lambda call: blocks[call.site].apply(call.x, call.ids, call.weights, activations)
+
+
+def split_batches(windows: Tensor, batch_tokens: int = BATCH_TOKENS) -> list[Tensor]:
+    """Batches of at most `batch_tokens` tokens (at least one window) of `windows` [n, window]."""
+    rows = max(1, batch_tokens // windows.shape[1])
+    return [windows[at : at + rows] for at in range(0, len(windows), rows)]
+
+
+class LayeredModel:
+    """A checkpoint's model, layer by layer, in float32 on the CPU.
+
+    `override` substitutes weights of anything but the experts, by parameter name. A substituted `nn.Linear`
+    is computed by `quant.reference.linear`, with its input quantized too if `activations` is "int8".
+    Raises ModelError when the model has no list of decoder layers around its experts blocks.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, *, override: Override | None = None, activations: Activations = "float"
+    ) -> None:
+        self.checkpoint = checkpoint
+        self.activations = activations
+        self._override = override or (lambda name: None)
+        # Not `checkpoint.meta_model()`: its hooks are for export, the model's own attention is the reference.
+        self._model = build_skeleton(checkpoint.config)
+        self.layouts = {layout.site: layout for layout in checkpoint.layouts}
+        self._prefix, self._layers = _decoder_layers(self._model, list(self.layouts))
+        self._call: ExpertsFunction | None = None
+        self._batch = 0
+        for site in self.layouts:
+            parent, _, name = site.rpartition(".")
+            block = _Experts(site, self._model.get_submodule(site), self._run_experts)
+            setattr(self._model.get_submodule(parent), name, block)
+        self._real_layers = list(self._layers)
+
+    @property
+    def layer_count(self) -> int:
+        """Number of decoder layers."""
+        return len(self._real_layers)
+
+    def sites(self, layer: int) -> list[str]:
+        """Sites of the experts blocks in decoder layer `layer`, in the order of its modules."""
+        prefix = f"{self._prefix}.{layer}."
+        return [site for site in self.layouts if site.startswith(prefix)]
+
+    def experts(self, site: str) -> ExpertWeights:
+        """The original weights of one experts block, canonical, float32."""
+        return ExpertWeights.load(self.checkpoint, self.layouts[site])
+
+    @torch.inference_mode()
+    def start(self, batches: Sequence[Tensor]) -> Stream:
+        """Embed the token batches (int64 [n, window] each)."""
+        stubs = self._stub_layers()
+        stream = Stream(list(batches), [], [])
+        base = self._model.base_model
+        with self._outer(base):
+            for tokens in batches:
+                base(**_inputs(tokens))
+                stream.hidden.append(stubs[0].hidden)
+                stream.arguments.append([stub.arguments for stub in stubs])
+        return stream
+
+    @contextmanager
+    def layer(self, index: int) -> Iterator[LoadedLayer]:
+        """Load decoder layer `index` for the duration of the block."""
+        module = self._real_layers[index]
+        with self._materialized(f"{self._prefix}.{index}", module):
+            yield LoadedLayer(self, index, module)
+
+    @torch.inference_mode()
+    def logits(self, stream: Stream) -> Iterator[Tensor]:
+        """Logits float32 [n, window, vocabulary] of each batch, after all layers have run."""
+        stubs = self._stub_layers()
+        with self._outer(self._model):
+            for tokens, hidden in zip(stream.tokens, stream.hidden, strict=True):
+                stubs[-1].output = hidden
+                yield self._model(**_inputs(tokens)).logits.float()
+
+    def forward(self, batches: Sequence[Tensor], experts: ExpertsFunction | None = None) -> Stream:
+        """Run all layers; `experts` defaults to the original weights."""
+        stream = self.start(batches)
+        for index in range(self.layer_count):
+            with self.layer(index) as layer:
+                layer.run(stream, experts or self.original_experts(index))
+        return stream
+
+    def original_experts(self, index: int) -> ExpertsFunction:
+        """An experts function with the original weights of the sites of layer `index`."""
+        return computed({site: self.experts(site) for site in self.sites(index)})
+
+    def _run_experts(self, site: str, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        if self._call is None:
+            raise ModelError(f"{site}: an experts block outside the decoder layers is not supported")
+        return self._call(ExpertsCall(site, self._batch, x, ids, weights))
+
+    def _stub_layers(self) -> list[_Stub]:
+        stubs = [_Stub(layer) for layer in self._real_layers]
+        for index, stub in enumerate(stubs):
+            self._layers[index] = stub
+        return stubs
+
+    @contextmanager
+    def _outer(self, module: nn.Module) -> Iterator[None]:
+        """Real weights for `module` except its decoder layers, which are stubs at this point."""
+        name = next(name for name, candidate in self._model.named_modules() if candidate is module)
+        with self._materialized(name, module):
+            yield
+
+    @contextmanager
+    def _materialized(self, prefix: str, root: nn.Module) -> Iterator[None]:
+        undo: list[Callable[[], None]] = []
+        try:
+            for path, module in root.named_modules(prefix=prefix):
+                for name in _stored(module):
+                    undo.append(self._materialize(module, name, f"{path}.{name}" if path else name))
+            yield
+        finally:
+            for restore in undo:
+                restore()
+
+    def _materialize(self, module: nn.Module, name: str, full: str) -> Callable[[], None]:
+        table: dict[str, Any] = module._parameters if name in module._parameters else module._buffers
+        before = table[name]
+        substitute = self._override(full)
+        tensor = self.checkpoint.load(full) if substitute is None else substitute
+        tensor = tensor.float() if tensor.is_floating_point() else tensor
+        is_parameter = table is module._parameters
+        table[name] = nn.Parameter(tensor, requires_grad=False) if is_parameter else tensor
+        if substitute is not None and name == "weight" and isinstance(module, nn.Linear):
+            vars(module)["forward"] = partial(_linear, module, self.activations)
+
+        def restore() -> None:
+            table[name] = before
+            vars(module).pop("forward", None)
+
+        return restore
+
+
+@dataclass(frozen=True)
+class LoadedLayer:
+    """A decoder layer whose weights are in memory."""
+
+    model: LayeredModel
+    index: int
+    module: nn.Module
+
+    @torch.inference_mode()
+    def run(self, stream: Stream, experts: ExpertsFunction, *, keep: bool = True) -> None:
+        """Run all batches of `stream`, experts blocks computed by `experts`.
+
+        The stream advances to the next layer, unless `keep` is False: then only `experts` sees what happens.
+        """
+        self.model._call = experts
+        try:
+            for batch, hidden in enumerate(stream.hidden):
+                self.model._batch = batch
+                args, kwargs = stream.arguments[batch][self.index]
+                output = self.module(hidden, *args, **kwargs)
+                if not isinstance(output, Tensor):
+                    raise ModelError(
+                        f"decoder layer {self.index} ({type(self.module).__name__}) returns "
+                        f"{type(output).__name__}, not one tensor: calibration does not support it"
+                    )
+                if keep:
+                    stream.hidden[batch] = output
+        finally:
+            self.model._call = None
+
+
+class _Forwarding(nn.Module):
+    """A stand-in that answers for the attributes of the module it replaces, without owning its weights."""
+
+    def __init__(self, original: nn.Module) -> None:
+        super().__init__()
+        object.__setattr__(self, "_original", original)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["_original"], name)
+
+
+class _Stub(_Forwarding):
+    """Takes the place of a decoder layer and notes how it is called."""
+
+    hidden: Tensor
+    arguments: tuple[tuple[Any, ...], dict[str, Any]]
+
+    def __init__(self, original: nn.Module) -> None:
+        super().__init__(original)
+        self.output: Tensor | None = None
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        if args:
+            hidden, *rest = args
+        else:
+            hidden, rest = kwargs.pop("hidden_states"), []
+        object.__setattr__(self, "hidden", hidden)
+        object.__setattr__(self, "arguments", (tuple(rest), kwargs))
+        return hidden if self.output is None else self.output
+
+
+class _Experts(_Forwarding):
+    """Takes the place of an experts block: hands its inputs to the caller's function."""
+
+    def __init__(
+        self, site: str, original: nn.Module, call: Callable[[str, Tensor, Tensor, Tensor], Tensor]
+    ) -> None:
+        super().__init__(original)
+        object.__setattr__(self, "_site", site)
+        object.__setattr__(self, "_call", call)
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        flat = hidden_states.reshape(-1, hidden_states.shape[-1])
+        ids = top_k_index.reshape(flat.shape[0], -1)
+        weights = top_k_weights.reshape(flat.shape[0], -1).float()
+        output: Tensor = self.__dict__["_call"](self.__dict__["_site"], flat, ids, weights)
+        return output.reshape(hidden_states.shape)
+
+
+def _inputs(tokens: Tensor) -> dict[str, Any]:
+    positions = torch.arange(tokens.shape[1]).expand(tokens.shape[0], -1)
+    return {"input_ids": tokens, "position_ids": positions, "use_cache": False}
+
+
+def _stored(module: nn.Module) -> list[str]:
+    """Names of the parameters and persistent buffers `module` owns itself."""
+    parameters = [name for name, value in module._parameters.items() if value is not None]
+    buffers = [name for name, value in module._buffers.items() if value is not None]
+    return parameters + [name for name in buffers if name not in module._non_persistent_buffers_set]
+
+
+def _linear(module: nn.Linear, activations: Activations, x: Tensor) -> Tensor:
+    return reference.linear(x, module.weight, module.bias, activations=activations)
+
+
+def _decoder_layers(model: nn.Module, sites: list[str]) -> tuple[str, nn.ModuleList]:
+    """Name and module of the list of decoder layers: the outermost list with every experts block inside."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and all(site.startswith(f"{name}.") for site in sites):
+            return name, module
+    raise ModelError(f"no list of decoder layers holds every experts block ({sites[0]}, ...)")

@@ -1,0 +1,244 @@
+"""Quantize the experts of a checkpoint by a plan, layer by layer, and run the model that results."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moqc.calibrate.capture import Batches, Captured, Recorder
+from moqc.calibrate.experts import ExpertWeights
+from moqc.calibrate.layers import ExpertsFunction, LayeredModel, LoadedLayer, Stream, computed, split_batches
+from moqc.calibrate.statistics import hidden_moments, input_moments, shrink
+from moqc.calibrate.store import ExpertStore, ProjectionResult, read_projections
+from moqc.calibrate.text import CalibrationSet
+from moqc.calibrate.workspace import Workspace, digest
+from moqc.errors import PipelineError
+from moqc.frontend.checkpoint import Checkpoint
+from moqc.log import logger, track
+from moqc.quant.formats import Format
+from moqc.quant.gptq import quantize_gptq
+from moqc.quant.mcmoe import quantize_mcmoe
+from moqc.quant.reference import Activations
+from moqc.quant.rtn import quantize_rtn
+from moqc.quant.tensor import Quantized
+
+VERSION = 1
+"""Of the quantization procedure; part of every cache key."""
+
+QUANTIZERS = ("rtn", "gptq", "mcmoe")
+"""``rtn``: rounding with clip search, no data. ``gptq``: on the inputs that the quantized layers before give.
+``mcmoe``: MC-MoE's own procedure, simulated (its zero points are floats)."""
+
+Plan = Mapping[str, Mapping[str, Sequence[str]]]
+"""site -> projection -> format name of each expert."""
+
+SiteResult = dict[str, ProjectionResult]
+
+
+def quantize_experts(
+    checkpoint: Checkpoint,
+    plan: Plan,
+    quantizer: str,
+    calibration: CalibrationSet | None,
+    workspace: Workspace,
+) -> ExpertStore:
+    """Quantize all experts as `plan` says; results come from the workspace where they are there.
+
+    `calibration` may be None for "rtn". Layers go in order: each is quantized for the inputs that the already
+    quantized layers give it. A result depends on the plan of its own and the earlier sites only, so plans
+    that begin alike share work, and an interrupted run continues where it stopped.
+    Raises PipelineError for an unknown quantizer, missing calibration text or a plan that does not fit.
+    """
+    if quantizer not in QUANTIZERS:
+        raise PipelineError(f"unknown quantizer {quantizer!r}: one of {', '.join(QUANTIZERS)}")
+    if quantizer != "rtn" and calibration is None:
+        raise PipelineError(f"quantizer {quantizer} needs calibration text; rtn works without")
+    model = LayeredModel(checkpoint)
+    _check(plan, model)
+    keys = _keys(model, plan, quantizer, calibration, workspace)
+    missing = [index for index in range(model.layer_count) if not _cached(model, index, keys, workspace)]
+    if missing and (quantizer == "rtn" or calibration is None):
+        _round_sites(model, plan, keys, workspace)
+    elif missing and calibration is not None:
+        procedure = _gptq_site if quantizer == "gptq" else _mcmoe_site
+        _calibrated_sites(model, plan, keys, workspace, calibration, procedure, max(missing))
+    return ExpertStore(keys, workspace)
+
+
+def _check(plan: Plan, model: LayeredModel) -> None:
+    if set(plan) != set(model.layouts):
+        odd = sorted(set(plan) ^ set(model.layouts))
+        raise PipelineError(f"the plan and the model differ in their experts blocks: {', '.join(odd[:3])}")
+    for site, layout in model.layouts.items():
+        for projection in layout.projections:
+            formats = plan[site].get(projection, ())
+            if len(formats) != layout.experts:
+                raise PipelineError(
+                    f"{site}: the plan has {len(formats)} formats for {projection}, "
+                    f"the block {layout.experts} experts"
+                )
+
+
+def _keys(
+    model: LayeredModel, plan: Plan, quantizer: str, calibration: CalibrationSet | None, workspace: Workspace
+) -> dict[str, str]:
+    source = None if quantizer == "rtn" or calibration is None else calibration.fingerprint
+    base = digest("quantized", VERSION, model.checkpoint.fingerprint, quantizer, source)
+    keys: dict[str, str] = {}
+    chain = base
+    for index in range(model.layer_count):
+        for site in model.sites(index):
+            chosen = {projection: list(formats) for projection, formats in plan[site].items()}
+            chain = digest(base if quantizer == "rtn" else chain, site, chosen)
+            keys[site] = chain
+    return keys
+
+
+def _cached(model: LayeredModel, index: int, keys: dict[str, str], workspace: Workspace) -> bool:
+    return all(workspace.has(keys[site]) for site in model.sites(index))
+
+
+def _save(workspace: Workspace, key: str, result: SiteResult) -> None:
+    tensors: dict[str, Tensor] = {}
+    for projection, projection_result in result.items():
+        tensors |= projection_result.tensors(projection)
+    workspace.save_tensors(key, tensors)
+
+
+def _round_sites(model: LayeredModel, plan: Plan, keys: dict[str, str], workspace: Workspace) -> None:
+    for site in track(list(keys), "rounding experts"):
+        if not workspace.has(keys[site]):
+            weights = model.experts(site)
+            result = {name: _by_format(weights, name, plan[site][name], None) for name in weights.projections}
+            _save(workspace, keys[site], result)
+
+
+@dataclass(frozen=True)
+class _Site:
+    """What a calibrated quantizer gets: a site's weights, its plan, and the inputs it will see."""
+
+    name: str
+    weights: ExpertWeights
+    formats: Mapping[str, Sequence[str]]
+    captured: Captured
+
+
+def _calibrated_sites(
+    model: LayeredModel,
+    plan: Plan,
+    keys: dict[str, str],
+    workspace: Workspace,
+    calibration: CalibrationSet,
+    procedure: Callable[[_Site], SiteResult],
+    last: int,
+) -> None:
+    stream = model.start(Batches.of(calibration).tokens)
+    for index in track(range(last + 1), "quantizing experts"):
+        done: dict[str, ExpertWeights] = {}
+        with model.layer(index) as layer:
+            for site in model.sites(index):
+                weights = model.experts(site)
+                if not workspace.has(keys[site]):
+                    captured = _inputs_of(site, layer, stream, done)
+                    with torch.inference_mode():
+                        result = procedure(_Site(site, weights, plan[site], captured))
+                    _save(workspace, keys[site], result)
+                done[site] = _substituted(weights, read_projections(workspace.load_tensors(keys[site])))
+            layer.run(stream, computed(done))
+
+
+def _inputs_of(site: str, layer: LoadedLayer, stream: Stream, done: dict[str, ExpertWeights]) -> Captured:
+    recorder = Recorder(done)
+    layer.run(stream, recorder, keep=False)
+    return recorder.take(site)
+
+
+def _substituted(weights: ExpertWeights, result: SiteResult) -> ExpertWeights:
+    return weights.substitute(**{name: projection.dense() for name, projection in result.items()})
+
+
+def _gptq_site(site: _Site) -> SiteResult:
+    """Gate and up for the inputs of the block, then down for what the quantized gate and up make of them."""
+    weights = site.weights
+    counts = torch.bincount(site.captured.ids.flatten(), minlength=weights.expert_count)
+    hessians = shrink(input_moments(site.captured, weights.expert_count), counts)
+    result: SiteResult = {}
+    for name in weights.projections[:-1]:
+        result[name] = _by_format(weights, name, site.formats[name], hessians.matrices)
+    before_down = shrink(hidden_moments(site.captured, _substituted(weights, result)), counts)
+    result["down"] = _by_format(weights, "down", site.formats["down"], before_down.matrices)
+    starved = sorted({*hessians.starved, *before_down.starved})
+    if starved:
+        logger.debug("%s: %d starved experts: %s", site.name, len(starved), starved)
+    return result
+
+
+def _by_format(
+    weights: ExpertWeights, projection: str, formats: Sequence[str], hessian: Tensor | None
+) -> ProjectionResult:
+    """Quantize one projection, all experts of a format in one batch."""
+    classes: dict[Format, tuple[Tensor, Quantized]] = {}
+    for name in sorted(set(formats)):
+        experts = torch.tensor([expert for expert, chosen in enumerate(formats) if chosen == name])
+        fmt, matrices = Format.parse(name), weights.matrices(projection)[experts]
+        if hessian is None:
+            classes[fmt] = (experts, quantize_rtn(matrices, fmt))
+        else:
+            classes[fmt] = (experts, quantize_gptq(matrices, hessian[experts], fmt)[0])
+    return ProjectionResult(classes)
+
+
+def _mcmoe_site(site: _Site) -> SiteResult:
+    """As MC-MoE's code: Hessians without routing weights, all from the block's original weights."""
+    weights = site.weights
+    of_input = input_moments(site.captured, weights.expert_count, exponent=0)
+    of_hidden = hidden_moments(site.captured, weights, exponent=0)
+    result: SiteResult = {}
+    for name in weights.projections:
+        hessian = of_hidden if name == "down" else of_input
+        simulated, total = torch.empty_like(weights.matrices(name)), 0
+        for bits in sorted({Format.parse(chosen).bits for chosen in site.formats[name]}):
+            experts = [e for e, chosen in enumerate(site.formats[name]) if Format.parse(chosen).bits == bits]
+            simulated[experts], size = quantize_mcmoe(weights.matrices(name)[experts], hessian[experts], bits)
+            total += size
+        result[name] = ProjectionResult({}, simulated, total)
+    return result
+
+
+def reference_forward(
+    checkpoint: Checkpoint,
+    tokens: Tensor,
+    store: ExpertStore | None = None,
+    *,
+    activations: Activations = "float",
+    linears: Mapping[str, Quantized] | None = None,
+) -> Iterator[Tensor]:
+    """Logits float32 [n, window, vocabulary] of batches of `tokens` int64 [N, window], in order.
+
+    Experts come from `store` (None: the original ones), other linears and embeddings from `linears` (site ->
+    matrix) where given. `activations` "int8" quantizes the inputs of what is quantized, and of nothing else.
+    """
+    replaced = {f"{site}.weight": matrix for site, matrix in (linears or {}).items()}
+
+    def override(name: str) -> Tensor | None:
+        return replaced[name].dequantize() if name in replaced else None
+
+    model = LayeredModel(checkpoint, override=override, activations=activations)
+    stream = model.start(split_batches(tokens))
+    for index in range(model.layer_count):
+        experts = _experts_function(model, index, store, activations)
+        with model.layer(index) as layer:
+            layer.run(stream, experts)
+    yield from model.logits(stream)
+
+
+def _experts_function(
+    model: LayeredModel, index: int, store: ExpertStore | None, activations: Activations
+) -> ExpertsFunction:
+    if store is None:
+        return model.original_experts(index)
+    blocks = {site: _substituted(model.experts(site), store.site(site)) for site in model.sites(index)}
+    return computed(blocks, activations)
