@@ -22,6 +22,11 @@ from moqc.passes.options import field_types, suggest
 GROUP = "moqc.passes"
 
 BUILTIN: dict[str, str] = {
+    "profile-activation": "moqc.passes.profile_activation:ProfileActivation",
+    "profile-channels": "moqc.passes.profile_channels:ProfileChannels",
+    "measure-sensitivity": "moqc.passes.measure_sensitivity:MeasureSensitivity",
+    "measure-costs": "moqc.passes.measure_costs:MeasureCosts",
+    "measure-block-errors": "moqc.passes.measure_block_errors:MeasureBlockErrors",
     "allocate-bits": "moqc.passes.allocate_bits:AllocateBits",
     "quantize-experts": "moqc.passes.quantize_experts:QuantizeExperts",
     "quantize-linears": "moqc.passes.quantize_linears:QuantizeLinears",

@@ -94,6 +94,11 @@ CHANNELS: Key[dict[str, Any]] = Key(
 IMPORTANCE: Key[dict[str, list[int]]] = Key(
     "moqc.importance", "score-experts", "site -> importance of each expert in parts per million"
 )
+SENSITIVITY: Key[dict[str, int]] = Key(
+    "moqc.sensitivity",
+    "measure-sensitivity",
+    "site -> KL divergence per squared error of the block's output, as integers",
+)
 COSTS: Key[dict[str, Any]] = Key(
     "moqc.costs", "measure-costs", "site -> projection -> format -> cost of each expert, as integers"
 )
@@ -114,6 +119,18 @@ CACHE: Key[dict[str, Any]] = Key(
 
 KEYS: dict[str, Key[Any]] = {
     key.name: key
-    for key in (SCHEMA, PARAMS, PROFILE, CHANNELS, IMPORTANCE, COSTS, BLOCK_ERRORS, BITS, LINEAR_BITS, CACHE)
+    for key in (
+        SCHEMA,
+        PARAMS,
+        PROFILE,
+        CHANNELS,
+        IMPORTANCE,
+        SENSITIVITY,
+        COSTS,
+        BLOCK_ERRORS,
+        BITS,
+        LINEAR_BITS,
+        CACHE,
+    )
 }
 """Every annotation moqc itself knows. A plug-in's own keys live under another prefix than ``moqc.``."""
