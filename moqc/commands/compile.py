@@ -35,7 +35,7 @@ def command(
     bits: Annotated[float, typer.Option(help="Expert file bits per weight, scales and all.")] = 3.0,
     linears: Annotated[
         str, typer.Option(metavar="FORMAT", help="Format of the other matrices, or none: as they are.")
-    ] = "int8-g64",
+    ] = "int8-g64-sym",
     allocator: Annotated[str, typer.Option(help="Who gets how many bits; see `moqc allocators`.")] = "global",
     quantizer: Annotated[str, typer.Option(help="How matrices are rounded: rtn or gptq.")] = "gptq",
     activations: Annotated[

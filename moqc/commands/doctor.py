@@ -1,4 +1,4 @@
-"""`moqc doctor`: can moqc work here?"""
+"""`moqc doctor`: check whether moqc can work here."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`moqc eval`: how good is an artifact on some text?"""
+"""`moqc eval`: score an artifact on text."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from moqc.commands.options import (
     Quiet,
     Text,
     Tokens,
-    Window,
     print_json,
     print_table,
 )
@@ -26,7 +25,9 @@ def command(
         str | None, typer.Option(metavar="MODEL", help="Checkpoint to compare the predictions with.")
     ] = None,
     tokens: Tokens = None,
-    window: Window = 512,
+    window: Annotated[
+        int | None, typer.Option(metavar="N", help="Tokens of context a prediction may see. [512]")
+    ] = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:

@@ -1,4 +1,4 @@
-"""`moqc inspect`: what is in an artifact?"""
+"""`moqc inspect`: show what is in an artifact."""
 
 from __future__ import annotations
 

@@ -29,7 +29,11 @@ def passes(as_json: Json = False) -> None:
     print_table(
         ("pass", "options", "what it does"),
         [
-            (row["name"], " ".join(f"{key}={value}" for key, value in row["options"].items()) or "-", row["doc"])
+            (
+                row["name"],
+                " ".join(f"{key}={value}" for key, value in row["options"].items()) or "-",
+                row["doc"],
+            )
             for row in rows
         ],
     )

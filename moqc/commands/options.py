@@ -32,9 +32,7 @@ Seed = Annotated[int, typer.Option("--seed", help="For what is drawn at random."
 TargetName = Annotated[
     str, typer.Option("--target", metavar="NAME", help="Machine to compile for; see `moqc targets`.")
 ]
-Text = Annotated[
-    list[Path], typer.Option("--text", metavar="FILE", help="Text to score, UTF-8; repeatable.")
-]
+Text = Annotated[list[Path], typer.Option("--text", metavar="FILE", help="Text to score, UTF-8; repeatable.")]
 Tokens = Annotated[
     int | None, typer.Option("--tokens", metavar="N", help="Score the first N tokens of each file. [all]")
 ]
@@ -91,9 +89,7 @@ def print_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> None
     """Print aligned columns; numbers to the right. Plain text, so that it can be cut and pasted."""
     texts = [[_cell(value) for value in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(header, *texts, strict=True)]
-    numeric = [
-        bool(texts) and all(_is_number(row[at]) for row in texts) for at in range(len(header))
-    ]
+    numeric = [bool(texts) and all(_is_number(row[at]) for row in texts) for at in range(len(header))]
     for cells in (list(header), *texts):
         padded = [
             cell.rjust(width) if right else cell.ljust(width)

@@ -1,4 +1,4 @@
-"""`moqc verify`: is an artifact whole?"""
+"""`moqc verify`: check that an artifact is whole."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ def command(artifact: ArtifactArgument, as_json: Json = False) -> None:
     check_files(artifact, manifest, everything=True)
     check_machine(artifact, manifest)
     if as_json:
-        print_json({"ok": True, "files": len(manifest.files), "artifact_bytes": manifest.sizes.artifact_bytes})
+        print_json(
+            {"ok": True, "files": len(manifest.files), "artifact_bytes": manifest.sizes.artifact_bytes}
+        )
     else:
         typer.echo(f"{artifact}: ok, {len(manifest.files)} files, {manifest.sizes.artifact_bytes:,} bytes")

@@ -1,0 +1,288 @@
+"""moqc as functions: what the commands call. Importing this module loads neither TVM nor torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moqc.errors import InternalError, UserError
+from moqc.inputs import (
+    check_architecture,
+    context_length,
+    open_workspace,
+    param_store,
+    read_calibration,
+    read_module,
+    require_compiler,
+    resolve_model,
+)
+from moqc.log import logger
+from moqc.manifest import Manifest, read_manifest
+from moqc.package import check_output, from_torch, write_artifact
+from moqc.targets import find_target
+from moqc.tensorfile import StoredTensor
+
+if TYPE_CHECKING:
+    from tvm import IRModule
+
+    from moqc.evaluate.artifact import Evaluation
+    from moqc.evaluate.compare import Comparison
+    from moqc.frontend.checkpoint import Checkpoint
+    from moqc.passes.base import PassContext
+    from moqc.passes.pipeline import Pipeline
+    from moqc.pipelines import Debug
+
+_INSPECTED = ("bits", "linear_bits", "pipeline", "versions", "numerics", "quality")
+
+
+def compile(
+    model: str | Path,
+    out: str | Path | None,
+    *,
+    bits: float = 3.0,
+    linears: str = "int8-g64-sym",
+    allocator: str = "global",
+    quantizer: str = "gptq",
+    activations: str = "int8",
+    target: str = "native",
+    calibration: Sequence[Path | str] | None = None,
+    calibration_tokens: int = 32_768,
+    context: int | None = None,
+    max_batch: int = 4,
+    cache: Path | str | None = None,
+    force: bool = False,
+    seed: int = 0,
+    pipeline: str | None = None,
+    start_from: Path | None = None,
+    debug: Debug | None = None,
+) -> Manifest | str:
+    """Compile a checkpoint into the artifact folder `out`; returns its manifest.
+
+    Args:
+        model: a checkpoint folder, or an id of the Hugging Face hub.
+        out: the folder to write; may be None with ``debug.stop_after``.
+        bits: budget of the routed experts in file bits per weight, everything counted.
+        linears: format of the other matrices, or "none".
+        allocator: who decides on bits; a name of `moqc allocators`.
+        quantizer: how matrices are rounded, "rtn" or "gptq".
+        activations: "int8" or "float" (exact) inputs of quantized matrices.
+        target: a name of `moqc.targets`.
+        calibration: UTF-8 text files; None takes the built-in text.
+        calibration_tokens: how many tokens of it, all files together.
+        context: most tokens of a sequence; None: the model's own limit, at most 4096.
+        max_batch: most sequences at once.
+        cache: folder for intermediate results, by which an interrupted compilation continues.
+        force: replace an existing artifact.
+        seed: for what is drawn at random.
+        pipeline: passes instead of the default ones; options that only make the default ones do nothing then.
+        start_from: IR text to continue from, as ``debug.dump_ir`` wrote it.
+        debug: what to show of the passes. With `stop_after`, the IR text after that pass is returned, and no
+            artifact is written.
+
+    Raises:
+        UserError: for wrong input, before anything is written.
+
+    """
+    from moqc.pipelines import Debug
+
+    debug = debug or Debug()
+    if out is not None:
+        check_output(Path(out), force=force)
+    elif debug.stop_after is None:
+        raise UserError("no output folder: give one with -o")
+    require_compiler()
+    from moqc.frontend.checkpoint import Checkpoint
+    from moqc.frontend.hf import MAX_CHUNK
+    from moqc.ir.text import print_module
+    from moqc.passes.base import PassContext
+    from moqc.passes.pipeline import Pipeline
+    from moqc.pipelines import Plan, default_pipeline, run_passes
+
+    machine = find_target(target)
+    if max_batch < 1:
+        raise UserError(f"max-batch {max_batch}: must be at least 1")
+    plan = Plan.parse(f"{allocator}:{quantizer}")
+    checkpoint = Checkpoint.open(resolve_model(model))
+    length = context_length(checkpoint, context)
+    passes = (
+        default_pipeline(
+            plan, bits=bits, linears=linears, activations=activations, context=length, max_batch=max_batch
+        )
+        if pipeline is None
+        else Pipeline.parse(pipeline)
+    )
+    workspace = open_workspace(cache)
+    check_architecture(checkpoint, workspace)
+    calibrating = pipeline is not None or plan.needs_calibration
+    texts = read_calibration(checkpoint, calibration, calibration_tokens, seed) if calibrating else None
+    with param_store(workspace.root, debug.dump_ir, start_from) as params:
+        ctx = PassContext(machine, checkpoint, texts, workspace, params, seed)
+        chunk = min(MAX_CHUNK, length)
+        mod, passes = _input_module(checkpoint, passes, start_from, max_batch, chunk)
+        mod = run_passes(passes, mod, ctx, debug)
+        if debug.stop_after is not None:
+            return print_module(mod)
+        return _package(mod, ctx, str(passes), activations, chunk, Path(out or ""), force=force)
+
+
+def _input_module(
+    checkpoint: Checkpoint, passes: Pipeline, start_from: Path | None, max_batch: int, chunk: int
+) -> tuple[IRModule, Pipeline]:
+    """The module to start with, and the passes that it has not seen yet."""
+    from moqc.frontend.hf import import_model
+
+    if start_from is None:
+        logger.info("importing %s (%s)", checkpoint.path, checkpoint.config.model_type)
+        return import_model(checkpoint, max_batch=max_batch, max_chunk=chunk), passes
+    done = start_from.stem.partition("_")[2]  # 003_allocate-bits.py
+    return read_module(start_from), passes.after(done) if done else passes
+
+
+def _package(
+    mod: IRModule,
+    ctx: PassContext,
+    pipeline: str,
+    activations: str,
+    chunk: int,
+    out: Path,
+    *,
+    force: bool,
+) -> Manifest:
+    """Build the library and write the artifact."""
+    from moqc.codegen import build, export
+    from moqc.describe import count_weights, describe
+
+    if ctx.target is None or ctx.checkpoint is None or ctx.params is None:
+        raise InternalError("packaging without target, checkpoint or parameters")
+    checkpoint, params = ctx.checkpoint, ctx.params
+    draft = describe(mod, checkpoint, ctx.target, pipeline=pipeline, activations=activations, chunk=chunk)
+    logger.info("building for %s", ctx.target.name)
+    executable = build(mod, ctx.target)
+
+    def load(name: str) -> StoredTensor:
+        return StoredTensor.of(params.get(name)) if name in params else from_torch(checkpoint.load(name))
+
+    return write_artifact(
+        out,
+        draft,
+        export_library=lambda path: export(executable, path),
+        load=load,
+        counts=count_weights(mod, checkpoint),
+        source=checkpoint.path,
+        force=force,
+    )
+
+
+def opt(
+    module: str | Path,
+    pipeline: str,
+    *,
+    model: str | Path | None = None,
+    target: str = "native",
+    calibration: Sequence[Path | str] | None = None,
+    calibration_tokens: int = 32_768,
+    cache: Path | str | None = None,
+    seed: int = 0,
+    debug: Debug | None = None,
+) -> str:
+    """Run the pipeline on the IR text in the file `module`; the text of the result.
+
+    `model` is needed by passes that read weights. Packed weights are kept in the folder ``params`` beside the
+    file. Raises UserError as the passes do.
+    """
+    require_compiler()
+    from moqc.calibrate.workspace import ParamStore
+    from moqc.frontend.checkpoint import Checkpoint
+    from moqc.ir.text import print_module
+    from moqc.ir.verify import verify
+    from moqc.passes.base import PassContext
+    from moqc.passes.pipeline import Pipeline
+    from moqc.pipelines import Debug, run_passes
+
+    path = Path(module)
+    passes = Pipeline.parse(pipeline)
+    mod = read_module(path)
+    verify(mod)
+    checkpoint = None if model is None else Checkpoint.open(resolve_model(model))
+    texts = (
+        None if checkpoint is None else read_calibration(checkpoint, calibration, calibration_tokens, seed)
+    )
+    params = ParamStore(path.absolute().parent / "params")
+    ctx = PassContext(find_target(target), checkpoint, texts, open_workspace(cache), params, seed)
+    return print_module(run_passes(passes, mod, ctx, debug or Debug()))
+
+
+def evaluate(
+    artifact: str | Path,
+    texts: Sequence[Path | str],
+    *,
+    reference: str | Path | None = None,
+    tokens: int | None = None,
+    window: int | None = None,
+) -> Evaluation:
+    """Score an artifact on text files, through the runtime; see `moqc.evaluate.artifact`."""
+    from moqc.evaluate.artifact import evaluate_artifact
+    from moqc.runtime.artifact import load
+
+    checkpoint = None
+    if reference is not None:
+        from moqc.frontend.checkpoint import Checkpoint
+
+        checkpoint = Checkpoint.open(resolve_model(reference))
+    return evaluate_artifact(load(artifact), texts, reference=checkpoint, tokens=tokens, window=window)
+
+
+def compare(
+    model: str | Path,
+    texts: Sequence[Path | str],
+    *,
+    bits: Sequence[float],
+    plans: Sequence[str],
+    linears: str = "none",
+    tokens: int | None = None,
+    window: int = 512,
+    calibration: Sequence[Path | str] | None = None,
+    calibration_tokens: int = 32_768,
+    cache: Path | str | None = None,
+    seed: int = 0,
+) -> Comparison:
+    """Evaluate every plan (``allocator[:quantizer]``) at every budget; see `moqc.evaluate.compare`."""
+    require_compiler()
+    from moqc.evaluate.compare import compare_plans
+    from moqc.evaluate.metrics import evaluation_windows
+    from moqc.frontend.checkpoint import Checkpoint
+    from moqc.passes.base import PassContext
+    from moqc.pipelines import Plan
+
+    parsed = [(text, Plan.parse(text)) for text in plans]
+    if not parsed or not bits:
+        raise UserError("nothing to compare: give at least one plan and one number of bits")
+    checkpoint = Checkpoint.open(resolve_model(model))
+    tokenizer = checkpoint.path / "tokenizer.json"
+    windows = evaluation_windows(texts, tokenizer, tokens=tokens, window=window)
+    ctx = PassContext(
+        checkpoint=checkpoint,
+        calibration=read_calibration(checkpoint, calibration, calibration_tokens, seed),
+        workspace=open_workspace(cache),
+        seed=seed,
+    )
+    return compare_plans(ctx, windows, parsed, bits, linears=linears)
+
+
+def inspect(artifact: str | Path) -> dict[str, Any]:
+    """What an artifact is: target, sizes, bits of every expert and more. Reads its manifest only."""
+    manifest = read_manifest(Path(artifact))
+    content = manifest.model_dump(mode="json")
+    return {
+        "source": manifest.source.path,
+        "model_type": manifest.source.model_type,
+        "target": manifest.target.name,
+        "activations": manifest.activations,
+        "artifact_bytes": manifest.sizes.artifact_bytes,
+        "expert_file_bits_per_weight": manifest.sizes.expert_file_bits_per_weight,
+        "model_file_bits_per_weight": manifest.sizes.model_file_bits_per_weight,
+        "context": manifest.cache.context,
+        "batch": manifest.cache.batch,
+        **{key: content[key] for key in _INSPECTED},
+    }

@@ -1,0 +1,129 @@
+"""What a compiled module is, for its manifest."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import math
+from pathlib import Path
+
+import tvm
+from tvm import IRModule
+
+import moqc
+from moqc.errors import ModelError
+from moqc.frontend.checkpoint import Checkpoint
+from moqc.ir.annotations import BITS, CACHE, LINEAR_BITS, PARAMS
+from moqc.ir.sites import weight_names
+from moqc.manifest import (
+    CacheSpec,
+    Generation,
+    Manifest,
+    Parameter,
+    Sizes,
+    Source,
+    TargetRecord,
+    Versions,
+)
+from moqc.package import WeightCounts
+from moqc.targets import Target
+
+_NO_SIZES = Sizes(
+    expert_file_bits_per_weight=0, model_file_bits_per_weight=0, parameter_bytes=0, artifact_bytes=0
+)
+
+
+def describe(
+    mod: IRModule, checkpoint: Checkpoint, target: Target, *, pipeline: str, activations: str, chunk: int
+) -> Manifest:
+    """The manifest of a module that went through all passes, without sizes, files and measurements."""
+    cache = CACHE.of(mod)
+    context, batch, tensors = int(cache["context"]), int(cache["batch"]), cache["tensors"]
+    return Manifest(
+        source=Source(
+            path=str(checkpoint.path),
+            model_type=checkpoint.config.model_type,
+            fingerprint=checkpoint.fingerprint,
+        ),
+        target=TargetRecord(name=target.name, features=tuple(sorted(target.features))),
+        versions=versions(),
+        pipeline=pipeline,
+        bits={
+            site: {projection: tuple(formats) for projection, formats in projections.items()}
+            for site, projections in (BITS.get(mod) or {}).items()
+        },
+        linear_bits=LINEAR_BITS.get(mod) or {},
+        activations=activations,
+        sizes=_NO_SIZES,
+        parameters=parameters(mod),
+        cache=CacheSpec(
+            context=context, batch=batch, chunk=min(chunk, context), tensors=tuple(map(tuple, tensors))
+        ),
+        vocabulary=checkpoint.config.get_text_config().vocab_size,
+        generation=read_generation(checkpoint.path),
+        numerics={},
+        files={},
+    )
+
+
+def versions() -> Versions:
+    """Versions of everything that shapes the library."""
+    version = importlib.metadata.version
+    return Versions(
+        moqc=moqc.__version__,
+        tvm=version("apache-tvm"),
+        tvm_ffi=version("apache-tvm-ffi"),
+        llvm=str(tvm.get_global_func("target.llvm_version_major")()),
+    )
+
+
+def parameters(mod: IRModule) -> tuple[Parameter, ...]:
+    """Weight parameters of main, in order."""
+    return tuple(
+        Parameter(name=name, shape=tuple(int(extent) for extent in var.ty.shape), dtype=str(var.ty.dtype))
+        for var, name in weight_names(mod).items()
+    )
+
+
+def count_weights(mod: IRModule, checkpoint: Checkpoint) -> WeightCounts:
+    """Weights of the source model, and which parameters of `mod` belong to routed experts.
+
+    A tied weight counts once. Biases of experts count with the rest of the model.
+    """
+    prefixes = tuple(f"{layout.site}." for layout in checkpoint.layouts)
+    return WeightCounts(
+        expert_names=frozenset(
+            name for name in PARAMS.of(mod) if name.startswith(prefixes) and not name.endswith("_bias")
+        ),
+        expert_weights=sum(
+            math.prod(layout.shape(projection))
+            for layout in checkpoint.layouts
+            for projection in layout.projections
+        ),
+        model_weights=sum(
+            math.prod(checkpoint.shape(name)) for name in checkpoint.names if name not in checkpoint.tied
+        ),
+    )
+
+
+def read_generation(folder: Path) -> Generation:
+    """Token ids for generation, from generation_config.json or else config.json.
+
+    Raises ModelError when a file is not JSON.
+    """
+    content: dict[str, object] = {}
+    for name in ("config.json", "generation_config.json"):  # the second wins
+        path = folder / name
+        if not path.is_file():
+            continue
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ModelError(f"{path}: not valid JSON ({error})") from error
+        content |= {key: value for key, value in found.items() if value is not None}
+    ends = content.get("eos_token_id", [])
+    return Generation(
+        eos_token_ids=tuple(ends) if isinstance(ends, list) else (ends,),
+        bos_token_id=content.get("bos_token_id"),
+        pad_token_id=content.get("pad_token_id"),
+    )

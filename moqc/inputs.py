@@ -1,0 +1,131 @@
+"""What the functions of `moqc.api` start from: model folders, text, IR files, the workspace."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from moqc.errors import ModelError, UserError
+
+if TYPE_CHECKING:
+    from tvm import IRModule
+
+    from moqc.calibrate.text import CalibrationSet
+    from moqc.calibrate.workspace import ParamStore, Workspace
+    from moqc.frontend.checkpoint import Checkpoint
+
+LONGEST_DEFAULT_CONTEXT = 4096
+
+
+def require_compiler() -> None:
+    """Raise UserError where this process imported TVM as a runtime, for `moqc.load`."""
+    tvm = sys.modules.get("tvm")
+    if tvm is not None and not hasattr(tvm, "relax"):
+        raise UserError(
+            "this process imported TVM without its compiler (moqc.load does): "
+            "`import tvm` first, or compile in another process"
+        )
+
+
+def resolve_model(model: str | Path) -> Path:
+    """The folder of a model: `model` itself, or a download from the Hugging Face hub.
+
+    Raises ModelError when it is neither.
+    """
+    path = Path(model)
+    if path.exists() or str(model).count("/") != 1 or str(model).startswith((".", "/", "~")):
+        return path
+    import huggingface_hub
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        found = huggingface_hub.snapshot_download(
+            str(model), allow_patterns=["*.safetensors", "*.json", "*.jinja"]
+        )
+    except (OSError, HFValidationError, ValueError) as error:
+        raise ModelError(
+            f"{model}: no such folder, and not available from the Hugging Face hub "
+            f"({type(error).__name__}); give a checkpoint folder"
+        ) from error
+    return Path(found)
+
+
+def context_length(checkpoint: Checkpoint, wanted: int | None) -> int:
+    """Tokens of context to compile for: `wanted`, or the model's own limit, at most 4096.
+
+    Raises UserError when the model cannot do `wanted`.
+    """
+    limit = getattr(checkpoint.config.get_text_config(), "max_position_embeddings", None)
+    if wanted is None:
+        return min(limit or LONGEST_DEFAULT_CONTEXT, LONGEST_DEFAULT_CONTEXT)
+    if wanted < 1 or (limit is not None and wanted > limit):
+        raise UserError(f"context {wanted}: this model does 1 to {limit} tokens")
+    return wanted
+
+
+def check_architecture(checkpoint: Checkpoint, workspace: Workspace) -> None:
+    """Compare a tiny model of the same class with transformers at every stage, once for each architecture.
+
+    Raises ModelError where moqc would compute something else.
+    """
+    from moqc.codegen import compile_and_run
+    from moqc.frontend.gate import verify_architecture
+
+    verify_architecture(checkpoint.config, workspace.root, compile_and_run)
+
+
+def open_workspace(cache: Path | str | None) -> Workspace:
+    """The cache folder; UserError when it is not a folder."""
+    from moqc.calibrate.workspace import Workspace
+
+    workspace = Workspace(cache)
+    if workspace.root.exists() and not workspace.root.is_dir():
+        raise UserError(f"{workspace.root}: is not a folder; give another --cache")
+    return workspace
+
+
+def read_calibration(
+    checkpoint: Checkpoint, files: Sequence[Path | str] | None, tokens: int, seed: int
+) -> CalibrationSet:
+    """Calibration text in the model's tokens, from `files` or the built-in text."""
+    from moqc.calibrate.text import load_calibration
+
+    tokenizer = checkpoint.path / "tokenizer.json"
+    limit = getattr(checkpoint.config.get_text_config(), "max_position_embeddings", None) or 512
+    return load_calibration(files or None, tokenizer, tokens=tokens, window=min(512, limit), seed=seed)
+
+
+def read_module(path: Path) -> IRModule:
+    """The IR module in a text file. Raises UserError when the file cannot be read or parsed."""
+    from moqc.ir.text import parse_module
+
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot read the IR ({error})") from error
+    return parse_module(text, str(path))
+
+
+@contextmanager
+def param_store(root: Path, dump: Path | None, start_from: Path | None) -> Iterator[ParamStore]:
+    """Where packed weights wait for packaging.
+
+    Beside dumped IR, so that a later run can start from it; else in a temporary folder under `root`.
+    """
+    from moqc.calibrate.workspace import ParamStore
+
+    beside = dump if start_from is None else start_from.absolute().parent
+    if beside is not None:
+        yield ParamStore(beside / "params")
+        return
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        temporary = tempfile.TemporaryDirectory(prefix="params-", dir=root)
+    except OSError as error:
+        raise UserError(f"{root}: cannot write there ({error.strerror}); give another --cache") from error
+    with temporary as name:
+        yield ParamStore(name)

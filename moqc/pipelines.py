@@ -1,0 +1,117 @@
+"""The passes of a compilation, and the options that decide which they are."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from tvm import IRModule
+
+from moqc.errors import UserError
+from moqc.log import logger
+from moqc.passes.base import PassContext
+from moqc.passes.pipeline import Pipeline
+from moqc.quant.allocators.table import find_allocator
+from moqc.quant.formats import Format
+
+DEFAULT_QUANTIZER = "gptq"
+ANALYSES = {
+    "uniform": (),
+    "frequency": ("profile-activation",),
+    "pmq": ("profile-activation", "measure-block-errors"),
+    "global": ("profile-channels", "measure-sensitivity", "measure-costs{{quantizer={quantizer}}}"),
+}
+"""What an allocator reads is measured by these passes; any other allocator gets all of them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Which allocator decides on bits, and which quantizer rounds: ``allocator:quantizer``."""
+
+    allocator: str
+    quantizer: str = DEFAULT_QUANTIZER
+
+    @classmethod
+    def parse(cls, text: str) -> Plan:
+        """Read ``global`` or ``uniform:rtn``. Raises UserError for an unknown allocator or quantizer."""
+        from moqc.calibrate.quantize import QUANTIZERS
+
+        allocator, _, quantizer = text.partition(":")
+        plan = cls(allocator, quantizer or DEFAULT_QUANTIZER)
+        find_allocator(plan.allocator)
+        if plan.quantizer not in QUANTIZERS:
+            raise UserError(f"unknown quantizer {plan.quantizer!r}: known are {', '.join(QUANTIZERS)}")
+        return plan
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether calibration text is read."""
+        return self.quantizer != "rtn" or self.allocator != "uniform"
+
+
+@dataclass(frozen=True, slots=True)
+class Debug:
+    """What to show of the passes; the fields are options of `moqc compile` and `moqc opt`."""
+
+    dump_ir: Path | None = None
+    print_after: tuple[str, ...] = ()
+    time_passes: bool = False
+    verify_each: bool = False
+    stop_after: str | None = None
+
+
+def allocation_pipeline(plan: Plan, bits: float) -> Pipeline:
+    """The passes that end with moqc.bits: measure what the allocator reads, then allocate."""
+    # What is measured with a simulated quantizer is measured with the one whose formats are real.
+    quantizer = plan.quantizer if plan.quantizer in ("rtn", "gptq") else DEFAULT_QUANTIZER
+    analyses = ANALYSES.get(plan.allocator, (*ANALYSES["pmq"], *ANALYSES["global"]))
+    texts = [text.format(quantizer=quantizer) for text in analyses]
+    texts.append(f"allocate-bits{{bits={bits:g} allocator={plan.allocator}}}")
+    return Pipeline.parse(",".join(texts))
+
+
+def default_pipeline(
+    plan: Plan,
+    *,
+    bits: float,
+    linears: str,
+    activations: str,
+    context: int,
+    max_batch: int,
+) -> Pipeline:
+    """All passes of `moqc compile`, from the imported module to one that can be built.
+
+    `linears` is the format of the matrices that are not experts, or "none"; `activations` is "int8" or
+    "float". Raises UserError for a value out of range.
+    """
+    if plan.quantizer == "mcmoe":
+        raise UserError("quantizer mcmoe is simulated, for `moqc compare` only; compile with gptq or rtn")
+    if activations not in ("int8", "float"):
+        raise UserError(f"activations {activations!r}: one of int8, float")
+    if linears != "none":
+        linears = str(Format.parse(linears))
+    lowering = [
+        f"quantize-experts{{quantizer={plan.quantizer} activations={activations}}}",
+        f"quantize-linears{{linears={linears} embeddings={linears} activations={activations}}}",
+        f"plan-cache{{context={context} batch={max_batch}}}",
+        "legalize",
+        "schedule",
+    ]
+    rest = Pipeline.parse(",".join(lowering))
+    return Pipeline(allocation_pipeline(plan, bits).passes + rest.passes)
+
+
+def run_passes(pipeline: Pipeline, mod: IRModule, ctx: PassContext, debug: Debug) -> IRModule:
+    """Run `pipeline`, saying which pass is at work, and showing what `debug` asks for on stderr."""
+    return pipeline.run(
+        mod,
+        ctx,
+        verify_each=debug.verify_each,
+        dump_dir=debug.dump_ir,
+        print_after=debug.print_after,
+        time_passes=debug.time_passes,
+        stop_after=debug.stop_after,
+        progress=lambda number, count, text: logger.info("[%d/%d] %s", number, count, text),
+        report=lambda text: print(text, file=sys.stderr),
+    )
