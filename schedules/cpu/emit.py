@@ -1,8 +1,8 @@
 """The few words the CPU kernels are written in, on top of TVM's IRBuilder.
 
 A kernel is emitted by plain Python: loops of Python are unrolled, `loop` and `parallel` stay loops. Values
-that are used twice are bound to variables (`bind`), so the code is in SSA form; what changes in a loop lives in
-`scratch` vectors, which LLVM keeps in registers. Indices are int64 throughout.
+that are used twice are bound to variables (`bind`), so the code is in SSA form; what changes in a loop lives
+in `scratch` vectors, which LLVM keeps in registers. Indices are int64 throughout.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def symbol(name: str) -> tirx.Var:
 
 
 def loop(begin: Index, end: Index) -> Any:
-    """Run the body serially: ``with loop(0, n) as i:``."""
+    """Repeat the body serially, for the indices from `begin` to before `end`."""
     return T.serial(int64(begin), int64(end))
 
 
@@ -95,8 +95,11 @@ def bind(value: Any) -> Any:
 
 
 def scratch(lanes: int, dtype: str = "float32") -> Any:
-    """A small local buffer of `lanes` elements; a whole-vector one becomes a register."""
-    return T.alloc_buffer((lanes,), dtype, scope="local")
+    """A small local buffer of `lanes` elements; one that is only used as a whole vector becomes a register.
+
+    The scope is not ``local``: TVM takes that from its workspace pool, which costs two calls and stores.
+    """
+    return T.alloc_buffer((lanes,), dtype)
 
 
 def workspace(size: int, dtype: str) -> Any:

@@ -1,7 +1,8 @@
 """Replace moqc's packed operators by calls of the CPU kernels.
 
-Each function takes the builder of the pass that rewrites a function, the operator's call and the target; it emits the
-calls of the intermediate tensors and returns the last one. Equal kernels become one PrimFunc of the module.
+Each function takes the builder of the pass that rewrites a function, the operator's call and the target; it
+emits the calls of the intermediate tensors and returns the last one. Equal kernels become one PrimFunc of
+the module.
 """
 
 from __future__ import annotations

@@ -32,8 +32,8 @@ SERIAL_ROWS = 4
 def embedding_kernel(fmt: Format, columns: int, *, dtype: str, lead: int) -> tirx.PrimFunc:
     """Build the gather of rows of a matrix of `columns` columns and any number of rows.
 
-    Parameters of the PrimFunc: ids ``[*lead axes]`` of type `dtype`, codes, scales, zeros unless symmetric, and the output
-    float32 ``[*lead axes, columns]``. An id outside the matrix reads its nearest row.
+    Parameters of the PrimFunc: ids ``[*lead axes]`` of type `dtype`, codes, scales, zeros unless symmetric,
+    and the output float32 ``[*lead axes, columns]``. An id outside the matrix reads its nearest row.
     """
     with kernel("embedding", format=str(fmt)) as k:
         extents = [symbol(f"d{axis}") for axis in range(lead)]

@@ -1,8 +1,8 @@
 """The two products of an experts block with packed weights, every bit class of a layer in one kernel each.
 
-Rows of activations are (token, expert) pairs in the order of `route`. Work is cut by chunks of row blocks first,
-then by expert: an expert with many tokens is spread over all threads, and a chunk's weights are read as
-one stream.
+Rows of activations are (token, expert) pairs in the order of `route`. Work is cut by chunks of row blocks
+first, then by expert: an expert with many tokens is spread over all threads, and a chunk's weights are read
+as one stream.
 """
 
 from __future__ import annotations
@@ -112,8 +112,8 @@ def _facts(shape: ExpertsShape, family: DotFamily, *projections: str) -> dict[st
 def gate_up_kernel(family: DotFamily, shape: ExpertsShape) -> tirx.PrimFunc:
     """Build the first product with its activation function.
 
-    Parameters of the PrimFunc: the activations (P rows of `hidden`), starts, active, table, the classes of gate, then of
-    up, gate_bias and up_bias ``[E, I]`` if there, and the output float32 ``[P, padded I]``.
+    Parameters of the PrimFunc: the activations (P rows of `hidden`), starts, active, table, the classes of
+    gate, then of up, gate_bias and up_bias ``[E, I]`` if there, and the output float32 ``[P, padded I]``.
     """
     intermediate = shape.intermediate
     blocks = ceildiv(intermediate, ROW_TILE)
@@ -180,8 +180,9 @@ class _chunk:
 def down_kernel(family: DotFamily, shape: ExpertsShape) -> tirx.PrimFunc:
     """Build the second product with the weighted sum over a token's experts.
 
-    Parameters of the PrimFunc: the activations (P rows of `intermediate`), starts, active, table, order int32 [P], weights
-    float32 ``[T, top_k]``, the classes of down, down_bias ``[E, H]`` if there, and the output float32 ``[T, H]``.
+    Parameters of the PrimFunc: the activations (P rows of `intermediate`), starts, active, table, order int32
+    [P], weights float32 ``[T, top_k]``, the classes of down, down_bias ``[E, H]`` if there, and the output
+    float32 ``[T, H]``.
     A token's experts are added in rising order, whatever the number of threads.
     """
     blocks = ceildiv(shape.hidden, ROW_TILE)

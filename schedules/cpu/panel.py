@@ -33,7 +33,8 @@ from moqc.schedules.cpu.tiles import LINES, Activations, Block
 class Panel:
     """Unpacked 16-row blocks of `count` matrices, in the thread's memory.
 
-    * int8: `codes` uint8 [count, K32, 8, 64]; `scales` and `shifts` (scale * zero point) float32 [count, K32, 16].
+    * int8: `codes` uint8 [count, K32, 8, 64]; `scales` and `shifts` (scale * zero point) float32
+      [count, K32, 16].
     * float: `codes` float32 [count, K32*32, 16], the dequantized weights.
     """
 
@@ -93,7 +94,7 @@ def _fill_float(panel: Panel, operands: list[Any], scale: Any, zero: Any, column
 def panel_product(
     family: DotFamily, panel: Panel, slot: Index, x: Activations, row: Index, tokens: int, wide: bool
 ) -> list[list[Any]]:
-    """Products of a panel's block with the rows `row .. row + tokens`: scratch vectors by token, then half."""
+    """Multiply a panel's block with the rows `row .. row + tokens`: scratch vectors by token, then half."""
     totals = [[scratch(family.lanes) for _ in range(family.halves)] for _ in range(tokens)]
     for vector in [half for token in totals for half in token]:
         store(vector, [0], splat(0, family.lanes))

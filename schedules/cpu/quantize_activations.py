@@ -1,7 +1,7 @@
 """Bring activations into the form packed products read: padded to 32 columns, int8 by groups or float.
 
-int8 follows `moqc.quant.reference.quantize_activations`: ``scale = max|x| / 127``, codes rounded half to even.
-A NaN or an infinity makes the scale NaN or infinite, so it reaches the output.
+int8 follows `moqc.quant.reference.quantize_activations`: ``scale = max|x| / 127``, codes rounded half to
+even. A NaN or an infinity makes the scale NaN or infinite, so it reaches the output.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from moqc.schedules.cpu.emit import (
 )
 from moqc.schedules.cpu.tiles import Activations
 
-SERIAL_ROWS = 4
-"""Up to so many rows are quicker done by one thread than handed to several."""
+SERIAL_ELEMENTS = 4096
+"""Up to so many elements are quicker done by one thread than handed to several."""
 
 
 def activations_kernel(
@@ -62,7 +62,7 @@ def activations_kernel(
             if rest:
                 _prepare(outputs, row, int64(whole), _vectors(family, x, at, int64(whole), rest))
 
-        with T.If(rows <= SERIAL_ROWS):
+        with T.If(rows <= max(1, SERIAL_ELEMENTS // columns)):
             with T.Then(), loop(0, rows) as row:
                 body(row)
             with T.Else(), parallel(rows) as row:

@@ -30,7 +30,7 @@ LINES = 8
 
 @dataclass(frozen=True)
 class Weights:
-    """The buffers of packed matrices of one format and `columns` columns; `stacked` ones have a leading axis."""
+    """The buffers of packed matrices in one format; `stacked` ones have a leading axis."""
 
     format: Format
     columns: int
@@ -127,7 +127,8 @@ def _field(word: Any, shift: int, width: int, place: int, lanes: int) -> Any:
 class Activations:
     """Inputs of a product, M rows of K padded to tiles: int8 codes with scales, or float32 `values`.
 
-    * int8: `values` int8 [M, K32*32], `scales` float32 [M, K32], `sums` float32 [M, K32] (scale * sum of codes).
+    * int8: `values` int8 [M, K32*32], `scales` float32 [M, K32], `sums` float32 [M, K32] (scale * sum of
+      codes).
     * float: `values` float32 [M, K32*32].
     """
 

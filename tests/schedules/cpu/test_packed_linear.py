@@ -9,8 +9,8 @@ from moqc.ir import ops
 from moqc.quant import reference
 from moqc.schedules.cpu.lower import lower_linear
 
-# Name -> format, rows, columns, activations, bias. Rows and columns are ragged against tiles and groups, and a row
-# has fewer, exactly and more columns than groups hold.
+# Name -> format, rows, columns, activations, bias. Rows and columns are ragged against tiles and groups, and
+# a row has fewer, exactly and more columns than groups hold.
 CASES = {
     "one_bit": ("int1-g64", 40, 100, "int8", False),
     "one_bit_symmetric": ("int1-g32-sym", 16, 72, "int8", False),

@@ -1,0 +1,73 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import tvm
+
+from moqc.quant import reference
+from moqc.schedules.cpu.dot import FAMILIES
+from moqc.schedules.cpu.quantize_activations import activations_kernel
+from moqc.targets import find_target, host_features
+
+COLUMNS = 70
+
+
+@pytest.fixture(scope="module", params=["x86-64-v4-vnni", "x86-64-v3"])
+def kernels(request):
+    target = find_target(request.param)
+    if not target.features <= host_features():
+        pytest.skip(f"this machine cannot run {target.name}")
+    family = FAMILIES[target.dot]
+    functions = {
+        "int8": activations_kernel(family, COLUMNS, mode="int8"),
+        "float": activations_kernel(family, COLUMNS, mode="float", top_k=2),
+    }
+    named = {name: function.with_attr("global_symbol", name) for name, function in functions.items()}
+    return tvm.compile(tvm.IRModule(named), tvm.target.Target(target.tvm))
+
+
+def _quantize(kernels, x: torch.Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    rows = len(x)
+    outputs = [tvm.runtime.empty((rows, 96), "int8")]
+    outputs += [tvm.runtime.empty((rows, 3), "float32") for _ in range(2)]
+    kernels["int8"](tvm.runtime.tensor(x.numpy()), *outputs)
+    values, scales, sums = (output.numpy() for output in outputs)
+    return values, scales, sums
+
+
+@pytest.mark.parametrize("rows", [1, 100])
+def test_codes_are_the_references(kernels, rows):
+    x = torch.randn(rows, COLUMNS, generator=torch.Generator().manual_seed(rows))
+    x[0, :32] = torch.arange(32) - 15.5  # ties: the scale is 15.5 / 127
+    x[-1, 32:64] = 0
+    values, scales, sums = _quantize(kernels, x)
+    expected, expected_scales = reference.quantize_activations(x)
+    np.testing.assert_array_equal(values[:, :COLUMNS], expected)
+    assert not values[:, COLUMNS:].any()
+    np.testing.assert_array_equal(scales, expected_scales)
+    totals = values.reshape(rows, 3, 32).sum(-1, dtype=np.int64)
+    np.testing.assert_allclose(sums, scales * totals, rtol=1e-6)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_keeps_bad_numbers_visible(kernels, bad):
+    x = torch.ones(1, COLUMNS)
+    x[0, 40] = bad
+    _, scales, _ = _quantize(kernels, x)
+    assert np.isfinite(scales[0, [0, 2]]).all()
+    assert not np.isfinite(scales[0, 1])
+
+
+def test_denormal_groups_do_not_wrap(kernels):
+    values, _, _ = _quantize(kernels, torch.full((1, COLUMNS), 3e-44))
+    assert (values >= 0).all()
+
+
+def test_gathers_the_rows_of_the_order(kernels):
+    x = np.random.default_rng(0).standard_normal((3, COLUMNS)).astype(np.float32)
+    order = np.array([5, 0, 1, 2, 4, 3], np.int32)
+    output = tvm.runtime.empty((6, 96), "float32")
+    kernels["float"](tvm.runtime.tensor(x), tvm.runtime.tensor(order), output)
+    np.testing.assert_array_equal(output.numpy()[:, :COLUMNS], x[order // 2])
+    assert not output.numpy()[:, COLUMNS:].any()
