@@ -17,7 +17,7 @@ from tvm.sym import Analyzer
 from moqc.errors import UserError, VerifyError
 from moqc.ir import ops
 from moqc.ir.annotations import BITS, CACHE, KEYS, LINEAR_BITS, PARAMS
-from moqc.ir.calls import attributes, bit_classes, describe, is_call, operands
+from moqc.ir.calls import attributes, bit_classes, describe, is_call, operands, plain
 from moqc.ir.packed import mixed_operands, packed_names, packed_types
 from moqc.ir.sites import INPUTS, bindings
 from moqc.quant.activations import parse_activation
@@ -177,7 +177,9 @@ def _check_attention(call: relax.Call) -> None:
     _check(call, "v", named["v"].ty, (batch, key_heads, tokens, value_width))
     _check(call, "positions", named["positions"].ty, (batch, tokens), ("int64",))
     if int(heads) % int(key_heads):
-        raise VerifyError(f"{describe(call)}: {heads} heads are no multiple of {key_heads} key heads")
+        raise VerifyError(
+            f"{describe(call)}: {int(heads)} heads are no multiple of {int(key_heads)} key heads"
+        )
     if "sinks" in named:
         _check(call, "sinks", named["sinks"].ty, (heads,))
     for name in ("scale", "softcap"):
@@ -255,7 +257,9 @@ def _extents(call: relax.Call, name: str, ndim: int, *, last: bool = False) -> l
     shape = operands(call)[name].ty.shape
     extents = [int(extent) if isinstance(extent, tirx.IntImm) else -1 for extent in shape]
     if len(extents) != ndim or (last and extents[-1] < 0):
-        raise VerifyError(f"{describe(call)}: {name} has shape {list(shape)}, expected {ndim} dimensions")
+        raise VerifyError(
+            f"{describe(call)}: {name} has shape {_text(list(shape))}, expected {ndim} dimensions"
+        )
     return extents
 
 
@@ -263,11 +267,15 @@ def _check(
     call: relax.Call, name: str, ty: Any, shape: tuple[Any, ...], dtypes: tuple[str, ...] = ("float32",)
 ) -> None:
     """VerifyError unless the operand `name`, of type `ty`, is a tensor of `shape` and one of `dtypes`."""
-    expected = f"{' or '.join(dtypes)} [{', '.join(map(str, shape))}]"
+    expected = f"{' or '.join(dtypes)} {_text(shape)}"
     if not isinstance(ty, relax.TensorType) or ty.shape is None:
         raise VerifyError(f"{describe(call)}: {name} is {ty}, expected {expected}")
     given = list(ty.shape)
     same = len(given) == len(shape) and all(map(Analyzer().can_prove_equal, given, shape))
     if not same or str(ty.dtype) not in dtypes:
-        given_text = f"{ty.dtype} [{', '.join(map(str, given))}]"
-        raise VerifyError(f"{describe(call)}: {name} is {given_text}, expected {expected}")
+        raise VerifyError(f"{describe(call)}: {name} is {ty.dtype} {_text(given)}, expected {expected}")
+
+
+def _text(shape: Sequence[Any]) -> str:
+    """``[tokens, 64]``: TVM's own text would have ``T.int64(64)``."""
+    return f"[{', '.join(str(plain(extent)) for extent in shape)}]"

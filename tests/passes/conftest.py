@@ -69,7 +69,7 @@ class FakeCheckpoint:
 
 @pytest.fixture
 def moe() -> IRModule:
-    """Embedding (tied with the output), router, 3 experts 64 -> 32 -> 64 with a bias, a linear with a bias."""
+    """Embedding (tied with the output), router, 3 experts 64 -> 32 -> 64 and a linear with biases."""
     return parse_module(MOE)
 
 
