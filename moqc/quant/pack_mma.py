@@ -1,0 +1,152 @@
+"""Layout ``mma16x256``: how codes lie in memory for the CUDA kernels.
+
+A matrix is cut into units of 16 rows x 256 columns; a unit of ``bits``-bit codes is exactly ``bits`` times 512
+bytes, 16 bytes for each of the 32 lanes of a warp, so every width is read by the same addressing. Lane ``4 * g + q``
+holds rows ``g`` and ``g + 8`` at the columns ``128 * half + 32 * v + 8 * q + 2 * j + h`` (half and h of 2, v and j of
+4): what it gives to the fp16 tensor-core instruction ``mma.m16n8k16``, in the order of its 16 bytes of activations.
+
+Columns ``(h = 0, h = 1)`` share a 32-bit word, 16 bits each; ``i = 4 * v + j`` numbers such pairs of a half unit.
+In each 16 bits, row ``g`` takes the low byte and row ``g + 8`` the high byte, pair ``i`` at bit ``bits * (i % (8 // bits))``.
+Three bits have no such fit: three words hold eight pairs, row ``g`` at bits 0 and 3, row ``g + 8`` at 9 and 12, the
+seventh pair and the eighth's row ``g`` at bit 6 of the words, the eighth's row ``g + 8`` in their three bits 15.
+
+Rows are padded to 16 and columns to 256 with scale 0 and code 0.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from moqc.quant.formats import Format
+from moqc.quant.tensor import Quantized
+
+LAYOUT = "mma16x256"
+ROWS = 16
+COLUMNS = 256
+"""Rows and columns of a unit."""
+
+Bytes = npt.NDArray[np.uint8]
+Field = tuple[int, int, int, int]
+"""(word of a half unit, shift in it, width, lowest bit of the code)."""
+
+
+@dataclass(frozen=True, eq=False)
+class PackedUnits:
+    """Packed matrices; ``N16 = ceil(N / 16)``, ``K256 = ceil(K / 256)``, ``G = 256 / group`` groups a unit.
+
+    * `codes`: uint8 ``[..., N16, K256, bits, 512]``
+    * `scales`: float16 ``[..., N16, K256, 8, G, 2]``: row ``g``, group, row ``g + 8 * r``
+    * `zeros`: uint8, as `scales`; None for symmetric formats.
+    """
+
+    codes: Bytes
+    scales: npt.NDArray[np.float16]
+    zeros: Bytes | None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays, padding included."""
+        return self.codes.nbytes + self.scales.nbytes + (0 if self.zeros is None else self.zeros.nbytes)
+
+
+def packed_shapes(format: Format, rows: int, columns: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shapes of the codes, and of the scales (and zeros), of one matrix."""
+    tiles, units = -(-rows // ROWS), -(-columns // COLUMNS)
+    return (tiles, units, format.bits, 512), (tiles, units, 8, COLUMNS // format.group, 2)
+
+
+def pack_units(quantized: Quantized) -> PackedUnits:
+    """Pack matrices of any leading shape; `unpack_units` is the exact inverse."""
+    fmt, zeros = quantized.format, quantized.zeros
+    return PackedUnits(
+        codes=_pack_codes(quantized.codes.cpu().numpy(), fmt.bits),
+        scales=_pack_groups(quantized.scales.cpu().numpy(), fmt.group),
+        zeros=None if zeros is None else _pack_groups(zeros.cpu().numpy(), fmt.group),
+    )
+
+
+def unpack_units(packed: PackedUnits, format: Format, rows: int, columns: int) -> Quantized:
+    """Recover the ``[..., rows, columns]`` matrices that `pack_units` was given."""
+    groups, zeros = format.groups(columns), packed.zeros
+    codes = _unpack_codes(packed.codes, format.bits)[..., :rows, :columns]
+    return Quantized(
+        format=format,
+        codes=torch.from_numpy(np.ascontiguousarray(codes)),
+        scales=torch.from_numpy(_unpack_groups(packed.scales, rows, groups)),
+        zeros=None if zeros is None else torch.from_numpy(_unpack_groups(zeros, rows, groups)),
+    )
+
+
+def _fields(bits: int, pair: int, row: int, h: int) -> list[Field]:
+    """Where the code of `pair` (0..15 of a half unit), row half `row` (0, 1) and column parity `h` is."""
+    if bits != 3:
+        each = max(8 // bits, 1)
+        return [(pair // each, 16 * h + 8 * row + bits * (pair % each), bits, 0)]
+    word, pair = pair // 8 * 3, pair % 8
+    if pair < 6:
+        return [(word + pair // 2, 16 * h + 9 * row + 3 * (pair % 2), 3, 0)]
+    if pair == 6 or row == 0:
+        return [(word + (row if pair == 6 else 2), 16 * h + 6, 3, 0)]
+    return [(word + bit, 16 * h + 15, 1, bit) for bit in range(3)]
+
+
+def _placements(bits: int) -> list[tuple[int, int, int, int, Field]]:
+    """Every (half, pair, row half, parity) of a lane with its fields; words counted over both halves."""
+    return [
+        (half, pair, row, h, (half * 2 * bits + word, shift, width, low))
+        for half in range(2)
+        for pair in range(16)
+        for row in range(2)
+        for h in range(2)
+        for word, shift, width, low in _fields(bits, pair, row, h)
+    ]
+
+
+def _pack_codes(codes: Bytes, bits: int) -> Bytes:
+    *lead, rows, columns = codes.shape
+    padded = np.pad(codes, [(0, 0)] * len(lead) + [(0, -rows % ROWS), (0, -columns % COLUMNS)])
+    tiles, units = padded.shape[-2] // ROWS, padded.shape[-1] // COLUMNS
+    # tile, row half, g, unit, half, v, q, j, h
+    split = padded.reshape(-1, tiles, 2, 8, units, 2, 4, 4, 4, 2)
+    words = np.zeros((split.shape[0], tiles, units, 8, 4, 4 * bits), np.uint32)
+    for half, pair, row, h, (word, shift, width, low) in _placements(bits):
+        code = split[:, :, row, :, :, half, pair // 4, :, pair % 4, h].swapaxes(2, 3)
+        field = (code >> np.uint8(low)) & np.uint8((1 << width) - 1)
+        words[..., word] |= field.astype(np.uint32) << np.uint32(shift)
+    lanes = words.reshape(-1, tiles, units, 32, bits, 4).swapaxes(-3, -2)
+    return np.ascontiguousarray(lanes).view(np.uint8).reshape(*lead, tiles, units, bits, 512)
+
+
+def _unpack_codes(packed: Bytes, bits: int) -> Bytes:
+    *lead, tiles, units, _, _ = packed.shape
+    lanes = np.ascontiguousarray(packed).view(np.uint32).reshape(-1, tiles, units, bits, 32, 4)
+    words = np.ascontiguousarray(lanes.swapaxes(-3, -2)).reshape(-1, tiles, units, 8, 4, 4 * bits)
+    split = np.zeros((words.shape[0], tiles, 2, 8, units, 2, 4, 4, 4, 2), np.uint8)
+    for half, pair, row, h, (word, shift, width, low) in _placements(bits):
+        field = (words[..., word] >> np.uint32(shift)) & np.uint32((1 << width) - 1)
+        code = field.astype(np.uint8) << np.uint8(low)
+        split[:, :, row, :, :, half, pair // 4, :, pair % 4, h] |= code.swapaxes(2, 3)
+    return split.reshape(*lead, tiles * ROWS, units * COLUMNS)
+
+
+def _pack_groups(values: npt.NDArray[Any], group: int) -> npt.NDArray[Any]:
+    """``[..., N, groups]`` to ``[..., N16, K256, 8, G, 2]``, padded with 0."""
+    *lead, rows, groups = values.shape
+    each = COLUMNS // group
+    padded = np.pad(values, [(0, 0)] * len(lead) + [(0, -rows % ROWS), (0, -groups % each)])
+    split = padded.reshape(-1, padded.shape[-2] // ROWS, 2, 8, padded.shape[-1] // each, each)
+    units = np.ascontiguousarray(split.transpose(0, 1, 4, 3, 5, 2))
+    return units.reshape(*lead, *units.shape[1:])
+
+
+def _unpack_groups(units: npt.NDArray[Any], rows: int, groups: int) -> npt.NDArray[Any]:
+    """The inverse of `_pack_groups`."""
+    *lead, tiles, across, _, each, _ = units.shape
+    split = units.reshape(-1, *units.shape[-5:]).transpose(0, 1, 5, 3, 2, 4)
+    flat = split.reshape(*lead, tiles * ROWS, across * each)
+    return np.ascontiguousarray(flat[..., :rows, :groups])

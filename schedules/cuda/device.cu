@@ -1,0 +1,553 @@
+// Device code of moqc's decode kernels (1 to 8 tokens) for NVIDIA GPUs, sm_80 and later.
+//
+// Weights lie in the layout "mma16x256" (moqc/quant/pack_mma.py): a *unit* is 16 rows x 256 columns of one
+// matrix, `bits` times 512 bytes, so that lane l of a warp reads its part with `bits` loads of 16 bytes. A code is
+// never converted: masked in place it is an fp16 subnormal, code * 2^(position - 24), exact in the tensor core, and
+// the position is divided out of the activations once. The zero point is the accumulator's start value.
+//
+// A warp keeps one unit's 256 columns of activations in 32 registers and streams the row tiles of a matrix past
+// them, through a ring of its own in shared memory (STAGES > 0) or with every load issued first (STAGES == 0).
+#ifndef MOQC_DEVICE
+#define MOQC_DEVICE
+#include <cuda_fp16.h>
+
+namespace moqc {
+
+using word = unsigned int;
+
+constexpr int ROWS = 16, COLUMNS = 256;   // of a unit
+constexpr float SCALE = 1048576.0f;       // 2^20: what prepare() leaves in every product
+
+__host__ __device__ constexpr int largest(int a) { return a; }
+template <class... Rest> __host__ __device__ constexpr int largest(int a, int b, Rest... rest) { return largest(a > b ? a : b, rest...); }
+
+// ---------------------------------------------------------------------------------------------- formats
+template <int BITS_, int GROUP_, bool SYMMETRIC_> struct Format {
+  static constexpr int BITS = BITS_, GROUP = GROUP_, GROUPS = COLUMNS / GROUP_;   // GROUPS: in a unit
+  static constexpr bool SYMMETRIC = SYMMETRIC_;
+  static constexpr int ID = (BITS * 256 + GROUP) * 2 + SYMMETRIC;
+  static constexpr float ZERO = BITS <= 2 ? ((1 << BITS) - 1) * 0.5f : (1 << BITS) * 0.5f;
+  static constexpr float ZERO_STEP = ((1 << BITS) - 1) / 255.0f;
+};
+
+// The formats of one projection's classes, in the order of its tensors; or of a whole kernel, each once.
+template <class... Fs> struct Formats {
+  static constexpr int COUNT = sizeof...(Fs);
+  static constexpr int BITS = largest(0, Fs::BITS...), GROUPS = largest(0, Fs::GROUPS...);
+  static constexpr bool HAS_ZEROS = (!Fs::SYMMETRIC || ...);
+  static constexpr int CODES = BITS * 512, SCALES = GROUPS * 128, ZEROS = HAS_ZEROS ? GROUPS * 64 : 0;
+  static constexpr int SLOT = CODES + SCALES + ZEROS;   // bytes of a unit in the ring, scales as each lane wants them
+};
+
+// One lane's view of one unit; `step` moves it down a row tile. With one format all of it but the pointers is constant.
+struct Unit {
+  const char *codes, *scales, *zeros;
+  int id, bits, groups, symmetric;
+
+  template <class F> __device__ static Unit at(const void* const* tensors, long long unit, int lane) {
+    const char *codes = (const char*)tensors[0], *scales = (const char*)tensors[1], *zeros = (const char*)tensors[2];
+    return {codes + unit * (F::BITS * 512) + lane * 16, scales + unit * (F::GROUPS * 32) + lane / 4 * (F::GROUPS * 4),
+            F::SYMMETRIC ? nullptr : zeros + unit * (F::GROUPS * 16) + lane / 4 * (F::GROUPS * 2),
+            F::ID, F::BITS, F::GROUPS, F::SYMMETRIC};
+  }
+  __device__ void step(int units) {   // units: a row tile's
+    codes += units * bits * 512;
+    scales += units * groups * 32;
+    if (!symmetric) zeros += units * groups * 16;
+  }
+};
+
+template <class... Fs>
+__device__ __forceinline__ Unit locate(Formats<Fs...>, const void* const* tensors, int2 place, long long units, long long unit, int lane) {
+  Unit result;
+  int number = 0;
+  (((sizeof...(Fs) == 1 || place.x == number) ? (result = Unit::at<Fs>(tensors + 3 * number, place.y * units + unit, lane), 0) : 0, ++number), ...);
+  return result;
+}
+
+// ---------------------------------------------------------------------------------------------- instructions
+__device__ __forceinline__ void load16(word* d, const void* p) {   // weights: read once, not kept in L1
+  asm volatile("ld.global.nc.L1::no_allocate.L2::256B.v4.u32 {%0,%1,%2,%3}, [%4];"
+               : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3]) : "l"(p));
+}
+__device__ __forceinline__ void copy16(word shared, const void* p) {
+  asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16;" ::"r"(shared), "l"(p) : "memory");
+}
+template <int BYTES> __device__ __forceinline__ void copy(word shared, const void* p) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(shared), "l"(p), "n"(BYTES) : "memory");
+}
+__device__ __forceinline__ void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int LEFT> __device__ __forceinline__ void copy_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "memory"); }
+__device__ __forceinline__ void add(float* p, float v) { asm volatile("red.global.add.f32 [%0], %1;" ::"l"(p), "f"(v) : "memory"); }
+__device__ __forceinline__ void wait_for_previous_kernel() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void start_next_kernel() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void mma(float (&d)[4], const word (&a)[4], word b0, word b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// ---------------------------------------------------------------------------------------------- decoding
+// Bit position, within an fp16, of the codes that meet x register i (0..15 of a half unit).
+template <int BITS> __host__ __device__ constexpr int position(int i) {
+  return BITS == 8 ? 0 : BITS == 3 ? ((i & 7) >= 6 ? 6 : 3 * (i & 1)) : BITS * (i % (8 / BITS));
+}
+
+// Operand A of step s (0..7) of a half unit: rows g and g + 8, x registers 2s and 2s + 1.
+template <int BITS> __device__ __forceinline__ void fragment(word (&a)[4], const word* w, int s) {
+  if (BITS == 8) {
+    const word mask = 0x00ff00ffu, p = w[2 * s], q = w[2 * s + 1];
+    a[0] = p & mask, a[1] = (p >> 8) & mask, a[2] = q & mask, a[3] = (q >> 8) & mask;
+  } else if (BITS == 3) {   // three words hold 8 registers: five codes a half-word, the sixteenth in the spare bits
+    const word *q = w + s / 4 * 3, m0 = 0x00070007u, m3 = 0x00380038u, m6 = 0x01c001c0u;
+    if (s % 4 < 3) {
+      const word low = q[s % 4], high = low >> 9;
+      a[0] = low & m0, a[1] = high & m0, a[2] = low & m3, a[3] = high & m3;
+    } else {
+      a[0] = q[0] & m6, a[1] = q[1] & m6, a[2] = q[2] & m6;
+      a[3] = ((q[0] >> 9) & 0x00400040u) | ((q[1] >> 8) & 0x00800080u) | ((q[2] >> 7) & 0x01000100u);
+    }
+  } else {
+    constexpr int EACH = 8 / BITS;   // x registers a word
+    constexpr word MASK = ((1u << BITS) - 1) * 0x00010001u;
+    const int i = 2 * s, shift = BITS * (i % EACH);
+    const word low = w[i / EACH], high = low >> 8;
+    a[0] = low & (MASK << shift), a[1] = high & (MASK << shift);
+    a[2] = low & (MASK << (shift + BITS)), a[3] = high & (MASK << (shift + BITS));
+  }
+}
+
+// x registers i of a unit times 2^(4 - position), and for every group -zero * sum(x) in the accumulator's layout
+// (two columns); for asymmetric formats -zero_step * sum(x), to be multiplied by the zero byte.
+template <class F> __device__ __forceinline__ void prepare(word (&x)[32], float (&sums)[2 * F::GROUPS]) {
+#pragma unroll
+  for (int i = 0; i < 32; ++i) {
+    const word half_bits = (15 + 4 - position<F::BITS>(i % 16)) << 10, pair = half_bits | (half_bits << 16);
+    const __half2 product = __hmul2(*(__half2*)&x[i], *(const __half2*)&pair);
+    x[i] = *(const word*)&product;
+  }
+  constexpr int STEPS = F::GROUP / 16;
+#pragma unroll
+  for (int group = 0; group < F::GROUPS; ++group) {
+    float c[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+#pragma unroll
+    for (int s = group * STEPS; s < (group + 1) * STEPS; ++s) {
+      const word p = 0x00010001u << position<F::BITS>(2 * s % 16), q = 0x00010001u << position<F::BITS>((2 * s + 1) % 16);
+      const word ones[4] = {p, p, q, q};
+      mma(c, ones, x[2 * s], x[2 * s + 1]);
+    }
+    const float factor = F::SYMMETRIC ? -F::ZERO : -F::ZERO_STEP;
+    sums[2 * group] = factor * c[0];
+    sums[2 * group + 1] = factor * c[1];
+  }
+}
+
+__device__ __forceinline__ float byte_value(word w, int byte) {
+  return __uint_as_float(__byte_perm(w, 0x4b000000u, 0x7650 | byte)) - 8388608.0f;
+}
+
+// acc = one unit times x. w: the lane's codes, scales: half2 (row g, row g + 8) a group, zeros: two bytes a group.
+template <class F>
+__device__ __forceinline__ void dot(float (&acc)[4], const word* w, const word (&x)[32], const float* sums, const word* scales, const word* zeros) {
+  constexpr int STEPS = F::GROUP / 16;
+  acc[0] = acc[1] = acc[2] = acc[3] = 0.0f;
+#pragma unroll
+  for (int group = 0; group < F::GROUPS; ++group) {
+    float c[4] = {sums[2 * group], sums[2 * group + 1], sums[2 * group], sums[2 * group + 1]};
+    if (!F::SYMMETRIC) {
+      const float z0 = byte_value(zeros[group / 2], group % 2 * 2), z8 = byte_value(zeros[group / 2], group % 2 * 2 + 1);
+      c[0] *= z0, c[1] *= z0, c[2] *= z8, c[3] *= z8;
+    }
+#pragma unroll
+    for (int s = group * STEPS; s < (group + 1) * STEPS; ++s) {
+      word a[4];
+      fragment<F::BITS>(a, w + s / 8 * (4 * F::BITS / 2), s % 8);
+      mma(c, a, x[2 * s], x[2 * s + 1]);
+    }
+    const float2 scale = __half22float2(*(const __half2*)&scales[group]);
+    acc[0] = fmaf(scale.x, c[0], acc[0]), acc[1] = fmaf(scale.x, c[1], acc[1]);
+    acc[2] = fmaf(scale.y, c[2], acc[2]), acc[3] = fmaf(scale.y, c[3], acc[3]);
+  }
+}
+
+// ---------------------------------------------------------------------------------------------- activations in
+__device__ __forceinline__ uint4 load_columns(const __half* p) {   // 8 columns; not .nc: another kernel may just have written them
+  uint4 v;
+  asm volatile("ld.global.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p) : "memory");
+  return v;
+}
+__device__ __forceinline__ uint4 load_columns(const float* p) {
+  float f[8];
+#pragma unroll
+  for (int i = 0; i < 8; i += 4)
+    asm volatile("ld.global.v4.f32 {%0,%1,%2,%3}, [%4];" : "=f"(f[i]), "=f"(f[i + 1]), "=f"(f[i + 2]), "=f"(f[i + 3]) : "l"(p + i) : "memory");
+  __half2 h[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) h[i] = __floats2half2_rn(f[2 * i], f[2 * i + 1]);
+  return *(const uint4*)h;
+}
+
+// The lane's 64 of the unit's 256 columns: chunk v is columns first + 32 v + 8 (lane % 4) .. + 7 of `row`, zero from N on.
+template <int N, class T> __device__ __forceinline__ void load_x(word (&x)[32], const T* row, int first, bool there, int lane) {
+#pragma unroll
+  for (int v = 0; v < 8; ++v) {
+    const int k = first + 32 * v + 8 * (lane % 4);
+    uint4 values = {0, 0, 0, 0};
+    if (there && (N % COLUMNS == 0 || k < N)) values = load_columns(row + k);
+    x[4 * v] = values.x, x[4 * v + 1] = values.y, x[4 * v + 2] = values.z, x[4 * v + 3] = values.w;
+  }
+}
+
+// ---------------------------------------------------------------------------------------------- partial sums
+// A tile's partial sums of one warp, TOKENS == 1: [16 rows]; TOKENS == 8: [16 rows][8 tokens] with token pairs
+// swizzled by row, so that neither the accumulators' stores nor reads along rows conflict.
+template <int TOKENS> __device__ __forceinline__ int place(int row, int token) {
+  return TOKENS == 1 ? row : row * 8 + (((token >> 1 ^ row >> 2) & 3) << 1) + (token & 1);
+}
+template <int TOKENS> __device__ __forceinline__ void store_partial(float* tile, const float (&acc)[4], int lane) {
+  const int row = lane / 4, token = lane % 4 * 2;
+  if (TOKENS == 1) {
+    if (token == 0) tile[row] = acc[0], tile[row + 8] = acc[2];
+  } else {
+    *(float2*)(tile + place<TOKENS>(row, token)) = make_float2(acc[0], acc[1]);
+    *(float2*)(tile + place<TOKENS>(row + 8, token)) = make_float2(acc[2], acc[3]);
+  }
+}
+template <int WARPS, int TOKENS> __device__ __forceinline__ float sum_partials(const float* tile, int row, int token) {
+  float sum = 0.0f;
+#pragma unroll
+  for (int warp = 0; warp < WARPS; ++warp) sum += tile[warp * (ROWS * TOKENS) + place<TOKENS>(row, token)];
+  return sum * SCALE;
+}
+
+// ---------------------------------------------------------------------------------------------- streaming
+// Geometry of a launch. TOKENS is 1 or 8 (a call of 2 to 8 tokens); TILES row tiles a block and projection.
+template <int WARPS_, int TILES_, int STAGES_, int TOKENS_> struct Plan {
+  static constexpr int WARPS = WARPS_, TILES = TILES_, STAGES = STAGES_, TOKENS = TOKENS_, THREADS = 32 * WARPS_;
+};
+
+template <class All> __device__ __forceinline__ void fetch(word slot, const Unit& unit, int lane) {
+#pragma unroll
+  for (int j = 0; j < All::BITS; ++j)
+    if (j < unit.bits) copy16(slot + j * 512 + lane * 16, unit.codes + j * 512);
+  const word scales = slot + All::CODES, zeros = scales + All::SCALES;
+  if (unit.groups == 2) copy<8>(scales + lane * 8, unit.scales);
+#pragma unroll
+  for (int j = 0; j < All::GROUPS / 4; ++j)
+    if (4 * j + 4 <= unit.groups) copy<16>(scales + lane * (4 * unit.groups) + 16 * j, unit.scales + 16 * j);
+  if (All::HAS_ZEROS && !unit.symmetric) {
+    if (unit.groups == 2) copy<4>(zeros + lane * 4, unit.zeros);
+    if (unit.groups == 4) copy<8>(zeros + lane * 8, unit.zeros);
+    if (unit.groups == 8) copy<16>(zeros + lane * 16, unit.zeros);
+  }
+}
+
+// The row tiles of up to two matrices (gate, then up), one unit of each tile, through this warp's ring.
+template <class P, class All, int UNITS> struct Stream {
+  Unit next, second;      // what to fetch next; the second matrix
+  word ring;              // shared address of this warp's slots
+  const char* memory;     // the same, to read
+  int lane, fetched, taken, total;
+
+  __device__ __forceinline__ void fetch_one() {
+    if (fetched < total) {
+      if (fetched == P::TILES) next = second;
+      fetch<All>(ring + fetched % P::STAGES * All::SLOT, next, lane);
+      next.step(UNITS);
+    }
+    ++fetched;
+    copy_commit();   // an empty group at the end keeps the count
+  }
+  __device__ __forceinline__ void start() {
+#pragma unroll
+    for (int i = 0; i < P::STAGES - 1; ++i) fetch_one();
+  }
+  // TILES tiles of one format; `partials` is the warp's place in the first of them.
+  template <class F> __device__ __forceinline__ void run(const word (&x)[32], const float* sums, float* partials) {
+#pragma unroll 1
+    for (int tile = 0; tile < P::TILES; ++tile) {
+      fetch_one();
+      copy_wait<P::STAGES - 1>();
+      const char* slot = memory + taken % P::STAGES * All::SLOT;
+      ++taken;
+      uint4 codes[F::BITS];
+#pragma unroll
+      for (int j = 0; j < F::BITS; ++j) codes[j] = *(const uint4*)(slot + j * 512 + lane * 16);
+      const word* scales = (const word*)(slot + All::CODES + lane * (4 * F::GROUPS));
+      const word* zeros = (const word*)(slot + All::CODES + All::SCALES + lane * (2 * F::GROUPS));
+      float acc[4];
+      dot<F>(acc, (const word*)codes, x, sums, scales, zeros);
+      store_partial<P::TOKENS>(partials + tile * (P::WARPS * ROWS * P::TOKENS), acc, lane);
+    }
+  }
+};
+
+// The same for a few tiles, every load issued before anything else: for matrices so small that latency is all.
+template <class P, class All, int UNITS, int TOTAL> struct Burst {
+  word codes[TOTAL][All::BITS * 4], scales[TOTAL][All::GROUPS], zeros[TOTAL][All::GROUPS / 2];
+
+  __device__ __forceinline__ void load(int i, const Unit& unit) {
+#pragma unroll
+    for (int j = 0; j < All::BITS; ++j)
+      if (j < unit.bits) load16(codes[i] + 4 * j, unit.codes + j * 512);
+#pragma unroll
+    for (int j = 0; j < All::GROUPS; ++j)
+      if (j < unit.groups) scales[i][j] = __ldg((const word*)unit.scales + j);
+#pragma unroll
+    for (int j = 0; j < All::GROUPS / 2; ++j)
+      if (All::HAS_ZEROS && !unit.symmetric && 2 * j < unit.groups) zeros[i][j] = __ldg((const word*)unit.zeros + j);
+  }
+  template <int PHASE> __device__ __forceinline__ void load_phase(Unit unit) {
+#pragma unroll
+    for (int tile = 0; tile < P::TILES; ++tile) load(PHASE * P::TILES + tile, unit), unit.step(UNITS);
+  }
+  template <int PHASE, class F> __device__ __forceinline__ void run(const word (&x)[32], const float* sums, float* partials, int lane) {
+#pragma unroll
+    for (int tile = 0; tile < P::TILES; ++tile) {
+      float acc[4];
+      const int i = PHASE * P::TILES + tile;
+      dot<F>(acc, codes[i], x, sums, scales[i], zeros[i]);
+      store_partial<P::TOKENS>(partials + tile * (P::WARPS * ROWS * P::TOKENS), acc, lane);
+    }
+  }
+};
+
+// body(F{}) for the format called `id`.
+template <class Body, class... Fs> __device__ __forceinline__ void with_format(Formats<Fs...>, int id, Body body) {
+  if (sizeof...(Fs) == 1)
+    (body(Fs{}), ...);
+  else
+    ((id == Fs::ID ? (body(Fs{}), 0) : 0), ...);
+}
+
+// One warp's work in a block: PHASES matrices, one unit of TILES row tiles each. `wait` runs once the first weights are
+// on their way, `get_x` loads the raw activations.
+template <class P, class All, int UNITS, int PHASES, class Wait, class GetX>
+__device__ __forceinline__ void multiply(char* ring, float* partials, const Unit& first, const Unit& second, int lane, Wait wait, GetX get_x) {
+  constexpr int TILE = P::WARPS * ROWS * P::TOKENS;
+  word x[32];
+  if constexpr (P::STAGES > 0) {
+    Stream<P, All, UNITS> stream{first, second, (word)__cvta_generic_to_shared(ring), ring, lane, 0, 0, PHASES * P::TILES};
+    stream.start();
+    wait();
+#pragma unroll 1
+    for (int phase = 0; phase < PHASES; ++phase) {
+      get_x(x);
+      with_format(All{}, phase ? second.id : first.id, [&](auto format) {
+        using F = decltype(format);
+        float sums[2 * F::GROUPS];
+        prepare<F>(x, sums);
+        stream.template run<F>(x, sums, partials + phase * P::TILES * TILE);
+      });
+    }
+  } else {
+    Burst<P, All, UNITS, PHASES * P::TILES> burst;
+    burst.template load_phase<0>(first);
+    if constexpr (PHASES == 2) burst.template load_phase<1>(second);
+    wait();
+    get_x(x);
+    if (PHASES == 1 || first.id == second.id) {
+      with_format(All{}, first.id, [&](auto format) {
+        using F = decltype(format);
+        float sums[2 * F::GROUPS];
+        prepare<F>(x, sums);
+        burst.template run<0, F>(x, sums, partials, lane);
+        if constexpr (PHASES == 2) burst.template run<1, F>(x, sums, partials + P::TILES * TILE, lane);
+      });
+    } else if constexpr (PHASES == 2 && All::COUNT > 1) {
+      with_format(All{}, first.id, [&](auto format) {
+        using F = decltype(format);
+        float sums[2 * F::GROUPS];
+        prepare<F>(x, sums);
+        burst.template run<0, F>(x, sums, partials, lane);
+      });
+      get_x(x);
+      with_format(All{}, second.id, [&](auto format) {
+        using F = decltype(format);
+        float sums[2 * F::GROUPS];
+        prepare<F>(x, sums);
+        burst.template run<1, F>(x, sums, partials + P::TILES * TILE, lane);
+      });
+    }
+  }
+}
+
+// ---------------------------------------------------------------------------------------------- routing
+// (class, index) of `expert`, from `table` [EXPERTS][2]. A single class holds every expert in order, so there is
+// nothing to read; else all lanes read the table while the expert's number is still on its way.
+template <int COUNT, int EXPERTS, class Id> __device__ __forceinline__ int2 find(const int* table, const Id* slot, long long& expert, int lane) {
+  constexpr int EACH = (EXPERTS + 31) / 32;
+  if constexpr (COUNT == 1) {
+    expert = *slot;
+    return make_int2(0, (int)expert);
+  } else if constexpr (EACH <= 8) {
+    int2 entries[EACH];
+#pragma unroll
+    for (int i = 0; i < EACH; ++i) entries[i] = __ldg((const int2*)table + min(32 * i + lane, EXPERTS - 1));
+    expert = *slot;
+    int2 mine = entries[0];
+#pragma unroll
+    for (int i = 1; i < EACH; ++i)
+      if ((int)expert / 32 == i) mine = entries[i];
+    return make_int2(__shfl_sync(0xffffffffu, mine.x, (int)expert % 32), __shfl_sync(0xffffffffu, mine.y, (int)expert % 32));
+  } else {
+    expert = *slot;
+    const bool known = expert >= 0 && expert < EXPERTS;
+    return __ldg((const int2*)table + (known ? expert : 0));
+  }
+}
+
+// The experts that 2 to 8 tokens hit, in rising order: slots[n] = expert, shares[n][8] = its weight for each token (0
+// where a token does not choose it; duplicates add up), *hit = their number. One block; ids out of range are ignored.
+template <int EXPERTS, int TOP, class Id>
+__device__ __forceinline__ void route(const Id* ids, const float* weights, int tokens, int* slots, float* shares, int* hit) {
+  start_next_kernel();
+  __shared__ int counts[32];
+  const int expert = threadIdx.x, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  float share[8];
+  bool chosen = false;
+#pragma unroll
+  for (int token = 0; token < 8; ++token) {
+    share[token] = 0.0f;
+    if (token < tokens)
+      for (int j = 0; j < TOP; ++j)
+        if (ids[token * TOP + j] == (Id)expert) chosen = true, share[token] += weights[token * TOP + j];
+  }
+  chosen = chosen && expert < EXPERTS;
+  const word ballot = __ballot_sync(0xffffffffu, chosen);
+  if (lane == 0) counts[warp] = __popc(ballot);
+  __syncthreads();
+  int slot = __popc(ballot & ((1u << lane) - 1)), total = 0;
+  for (int i = 0; i < (EXPERTS + 31) / 32; ++i) {
+    if (i < warp) slot += counts[i];
+    total += counts[i];
+  }
+  if (chosen) {
+    slots[slot] = expert;
+#pragma unroll
+    for (int token = 0; token < 8; ++token) shares[slot * 8 + token] = share[token];
+  }
+  if (threadIdx.x == 0) *hit = total;
+}
+
+// ---------------------------------------------------------------------------------------------- the two products
+// Gate functions of moqc/quant/activations.py; ALPHA and LIMIT are the bits of floats.
+__device__ __forceinline__ float silu(float v) { return v / (1.0f + __expf(-v)); }
+__device__ __forceinline__ float clamp(float v, float limit) { return fminf(fmaxf(v, -limit), limit); }
+__device__ __forceinline__ float gelu_erf(float v) { return 0.5f * v * (1.0f + erff(v * 0.70710678f)); }
+__device__ __forceinline__ float gelu_tanh(float v) { return 0.5f * v * (1.0f + tanhf(0.79788456f * (v + 0.044715f * v * v * v))); }
+#define MOQC_ACTIVATION(NAME, IS_GATED, EXPRESSION)                                        \
+  template <word ALPHA, word LIMIT> struct NAME {                                          \
+    static constexpr bool GATED = IS_GATED;                                                \
+    __device__ static float of(float gate, float up) {                                     \
+      const float alpha = __uint_as_float(ALPHA), limit = __uint_as_float(LIMIT);          \
+      (void)alpha, (void)limit, (void)gate;                                                \
+      return EXPRESSION;                                                                   \
+    }                                                                                      \
+  };
+MOQC_ACTIVATION(act_silu_glu, true, silu(gate) * up)
+MOQC_ACTIVATION(act_gelu_glu, true, gelu_erf(gate) * up)
+MOQC_ACTIVATION(act_gelu_tanh_glu, true, gelu_tanh(gate) * up)
+MOQC_ACTIVATION(act_relu_glu, true, fmaxf(gate, 0.0f) * up)
+MOQC_ACTIVATION(act_oai_swiglu, true, fminf(gate, limit) / (1.0f + __expf(-alpha * fminf(gate, limit))) * (clamp(up, limit) + 1.0f))
+MOQC_ACTIVATION(act_silu_glu_clamp, true, silu(fminf(gate, limit)) * clamp(up, limit))
+MOQC_ACTIVATION(act_silu_glu_postclamp, true, fminf(silu(gate), limit) * clamp(up, limit))
+MOQC_ACTIVATION(act_silu, false, silu(up))
+MOQC_ACTIVATION(act_gelu, false, gelu_erf(up))
+MOQC_ACTIVATION(act_relu2, false, fmaxf(up, 0.0f) * fmaxf(up, 0.0f))
+
+template <int H_, int I_, int EXPERTS_, class Activation_> struct Layer {
+  static constexpr int H = H_, I = I_, EXPERTS = EXPERTS_;
+  static constexpr bool GATED = Activation_::GATED;
+  using Activation = Activation_;
+};
+
+// hidden[slot][token][I] = share * act(gate x, up x) in fp16; y [tokens][H] is set to 0 for `down` to add to.
+// Grid: slots x (row tiles of I / TILES); WARPS == units of H.
+template <class L, class P, class Gates, class Ups, class All, class X, class Id, class... Tensors>
+__device__ __forceinline__ void gate_up(void* memory, const X* x, int tokens, const Id* slots, const float* shares, const int* hit,
+                                        const int* table, __half* hidden, float* y, const Tensors*... packed) {
+  constexpr int UNITS = (L::H + COLUMNS - 1) / COLUMNS, ROW_TILES = (L::I + ROWS - 1) / ROWS, GROUPS = (ROW_TILES + P::TILES - 1) / P::TILES;
+  constexpr int PHASES = L::GATED ? 2 : 1, TILE = P::WARPS * ROWS * P::TOKENS;
+  static_assert(P::WARPS == UNITS && ROW_TILES % P::TILES == 0, "a warp for each unit of a row, whole groups of row tiles");
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, slot = blockIdx.x / GROUPS, tile = blockIdx.x % GROUPS * P::TILES;
+  if (P::TOKENS > 1) wait_for_previous_kernel();   // of `route`; a launch without the attribute does not wait
+  start_next_kernel();
+  for (int i = blockIdx.x * P::THREADS + threadIdx.x; i < tokens * L::H; i += gridDim.x * P::THREADS) y[i] = 0.0f;
+  if (P::TOKENS > 1 && slot >= *hit) return;
+  const void* const tensors[] = {packed...};
+  long long expert;
+  constexpr int CLASSES = largest(Gates::COUNT, Ups::COUNT);
+  const int2 second_place = find<CLASSES, L::EXPERTS>(table + 2 * L::EXPERTS, slots + slot, expert, lane);
+  const int2 first_place = L::GATED ? find<CLASSES, L::EXPERTS>(table, slots + slot, expert, lane) : second_place;
+  if (expert < 0 || expert >= L::EXPERTS) return;
+  const long long unit = (long long)tile * UNITS + warp, matrix = (long long)ROW_TILES * UNITS;
+  const Unit second = locate(Ups{}, tensors + 3 * Gates::COUNT, second_place, matrix, unit, lane);
+  Unit first = second;
+  if constexpr (L::GATED) first = locate(Gates{}, tensors, first_place, matrix, unit, lane);
+  float* partials = (float*)memory;
+  char* ring = (char*)memory + PHASES * P::TILES * TILE * 4 + warp * (P::STAGES * All::SLOT);
+  const int token = P::TOKENS == 1 ? 0 : lane / 4;
+  multiply<P, All, UNITS, PHASES>(
+      ring, partials + warp * (ROWS * P::TOKENS), first, second, lane, [] {},
+      [&](word(&values)[32]) { load_x<L::H>(values, x + (long long)token * L::H, warp * COLUMNS, token < tokens, lane); });
+  __syncthreads();
+  for (int i = threadIdx.x; i < P::TILES * ROWS * P::TOKENS; i += P::THREADS) {
+    const int t = i / (ROWS * P::TOKENS), row = i % ROWS, column = i / ROWS % P::TOKENS, out = (tile + t) * ROWS + row;
+    const float gate = sum_partials<P::WARPS, P::TOKENS>(partials + t * TILE, row, column);
+    const float up = L::GATED ? sum_partials<P::WARPS, P::TOKENS>(partials + (P::TILES + t) * TILE, row, column) : gate;
+    const float share = shares[slot * P::TOKENS + column];
+    const float value = share == 0.0f ? 0.0f : share * L::Activation::of(gate, up);
+    if (L::I % ROWS == 0 || out < L::I) hidden[((long long)slot * P::TOKENS + column) * L::I + out] = __float2half(value);
+  }
+}
+
+// y[token][H] += sum over slots of down x hidden: one dot product over all experts hit, cut into blocks of WARPS units.
+// Where one block holds all of it (ADD false), y is written instead: no atomics, the same bits every time.
+template <class L, class P, bool ADD, class Downs, class All, class Id, class... Tensors>
+__device__ __forceinline__ void down(void* memory, const __half* hidden, int tokens, const Id* slots, const int* hit, int top, const int* table,
+                                     float* y, const Tensors*... packed) {
+  constexpr int UNITS = (L::I + COLUMNS - 1) / COLUMNS, ROW_TILES = (L::H + ROWS - 1) / ROWS, GROUPS = ROW_TILES / P::TILES;
+  constexpr int TILE = P::WARPS * ROWS * P::TOKENS;
+  static_assert(ROW_TILES % P::TILES == 0, "whole groups of row tiles");
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, tile = blockIdx.x % GROUPS * P::TILES;
+  const int number = blockIdx.x / GROUPS * P::WARPS + warp, slot = number / UNITS, column = number % UNITS;
+  const int experts = P::TOKENS == 1 ? top : *hit;
+  if (P::TOKENS > 1 && number - warp >= experts * UNITS) return;
+  const void* const tensors[] = {packed...};
+  float* partials = (float*)memory;
+  long long expert = -1;
+  int2 at = {0, 0};
+  if (slot < experts) at = find<Downs::COUNT, L::EXPERTS>(table + 4 * L::EXPERTS, slots + slot, expert, lane);
+  if (expert >= 0 && expert < L::EXPERTS) {
+    const Unit unit = locate(Downs{}, tensors, at, (long long)ROW_TILES * UNITS, (long long)tile * UNITS + column, lane);
+    const int token = P::TOKENS == 1 ? 0 : lane / 4;
+    const __half* row = hidden + ((long long)slot * P::TOKENS + token) * L::I;
+    multiply<P, All, UNITS, 1>(
+        (char*)memory + P::TILES * TILE * 4 + warp * (P::STAGES * All::SLOT), partials + warp * (ROWS * P::TOKENS), unit, unit, lane,
+        [] { wait_for_previous_kernel(); },
+        [&](word(&values)[32]) { load_x<L::I>(values, row, column * COLUMNS, token < tokens, lane); });
+  } else {
+    const float nothing[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+    for (int t = 0; t < P::TILES; ++t) store_partial<P::TOKENS>(partials + t * TILE + warp * (ROWS * P::TOKENS), nothing, lane);
+    wait_for_previous_kernel();   // before y is touched
+  }
+  __syncthreads();
+  for (int i = threadIdx.x; i < P::TILES * ROWS * P::TOKENS; i += P::THREADS) {
+    const int t = i / (ROWS * P::TOKENS), row = i % ROWS, token = i / ROWS % P::TOKENS, out = (tile + t) * ROWS + row;
+    const float sum = sum_partials<P::WARPS, P::TOKENS>(partials + t * TILE, row, token);
+    if (token >= tokens || (L::H % ROWS != 0 && out >= L::H)) continue;
+    if (ADD) add(y + (long long)token * L::H + out, sum);
+    else y[(long long)token * L::H + out] = sum;
+  }
+}
+
+}  // namespace moqc
+#endif
