@@ -30,6 +30,9 @@ BUILTIN: dict[str, str] = {
     "allocate-bits": "moqc.passes.allocate_bits:AllocateBits",
     "quantize-experts": "moqc.passes.quantize_experts:QuantizeExperts",
     "quantize-linears": "moqc.passes.quantize_linears:QuantizeLinears",
+    "plan-cache": "moqc.passes.plan_cache:PlanCache",
+    "legalize": "moqc.passes.legalize:Legalize",
+    "schedule": "moqc.passes.schedule:Schedule",
 }
 """Name -> ``module:class``, imported on first use. One line a pass, in the order of a usual pipeline."""
 

@@ -11,7 +11,9 @@ from moqc.ir.ops import EXPERT_OPERANDS, attributes, operands
 from moqc.schedules.cpu.attention import AttentionShape, attention_kernel
 from moqc.schedules.cpu.dense_experts import DenseExpertsShape, dense_down_kernel, dense_up_kernel
 from moqc.schedules.cpu.dense_linear import dense_linear_kernel
+from moqc.schedules.cpu.rms_norm import rms_norm_kernel
 from moqc.schedules.cpu.route import route_kernel
+from moqc.schedules.cpu.topk import topk_kernel
 from moqc.targets import Target
 
 
@@ -89,3 +91,24 @@ def lower_dense_linear(
     kernel = dense_linear_kernel(rows, columns, lead=len(lead), lanes=target.vector_lanes)
     function = bb.add_func(kernel, "moqc_dense_linear")
     return relax.call_tir(function, [x, weight], relax.TensorType([*lead, rows], "float32"))
+
+
+def lower_rms_norm(
+    bb: relax.BlockBuilder, x: relax.Expr, weight: relax.Expr | None, epsilon: float, target: Target
+) -> relax.Expr:
+    """``x / sqrt(mean(x^2) + epsilon) * weight`` over the last axis of float32 x, of constant extent."""
+    *lead, columns = list(x.ty.shape)
+    kernel = rms_norm_kernel(
+        int(columns), epsilon, weighted=weight is not None, lead=len(lead), lanes=target.vector_lanes
+    )
+    function = bb.add_func(kernel, "moqc_rms_norm")
+    return relax.call_tir(function, [x] if weight is None else [x, weight], x.ty)
+
+
+def lower_topk(bb: relax.BlockBuilder, call: relax.Call, _target: Target) -> relax.Expr:
+    """``R.topk`` of values and indices: the largest of the last axis of float32 x, of constant extent."""
+    *lead, columns = list(call.args[0].ty.shape)
+    types = list(call.ty.fields)
+    count = int(types[0].shape[-1])
+    function = bb.add_func(topk_kernel(int(columns), count, str(types[1].dtype), lead=len(lead)), "moqc_topk")
+    return relax.call_tir(function, [call.args[0]], types)

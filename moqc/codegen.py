@@ -1,0 +1,115 @@
+"""From a scheduled module to code: an executable in memory, or a shared library for TVM's virtual machine.
+
+The library's main takes (input_ids, positions, weights, caches), weights and caches as one tuple each, so
+that a call does not pass hundreds of arguments.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import tvm
+import tvm_ffi
+from tvm import IRModule, relax, tirx
+from tvm.ir import Call
+from tvm.relax.vm_build import VMExecutable
+
+from moqc.errors import TargetError
+from moqc.ir.annotations import CACHE
+from moqc.ir.sites import INPUTS, bindings
+from moqc.passes.base import PassContext
+from moqc.passes.legalize import Legalize
+from moqc.passes.schedule import Schedule
+from moqc.targets import Target
+
+Run = Callable[[npt.NDArray[Any], npt.NDArray[Any]], npt.NDArray[Any]]
+LINKERS = ("cc", "gcc", "clang", "g++")
+
+
+def bundle(mod: IRModule) -> IRModule:
+    """`mod` with main's weights and its caches (as CACHE counts them) each in one tuple parameter."""
+    main, cache = mod["main"], CACHE.get(mod)
+    parameters = list(main.params)
+    split = len(parameters) - (0 if cache is None else len(cache["tensors"]))
+    groups = {"weights": parameters[INPUTS:split], "caches": parameters[split:]}
+    builder = relax.BlockBuilder()
+    tuples = {name: relax.Var(name, relax.TupleType([p.ty for p in group])) for name, group in groups.items()}
+    with builder.function("main", [*parameters[:INPUTS], *tuples.values()], dict(main.attrs.items())):
+        with builder.dataflow():
+            for name, group in groups.items():
+                for number, parameter in enumerate(group):
+                    item = builder.normalize(relax.TupleGetItem(tuples[name], number))
+                    builder.emit_normalized(relax.VarBinding(parameter, item))
+            for variable, value in bindings(main):
+                builder.emit_normalized(relax.VarBinding(variable, value))
+            result = builder.emit_output(main.body.body)
+        builder.emit_func_output(result)
+    bundled = mod.clone()
+    bundled.update_func(mod.get_global_var("main"), builder.finalize()["main"])
+    return bundled
+
+
+def build(mod: IRModule, target: Target) -> VMExecutable:
+    """Compile a module that went through legalize and schedule.
+
+    Memory is planned for the upper bounds of the symbolic sizes (main's attribute ``tir_var_upper_bound``).
+    Raises TargetError when an operator calls a function that TVM's runtime library does not have.
+    """
+    missing = sorted(_called_packed(mod, prefix="tvm.contrib."))
+    if missing:
+        raise TargetError(
+            f"the model needs {', '.join(missing)}, which TVM's runtime library lacks; report this model"
+        )
+    return tvm.compile(bundle(mod), tvm.target.Target(target.tvm))
+
+
+def _called_packed(mod: IRModule, prefix: str) -> set[str]:
+    """Names, starting with `prefix`, of the packed functions that PrimFuncs of `mod` call."""
+    names: set[str] = set()
+
+    def visit(call: Call) -> None:
+        if str(getattr(call.op, "name", "")) == "tirx.tvm_call_packed":
+            names.add(str(call.args[0].value))
+
+    for function in mod.functions.values():
+        if isinstance(function, tirx.PrimFunc):
+            tvm_ffi.structural_walk(function.body, [(Call, visit)])
+    return {name for name in names if name.startswith(prefix)}
+
+
+def export(executable: VMExecutable, path: Path) -> None:
+    """Write the executable as a shared library, which TVM's runtime loads without its compiler.
+
+    Raises TargetError when there is no linker.
+    """
+    linker = next((found for name in LINKERS if (found := shutil.which(name))), None)
+    if linker is None:
+        raise TargetError(
+            f"{path}: no linker; TVM links the library with a C compiler ({', '.join(LINKERS)}): install gcc "
+            "or clang, for example `apt install gcc`"
+        )
+    executable.export_library(str(path), cc=linker)
+
+
+def compile_and_run(mod: IRModule, weights: Sequence[npt.NDArray[Any]], target: Target) -> Run:
+    """Lower, build and load a module fresh from the front end: the callable (ids, positions) -> logits.
+
+    `weights` are main's parameters after the two inputs. ids and positions are int64 [batch, seq]; logits are
+    float32 [batch, seq, vocabulary].
+    """
+    ctx = PassContext(target=target)
+    executable = build(Schedule()(Legalize()(mod, ctx), ctx), target)
+    machine = relax.VirtualMachine(executable, tvm.cpu())
+    tensors = [tvm.runtime.tensor(np.ascontiguousarray(weight)) for weight in weights]
+
+    def run(ids: npt.NDArray[Any], positions: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        inputs = [tvm.runtime.tensor(np.ascontiguousarray(array, np.int64)) for array in (ids, positions)]
+        result: npt.NDArray[Any] = machine["main"](*inputs, tensors, []).numpy()
+        return result
+
+    return run

@@ -1,0 +1,90 @@
+"""plan-cache: R.moqc.attention -> R.moqc.cached_attention on key-value caches that are parameters of main."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from tvm import IRModule, relax
+
+from moqc.errors import PipelineError
+from moqc.ir import ops
+from moqc.ir.annotations import CACHE, PARAMS, Key
+from moqc.ir.sites import bindings
+from moqc.passes.base import Pass, PassContext
+
+DTYPE = "float32"
+
+
+@dataclass(frozen=True)
+class PlanCache(Pass):
+    """Give every attention a key and a value cache: parameters of main after the weights, written in place.
+
+    `context` is the number of positions a sequence may have, `batch` the number of sequences. main returns
+    (logits, caches...).
+    """
+
+    name: ClassVar[str] = "plan-cache"
+    reads: ClassVar[tuple[Key[Any], ...]] = (PARAMS,)
+    writes: ClassVar[tuple[Key[Any], ...]] = (CACHE,)
+
+    context: int = 2048
+    batch: int = 4
+
+    def run(self, mod: IRModule, ctx: PassContext) -> IRModule:
+        """Rewrite main; needs nothing of `ctx`."""
+        if self.context < 1 or self.batch < 1:
+            raise PipelineError(f"plan-cache: context={self.context} batch={self.batch}; both are at least 1")
+        if CACHE.get(mod) is not None:
+            raise PipelineError(f"plan-cache: the module has {CACHE} already")
+        builder = _CachedMain(mod, self.context, self.batch)
+        result = mod.clone()
+        result.update_func(mod.get_global_var("main"), builder.build())
+        tensors = [[int(extent) for extent in cache.ty.shape] for cache in builder.caches]
+        return CACHE.put(result, {"context": self.context, "batch": self.batch, "tensors": tensors})
+
+
+class _CachedMain:
+    """Builds the new main; `caches` are its new parameters, key and value of each attention in turn."""
+
+    def __init__(self, mod: IRModule, context: int, batch: int) -> None:
+        self._main, self._context, self._batch = mod["main"], context, batch
+        self._builder = relax.BlockBuilder()
+        self.caches: list[relax.Var] = []
+        self._calls = {
+            variable: self._cached(value)
+            for variable, value in bindings(self._main)
+            if ops.is_call(value, ops.ATTENTION)
+        }
+
+    def build(self) -> relax.Function:
+        """The function (input_ids, positions, *weights, *caches) -> (logits, *caches)."""
+        parameters = [*self._main.params, *self.caches]
+        written: list[relax.Expr] = []
+        with self._builder.function("main", parameters, dict(self._main.attrs.items())):
+            with self._builder.dataflow():
+                for variable, value in bindings(self._main):
+                    if variable in self._calls:
+                        result = self._builder.emit(self._calls[variable])
+                        written += [self._builder.emit(relax.TupleGetItem(result, i)) for i in (1, 2)]
+                        value = relax.TupleGetItem(result, 0)
+                    self._builder.emit_normalized(relax.VarBinding(variable, self._builder.normalize(value)))
+                outputs = self._builder.emit_output(relax.Tuple([self._main.body.body, *written]))
+            self._builder.emit_func_output(outputs)
+        return self._builder.finalize()["main"]
+
+    def _cached(self, call: relax.Call) -> relax.Call:
+        """The call with caches for the call without; adds the caches."""
+        named, attrs = ops.operands(call), ops.attributes(call)
+        site = attrs["site"]
+        if not attrs["causal"]:
+            raise PipelineError(f"plan-cache: attention of {site} is not causal; it cannot have a cache")
+        heads = named["k"].ty.shape[1]
+        pair = []
+        for name, width in (("k", named["k"].ty.shape[3]), ("v", named["v"].ty.shape[3])):
+            ty = relax.TensorType([self._batch, heads, self._context, width], DTYPE)
+            pair.append(relax.Var(f"{name}_cache_{len(self.caches) // 2}", ty))
+        self.caches += pair
+        fixed = [named[name] for name in ("q", "k", "v", "positions")]
+        further = [named[name] for name in attrs["operands"]]
+        return ops.cached_attention(*fixed, *pair, *further, **attrs)
