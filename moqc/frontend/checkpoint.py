@@ -38,7 +38,8 @@ class Checkpoint:
             for operand in layout.operands
         }
         self._sources = match(path, self._shards, self._model)
-        self.tied: dict[str, str] = self._resolve_ties()
+        self.tied: dict[str, str] = {}
+        self.tied = self._resolve_ties()
         missing = [name for name in self.names if name not in self._sources and name not in self.tied]
         refuse(path, "lacks weights", missing)
 

@@ -102,11 +102,11 @@ def _measure(small: transformers.PretrainedConfig, compile_and_run: CompileAndRu
     hooked.load_state_dict(weights, assign=True)
     hooked.tie_weights()
     layouts = hook(hooked)
-    comparison = _Comparison(eager)
+    comparison = Comparison(eager)
     comparison.check("hooked", _torch_run(hooked))
     program = export(hooked, max_batch=4, max_chunk=16)
     comparison.check("exported", _torch_run(program.module()))
-    mod = import_program(program, small.model_type)
+    mod = import_program(program, hooked)
     state = dict(hooked.named_parameters(remove_duplicate=False))
     compiled = compile_and_run(mod, [state[name].detach().numpy() for name in PARAMS.of(mod)])
     comparison.check("compiled", compiled)
@@ -119,7 +119,7 @@ def _measure(small: transformers.PretrainedConfig, compile_and_run: CompileAndRu
     return Verdict(small.model_type, type(eager).__name__, found, attentions, comparison.errors)
 
 
-class _Comparison:
+class Comparison:
     """Compares stages with the eager model at `SHAPES` and keeps the errors."""
 
     def __init__(self, eager: transformers.PreTrainedModel) -> None:

@@ -61,7 +61,7 @@ def import_torch(
     model: transformers.PreTrainedModel, *, max_batch: int = MAX_BATCH, max_chunk: int = MAX_CHUNK
 ) -> IRModule:
     """The IR module of a hooked model, whose parameters may be on the meta device."""
-    return import_program(export(model, max_batch=max_batch, max_chunk=max_chunk), model.config.model_type)
+    return import_program(export(model, max_batch=max_batch, max_chunk=max_chunk), model)
 
 
 class _Logits(torch.nn.Module):
@@ -131,17 +131,18 @@ def _is_size(node: Any) -> bool:
     return getattr(node, "target", None) is torch.ops.aten.sym_size.int
 
 
-def import_program(program: torch.export.ExportedProgram, kind: str) -> IRModule:
-    """An exported program as an IR module with named sizes, moqc's operators and the PARAMS annotation.
+def import_program(program: torch.export.ExportedProgram, model: transformers.PreTrainedModel) -> IRModule:
+    """The program exported from `model` as an IR module with named sizes, moqc's operators and PARAMS.
 
     Raises ModelError for operators the importer does not know, and when no experts block came through.
     """
+    kind = model.config.model_type
     try:
         mod = Importer(_symbols(program)).from_exported_program(program, True, True, False, None)
     except (RuntimeError, TypeError, ValueError, AssertionError, LookupError, AttributeError) as error:
         raise ModelError(f"{kind}: cannot be imported: {first_line(error)}") from error
     main = mod["main"].without_attr("params").without_attr("num_input")
-    mod = _drop_unused(IRModule({"main": main}), _weight_names(program))
+    mod = _drop_unused(IRModule({"main": main}), _weight_names(program, model))
     if not find_experts(mod):
         raise ModelError(f"{kind}: no experts block reached the graph")
     return SCHEMA.put(mod, SCHEMA_VERSION)
@@ -153,11 +154,12 @@ def _symbols(program: torch.export.ExportedProgram) -> dict[str, str]:
     return dict(zip((str(size) for size in ids.meta["val"].shape), ("batch", "seq"), strict=True))
 
 
-def _weight_names(program: torch.export.ExportedProgram) -> list[str]:
-    """Names of main's parameters after the two inputs, in order."""
+def _weight_names(program: torch.export.ExportedProgram, model: transformers.PreTrainedModel) -> list[str]:
+    """Names of main's parameters after the two inputs, in order; a tied one by the name it is tied to."""
     kinds = torch.export.graph_signature.InputKind
     specs = program.graph_signature.input_specs
-    return [str(spec.target).removeprefix("model.") for spec in specs if spec.kind == kinds.PARAMETER]
+    names = [str(spec.target).removeprefix("model.") for spec in specs if spec.kind == kinds.PARAMETER]
+    return [model.all_tied_weights_keys.get(name, name) for name in names]
 
 
 def _drop_unused(mod: IRModule, names: list[str]) -> IRModule:

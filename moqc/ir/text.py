@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import re
+
 import tvm
 from tvm import IRModule
 
 import moqc.ir.ops  # noqa: F401  R.moqc.* must be known to the parser
 from moqc.errors import UserError
 from moqc.ir.annotations import SCHEMA, SCHEMA_VERSION
+
+# TVM prints constants without a finite value as strings, which its parser does not take for numbers.
+_NOT_FINITE = re.compile(r'R\.const\("(-?inf|nan)"')
 
 
 def print_module(mod: IRModule) -> str:
@@ -26,7 +31,7 @@ def parse_module(text: str, where: str = "the text") -> IRModule:
     when it does not parse, or its annotations have another schema version.
     """
     try:
-        mod = tvm.script.from_source(text)
+        mod = tvm.script.from_source(_NOT_FINITE.sub(r'R.const(float("\1")', text))
     except (
         tvm.error.DiagnosticError,
         SyntaxError,
