@@ -113,7 +113,7 @@ def compile(
         else Pipeline.parse(pipeline)
     )
     workspace = open_workspace(cache)
-    check_architecture(checkpoint, workspace)
+    check_architecture(checkpoint, workspace, machine)
     calibrating = pipeline is not None or plan.needs_calibration
     texts = read_calibration(checkpoint, calibration, calibration_tokens, seed) if calibrating else None
     with param_store(workspace.root, debug.dump_ir, start_from) as params:

@@ -6,6 +6,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from moqc.calibrate.text import CalibrationSet
     from moqc.calibrate.workspace import ParamStore, Workspace
     from moqc.frontend.checkpoint import Checkpoint
+    from moqc.targets import Target
 
 LONGEST_DEFAULT_CONTEXT = 4096
 
@@ -67,7 +69,7 @@ def context_length(checkpoint: Checkpoint, wanted: int | None) -> int:
     return wanted
 
 
-def check_architecture(checkpoint: Checkpoint, workspace: Workspace) -> None:
+def check_architecture(checkpoint: Checkpoint, workspace: Workspace, target: Target) -> None:
     """Compare a tiny model of the same class with transformers at every stage, once for each architecture.
 
     Raises ModelError where moqc would compute something else.
@@ -75,7 +77,7 @@ def check_architecture(checkpoint: Checkpoint, workspace: Workspace) -> None:
     from moqc.codegen import compile_and_run
     from moqc.frontend.gate import verify_architecture
 
-    verify_architecture(checkpoint.config, workspace.root, compile_and_run)
+    verify_architecture(checkpoint.config, workspace.root, partial(compile_and_run, target=target))
 
 
 def open_workspace(cache: Path | str | None) -> Workspace:
