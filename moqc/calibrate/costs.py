@@ -37,7 +37,12 @@ BLOCK_ERROR_BITS = (1, 2, 3)
 """Widths that MC-MoE allots."""
 
 NOISE = 0.1
-"""Norm of the noise that probes a layer, relative to the block's output of the same token."""
+"""Norm of the noise that probes a block, relative to its output of the same token.
+
+The result depends on it where routers follow: tokens whose experts flip add a divergence that grows like the
+noise, not like its square. On tiny-moe the first block's is 0.0207 at 0.02, 0.0104 at 0.1 and 0.0098 at 0.3
+and the last block's, with no router after it, 0.0005 at all of them. 0.1 is near what low-bit formats do.
+"""
 
 SiteCosts = dict[str, dict[str, list[float]]]
 """projection -> format name -> cost of each expert."""

@@ -1,0 +1,101 @@
+"""measure-costs, measure-sensitivity and measure-block-errors: encodings, and what reads them."""
+
+from typing import Any
+
+import pytest
+from tvm import IRModule
+
+from moqc.calibrate import costs
+from moqc.calibrate.statistics import collect_statistics
+from moqc.errors import PipelineError
+from moqc.ir.annotations import BLOCK_ERRORS, COSTS, SENSITIVITY
+from moqc.passes.measure_block_errors import MeasureBlockErrors
+from moqc.passes.measure_costs import MeasureCosts
+from moqc.passes.measure_sensitivity import MeasureSensitivity
+from moqc.passes.pipeline import Pipeline
+from moqc.passes.profile_channels import ProfileChannels
+from moqc.passes.scaling import to_integers
+from moqc.quant.formats import Format
+
+FIRST, SECOND = "model.layers.0.mlp.experts", "model.layers.1.mlp.experts"
+FORMATS = ("int1-g32", "int3-g32")
+
+
+def measured(calibrated: Any) -> dict[str, costs.SiteCosts]:
+    statistics = collect_statistics(calibrated.checkpoint, calibrated.calibration, calibrated.workspace)
+    formats = [Format.parse(name) for name in FORMATS]
+    return costs.measure_costs(calibrated.checkpoint, statistics, formats)
+
+
+def test_costs_are_scaled_to_the_largest(moe: IRModule, calibrated: Any) -> None:
+    mod = ProfileChannels()(moe, calibrated)
+    found = COSTS.of(MeasureCosts(formats=FORMATS)(mod, calibrated))
+    expected = measured(calibrated)
+    largest = max(max(expected[s][p][f]) for s in expected for p in expected[s] for f in FORMATS)
+    assert max(max(found[s][p][f]) for s in found for p in found[s] for f in FORMATS) == 10**12
+    for site in (FIRST, SECOND):
+        assert list(found[site]) == ["gate", "up", "down"]
+        for projection in found[site]:
+            for name in FORMATS:
+                values = [value / largest * 1e12 for value in expected[site][projection][name]]
+                assert found[site][projection][name] == pytest.approx(values, abs=1)
+
+
+def test_sensitivity_multiplies_costs(moe: IRModule, calibrated: Any) -> None:
+    mod = ProfileChannels()(moe, calibrated)
+    plain = COSTS.of(MeasureCosts(formats=FORMATS)(mod, calibrated))
+    weighted = COSTS.of(
+        MeasureCosts(formats=FORMATS)(SENSITIVITY.put(mod, {FIRST: 500, SECOND: 2000}), calibrated)
+    )
+    ratios = [
+        weighted[site]["up"]["int1-g32"][4] / plain[site]["up"]["int1-g32"][4] for site in (FIRST, SECOND)
+    ]
+    assert ratios[1] / ratios[0] == pytest.approx(4, rel=1e-6)
+
+
+def test_sensitivity_is_scaled_to_the_largest(moe: IRModule, calibrated: Any) -> None:
+    found = SENSITIVITY.of(MeasureSensitivity()(moe, calibrated))
+    expected = costs.measure_sensitivity(
+        calibrated.checkpoint, calibrated.calibration, calibrated.workspace, tokens=2048
+    )
+    largest = max(expected.values())
+    assert max(found.values()) == 10**9
+    assert found == pytest.approx({site: value / largest * 1e9 for site, value in expected.items()}, abs=1)
+
+
+def test_block_errors_are_scaled_by_site(moe: IRModule, calibrated: Any) -> None:
+    found = BLOCK_ERRORS.of(MeasureBlockErrors()(moe, calibrated))
+    expected = costs.measure_block_errors(calibrated.checkpoint, calibrated.calibration, calibrated.workspace)
+    for site, by_expert in expected.items():
+        largest = max(map(max, by_expert))
+        assert list(found[site]) == ["1", "2", "3"]
+        for column, bits in enumerate(("1", "2", "3")):
+            values = [errors[column] / largest * 1e9 for errors in by_expert]
+            assert found[site][bits] == pytest.approx(values, abs=1)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"quantizer": "mcmoe"}, "quantizer=mcmoe is not one of gptq, rtn"),
+        ({"formats": ()}, "formats= is empty"),
+    ],
+)
+def test_bad_options(moe: IRModule, calibrated: Any, options: dict[str, Any], message: str) -> None:
+    mod = ProfileChannels()(moe, calibrated)
+    with pytest.raises(PipelineError, match=message):
+        MeasureCosts(**options)(mod, calibrated)
+
+
+def test_costs_need_the_channels_first(moe: IRModule, calibrated: Any) -> None:
+    with pytest.raises(PipelineError, match="run profile-channels before"):
+        MeasureCosts()(moe, calibrated)
+
+
+def test_passes_are_registered_under_their_names() -> None:
+    text = "profile-activation,profile-channels,measure-sensitivity,measure-costs,measure-block-errors"
+    assert str(Pipeline.parse(text)) == text
+
+
+def test_integers_keep_small_costs_apart_from_none() -> None:
+    assert to_integers([0.0, 1e-9, 0.4, 1.5, -1e-9], 1.0) == [0, 1, 1, 2, -1]
