@@ -21,6 +21,10 @@ from moqc.frontend.complex_numbers import Complex, complex_converters
 from moqc.ir import ops
 
 Node = torch.fx.Node
+Piece = tuple[relax.Expr, int, int]
+"""A part of a concatenation, and its first and last + 1 position along the axis."""
+Pieces = tuple[int, list[Piece]]
+"""The axis of a concatenation, and its parts."""
 _OPERANDS = ops.EXPERT_OPERANDS
 
 
@@ -33,12 +37,18 @@ class Importer(ExportedProgramImporter):  # type: ignore[misc]  # tvm ships no t
     def __init__(self, symbols: dict[str, str]) -> None:
         """Make an importer for one program."""
         self._symbols = symbols
+        self._pieces: dict[relax.Var, Pieces] = {}
         super().__init__()
 
     def create_convert_map(self) -> dict[str, Callable[[Node], Any]]:
         """TVM's converters, overridden by moqc's."""
         base = super().create_convert_map()
-        return {**base, **self._moqc_converters(), **complex_converters(self, base)}
+        return {
+            **base,
+            **self._moqc_converters(),
+            **complex_converters(self, base),
+            "slice_scatter.default": self._assembler(base["slice_scatter.default"]),
+        }
 
     def _process_derived_symbol(self, symbol: Any, known: Any) -> tuple[str, Any]:
         """Name of a symbolic size, in moqc's words."""
@@ -133,6 +143,12 @@ class Importer(ExportedProgramImporter):  # type: ignore[misc]  # tvm ships no t
         given = list(node.args) + [node.kwargs[entry.name] for entry in schema[len(node.args) :]]
         return [self._retrieve_args(argument) for argument in given]
 
+    def _given(self, node: Node, *defaults: Any) -> list[Any]:
+        """The node's positional arguments, completed with the defaults of the last ones."""
+        given = list(self._retrieve_args(node.args))
+        known = len(node.target._schema.arguments) - len(defaults)  # type: ignore[union-attr]
+        return given + list(defaults)[len(given) - known :]
+
     def _embedding_rows(self, node: Node) -> relax.Var:
         """``W[ids]`` as one take; TVM's flattens the ids first."""
         return self.emit(relax.op.take(self.env[node.args[0]], self.env[node.args[1]], axis=0))
@@ -168,13 +184,12 @@ class Importer(ExportedProgramImporter):  # type: ignore[misc]  # tvm ships no t
 
     def _top(self, node: Node) -> relax.Var:
         """topk; an unsorted one may come sorted."""
-        x, k, *rest = node.args
-        axis, largest = (*rest, *(-1, True)[len(rest) :])[:2]
-        call = relax.op.topk(self.env[x], k=k, axis=axis, largest=largest, ret_type="both", dtype="int64")
+        x, k, axis, largest, _ = self._given(node, -1, True, True)
+        call = relax.op.topk(x, k=k, axis=axis, largest=largest, ret_type="both", dtype="int64")
         return self.emit(call)
 
     def _largest(self, node: Node) -> relax.Var:
-        x, axes, keep = (*self._retrieve_args(node.args), None, False)[:3]
+        x, axes, keep = self._given(node, None, False)
         return self.emit(relax.op.max(x, axis=axes or None, keepdims=bool(keep)))
 
     def _cast(self, node: Node) -> relax.Var:
@@ -190,6 +205,43 @@ class Importer(ExportedProgramImporter):  # type: ignore[misc]  # tvm ships no t
             return self.emit(relax.op.full(relax.ShapeExpr(list(shape)), relax.const(fill, dtype), dtype))
 
         return convert
+
+    def _assembler(self, base: Callable[[Node], Any]) -> Callable[[Node], Any]:
+        """Converter of ``x[..., start:end] = source``: a concatenation where sizes are known, else `base`.
+
+        Models that fill an empty tensor part by part then become one concatenation of the parts.
+        """
+
+        def convert(node: Node) -> Any:
+            x, source, axis, start, end, step = self._given(node, 0, None, None, 1)
+            axis %= len(x.ty.shape)
+            size = x.ty.shape[axis]
+            if step != 1 or not isinstance(size, tvm.tirx.IntImm):
+                return base(node)
+            begin, stop, _ = slice(start, end).indices(int(size))
+            before, after = [], []
+            for piece, low, high in self._pieces_of(x, axis):
+                before += self._part(piece, axis, low, low, min(high, begin))
+                after += self._part(piece, axis, low, max(low, stop), high)
+            pieces = [*before, (source, begin, stop), *after]
+            made = self.emit(relax.op.concat([piece for piece, _, _ in pieces], axis=axis))
+            self._pieces[made] = (axis, pieces)
+            return made
+
+        return convert
+
+    def _pieces_of(self, x: relax.Var, axis: int) -> list[Piece]:
+        """What `x` was concatenated from along `axis`, or `x` whole."""
+        known_axis, pieces = self._pieces.get(x, (axis, []))
+        return pieces if pieces and known_axis == axis else [(x, 0, int(x.ty.shape[axis]))]
+
+    def _part(self, piece: relax.Expr, axis: int, low: int, begin: int, end: int) -> list[Piece]:
+        """The part [begin, end) of a piece that starts at `low`; nothing when it is empty."""
+        if begin >= end:
+            return []
+        if end - begin < int(piece.ty.shape[axis]):
+            piece = self.emit(relax.op.strided_slice(piece, [axis], [begin - low], [end - low]))
+        return [(piece, begin, end)]
 
     def _fold(self, known: Callable[..., Any], symbolic: Callable[..., Any]) -> Callable[[Node], Any]:
         """Converter of a function of two sizes, either of which may be symbolic."""

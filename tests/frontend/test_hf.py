@@ -7,7 +7,7 @@ import torch
 import transformers
 from torch._subclasses.fake_tensor import FakeTensor
 from tvm import IRModule
-from tvm.ir import structural_equal
+from tvm.ir import assert_structural_equal
 
 from moqc.errors import ModelError
 from moqc.frontend.checkpoint import Checkpoint
@@ -75,7 +75,7 @@ def test_sizes_are_symbolic_and_bounded(module: IRModule) -> None:
 
 def test_module_is_valid_and_round_trips(module: IRModule) -> None:
     verify(module)
-    assert structural_equal(parse_module(print_module(module)), module)
+    assert_structural_equal(parse_module(print_module(module)), module)
 
 
 def test_sites(module: IRModule) -> None:
