@@ -1,14 +1,16 @@
 """Layout ``mma16x256``: how codes lie in memory for the CUDA kernels.
 
-A matrix is cut into units of 16 rows x 256 columns; a unit of ``bits``-bit codes is exactly ``bits`` times 512
-bytes, 16 bytes for each of the 32 lanes of a warp, so every width is read by the same addressing. Lane ``4 * g + q``
-holds rows ``g`` and ``g + 8`` at the columns ``128 * half + 32 * v + 8 * q + 2 * j + h`` (half and h of 2, v and j of
-4): what it gives to the fp16 tensor-core instruction ``mma.m16n8k16``, in the order of its 16 bytes of activations.
+A matrix is cut into units of 16 rows x 256 columns; a unit of ``bits``-bit codes is exactly ``bits`` times
+512 bytes, 16 bytes for each of the 32 lanes of a warp, so every width is read by the same addressing. Lane
+``4 * g + q`` holds rows ``g`` and ``g + 8`` at the columns ``128 * half + 32 * v + 8 * q + 2 * j + h`` (half
+and h of 2, v and j of 4): what it gives to the fp16 tensor-core instruction ``mma.m16n8k16``, in the order of
+its 16 bytes of activations.
 
-Columns ``(h = 0, h = 1)`` share a 32-bit word, 16 bits each; ``i = 4 * v + j`` numbers such pairs of a half unit.
-In each 16 bits, row ``g`` takes the low byte and row ``g + 8`` the high byte, pair ``i`` at bit ``bits * (i % (8 // bits))``.
-Three bits have no such fit: three words hold eight pairs, row ``g`` at bits 0 and 3, row ``g + 8`` at 9 and 12, the
-seventh pair and the eighth's row ``g`` at bit 6 of the words, the eighth's row ``g + 8`` in their three bits 15.
+Columns ``(h = 0, h = 1)`` share a 32-bit word, 16 bits each; ``i = 4 * v + j`` numbers such pairs of a half
+unit. In each 16 bits, row ``g`` takes the low byte and row ``g + 8`` the high byte, pair ``i`` at bit ``bits
+* (i % (8 // bits))``. Three bits have no such fit: three words hold eight pairs, row ``g`` at bits 0 and 3,
+row ``g + 8`` at 9 and 12, the seventh pair and the eighth's row ``g`` at bit 6 of the words, the eighth's row
+``g + 8`` in their three bits 15.
 
 Rows are padded to 16 and columns to 256 with scale 0 and code 0.
 """

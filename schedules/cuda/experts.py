@@ -1,9 +1,10 @@
 """The decode kernels (1 to 8 tokens) of an experts block with packed weights, for NVIDIA GPUs.
 
-Two launches a layer: `gate_up_kernel` (with the activation function and the routing weight) and `down_kernel` (with
-the weighted sum); for 2 to 8 tokens `route_kernel` before them lists the experts hit. Each expert hit is read once,
-whatever its formats: all bit classes of a layer, different ones for gate, up and down too, are in one launch.
-The device code is ``device.cu``; here its templates are chosen and TVM is told how to launch them.
+Two launches a layer: `gate_up_kernel` (with the activation function and the routing weight) and `down_kernel`
+(with the weighted sum); for 2 to 8 tokens `route_kernel` before them lists the experts hit. Each expert hit
+is read once, whatever its formats: all bit classes of a layer, different ones for gate, up and down too, are
+in one launch. The device code is ``device.cu``; here its templates are chosen and TVM is told how to launch
+them.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from importlib import resources
 from typing import Any
 
@@ -24,72 +24,7 @@ from moqc.errors import InternalError, UserError
 from moqc.quant.activations import parse_activation
 from moqc.quant.formats import Format
 from moqc.quant.pack_mma import COLUMNS, ROWS, packed_shapes
-
-MAX_TOKENS = 8
-"""Tokens of one call: the columns of the tensor core's smallest product."""
-SHARED_BYTES = 227 * 1024
-"""Shared memory a block may have (sm_90; sm_80 has 163 KiB, sm_86 and sm_89 99 KiB)."""
-
-_CTYPES = {"float32": "float", "float16": "half", "int32": "int", "int64": "long"}
-
-
-@dataclass(frozen=True)
-class ExpertsShape:
-    """What the kernels of one layer depend on; `gate` is empty for activations without one.
-
-    Each projection lists the formats of its classes, in the order of its tensors.
-    """
-
-    experts: int
-    top_k: int
-    hidden: int
-    intermediate: int
-    gate: tuple[Format, ...]
-    up: tuple[Format, ...]
-    down: tuple[Format, ...]
-    activation: str = "silu_glu"
-
-    def __post_init__(self) -> None:
-        if self.hidden % 8 or self.intermediate % 8:
-            raise UserError(
-                f"experts of {self.hidden} x {self.intermediate}: the CUDA kernels want multiples of 8"
-            )
-        if -(-self.hidden // COLUMNS) > 32:
-            raise UserError(f"hidden size {self.hidden}: the CUDA kernels take up to {32 * COLUMNS}")
-
-    def slots(self, tokens: int) -> int:
-        """Experts that a call of up to `tokens` tokens may hit."""
-        return self.top_k if tokens == 1 else min(self.experts, MAX_TOKENS * self.top_k)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How a product is cut.
-
-    A block of `warps` warps takes `tiles` row tiles (of each projection), every warp one unit of columns. `stages` is
-    the depth of each warp's ring in shared memory; 0 loads everything first, into registers. `tokens` is 1 or 8.
-    """
-
-    warps: int
-    tiles: int
-    stages: int
-    tokens: int
-
-    def __str__(self) -> str:
-        return f"w{self.warps}t{self.tiles}s{self.stages}m{self.tokens}"
-
-
-def slot_bytes(formats: Sequence[Format]) -> int:
-    """Bytes of one unit in a ring (``Formats::SLOT`` of device.cu)."""
-    groups = max(COLUMNS // fmt.group for fmt in formats)
-    zeros = 0 if all(fmt.symmetric for fmt in formats) else groups * 64
-    return max(fmt.bits for fmt in formats) * 512 + groups * 128 + zeros
-
-
-def shared_bytes(plan: Plan, projections: int, formats: Sequence[Format]) -> int:
-    """Shared memory of a block: the partial sums of every warp, and the rings."""
-    partials = projections * plan.tiles * plan.warps * ROWS * plan.tokens * 4
-    return partials + plan.warps * plan.stages * slot_bytes(formats)
+from moqc.schedules.cuda.plan import MAX_TOKENS, SHARED_BYTES, ExpertsShape, Plan, shared_bytes
 
 
 def _format(fmt: Format) -> str:
@@ -146,7 +81,7 @@ class _Kernel:
         return pointers
 
     def launch(self, blocks: int, threads: int, shared: int, function: str, *arguments: Any) -> None:
-        """Run `function` of device.cu (with its template arguments), given a pointer to `shared` bytes if any."""
+        """Run `function` of device.cu (with its template arguments) on a pointer to `shared` bytes, if any."""
         source = resources.files("moqc.schedules.cuda").joinpath("device.cu").read_text()
         with (
             T.launch_thread("blockIdx.x", tirx.const(blocks, "int32")),
@@ -154,11 +89,12 @@ class _Kernel:
         ):
             memory = []
             if shared:
-                memory = [pointer(T.alloc_buffer((shared,), "uint8", scope="shared.dyn"))]
+                # The whole buffer: TVM shrinks one of which it only sees the address of an element.
+                memory = [T.alloc_buffer((shared,), "uint8", scope="shared.dyn").data]
             T.evaluate(cuda_func_call(function, *memory, *arguments, source_code=source))
 
     def finish(self, *, overlaps: bool) -> tirx.PrimFunc:
-        """The function; if it `overlaps`, it may start before the kernel ahead of it has ended, and waits itself."""
+        """The function; if it `overlaps`, it may start before the kernel ahead of it ends, and waits itself."""
         function = self._builder.get()
         if not overlaps:
             return function
@@ -199,9 +135,9 @@ def _check(shape: ExpertsShape, plan: Plan, rows: int, projections: int, formats
 def route_kernel(shape: ExpertsShape, dtype: str) -> tirx.PrimFunc:
     """Build the list of experts that 2 to 8 tokens hit.
 
-    Parameters of the PrimFunc: ids `dtype` ``[T, top_k]``, weights float32 ``[T, top_k]``, and the outputs slots
-    int32 ``[S]`` (experts hit, rising), shares float32 ``[S, 8]`` (weight of the expert for each token) and hit int32
-    ``[1]`` (how many slots are used); ``S = shape.slots(8)``. Ids out of range are dropped.
+    Parameters of the PrimFunc: ids `dtype` ``[T, top_k]``, weights float32 ``[T, top_k]``, and the outputs
+    slots int32 ``[S]`` (experts hit, rising), shares float32 ``[S, 8]`` (weight of the expert for each token)
+    and hit int32 ``[1]`` (how many slots are used); ``S = shape.slots(8)``. Ids out of range are dropped.
     """
     if shape.experts > 1024:
         raise UserError(f"{shape.experts} experts: the CUDA kernels take up to 1024")
@@ -223,11 +159,12 @@ def route_kernel(shape: ExpertsShape, dtype: str) -> tirx.PrimFunc:
 def gate_up_kernel(shape: ExpertsShape, plan: Plan, x_dtype: str, id_dtype: str = "int32") -> tirx.PrimFunc:
     """Build the first product with the activation function.
 
-    Parameters of the PrimFunc: x `x_dtype` ``[T, H]`` (float16 or float32, read as float16: below 4094), slots
-    `id_dtype` ``[S]``, shares float32 ``[S, plan.tokens]``, hit int32 ``[1]`` (not for 1 token), table int32
-    ``[3, E, 2]``, the classes of gate, then of up (codes, scales, zeros unless symmetric), and the outputs hidden
-    float16 ``[S, plan.tokens, I]`` and y float32 ``[T, H]``, which is cleared for `down_kernel`. For 1 token, slots
-    and shares are the router's ids and weights. A projection of one class holds all experts in order.
+    Parameters of the PrimFunc: x `x_dtype` ``[T, H]`` (float16 or float32, read as float16: below 4094),
+    slots `id_dtype` ``[S]``, shares float32 ``[S, plan.tokens]``, hit int32 ``[1]`` (not for 1 token), table
+    int32 ``[3, E, 2]``, the classes of gate, then of up (codes, scales, zeros unless symmetric), and the
+    outputs hidden float16 ``[S, plan.tokens, I]`` and y float32 ``[T, H]``, which is cleared for
+    `down_kernel`. For 1 token, slots and shares are the router's ids and weights. A projection of one class
+    holds all experts in order.
     """
     formats = _distinct(shape.gate, shape.up)
     shared = _check(shape, plan, shape.intermediate, 2 if shape.gate else 1, formats)
@@ -256,10 +193,10 @@ def gate_up_kernel(shape: ExpertsShape, plan: Plan, x_dtype: str, id_dtype: str 
 def down_kernel(shape: ExpertsShape, plan: Plan, id_dtype: str = "int32") -> tirx.PrimFunc:
     """Build the second product with the weighted sum over a token's experts.
 
-    Parameters of the PrimFunc: hidden float16 ``[S, plan.tokens, I]``, slots, hit and table as for `gate_up_kernel`, the
-    classes of down, and y float32 ``[T, H]``, added to in place. Where one block sees all experts (1 token and
-    ``plan.warps >= top_k * ceil(I / 256)``), y is written and its bits are the same every time; else the order in
-    which blocks add to it is not fixed.
+    Parameters of the PrimFunc: hidden float16 ``[S, plan.tokens, I]``, slots, hit and table as for
+    `gate_up_kernel`, the classes of down, and y float32 ``[T, H]``, added to in place. Where one block sees
+    all experts (1 token and ``plan.warps >= top_k * ceil(I / 256)``), y is written and its bits are the same
+    every time; else the order in which blocks add to it is not fixed.
     """
     shared = _check(shape, plan, shape.hidden, 1, shape.down)
     formats = _distinct(shape.down)

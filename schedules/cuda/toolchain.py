@@ -1,8 +1,9 @@
 """Compile CUDA code ahead of time, on machines with and without a GPU.
 
-TVM's CUDA code generator lives in ``libtvm_runtime_cuda.so``, which is linked to the driver (``libcuda.so.1``). Where
-there is no driver, that library does not load and TVM would embed source text instead of machine code;
-`prepare` then builds a stub driver whose every function answers "no device", which is all that compiling needs.
+TVM's CUDA code generator lives in ``libtvm_runtime_cuda.so``, which is linked to the driver
+(``libcuda.so.1``). Where there is no driver, that library does not load and TVM would embed source text
+instead of machine code; `prepare` then builds a stub driver whose every function answers "no device", which
+is all that compiling needs.
 """
 
 from __future__ import annotations
@@ -53,10 +54,10 @@ def compile_fatbin(source: str, architectures: Sequence[str]) -> bytes:
 
 
 def prepare(architectures: Sequence[str]) -> None:
-    """Make this process able to build CUDA modules for `architectures` with TVM (``tvm.compile`` and friends).
+    """Make this process able to build CUDA modules for `architectures` with TVM.
 
-    Loads TVM's CUDA library, over a stub driver if there is no real one, and has TVM compile with `compile_fatbin`.
-    The last call in a process decides the architectures.
+    Loads TVM's CUDA library, over a stub driver if there is no real one, and has TVM compile with
+    `compile_fatbin`. The last call in a process decides the architectures.
     """
     import tvm
 

@@ -1,0 +1,138 @@
+"""Build the decode kernels to be timed: ``python benchmarks/decode_kernels.py OUT [--sweep]``, no GPU needed.
+
+Writes ``OUT/kernels.so`` (sm_90) and ``OUT/kernels.json``, which says what each kernel is. Without ``--sweep``
+only the default plans are built.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import tvm
+from workload import SHAPES
+
+from moqc.quant.formats import Format
+from moqc.schedules.cuda import toolchain
+from moqc.schedules.cuda.experts import down_kernel, gate_up_kernel, route_kernel
+from moqc.schedules.cuda.plan import SHARED_BYTES, ExpertsShape, Plan, shared_bytes
+
+CASES: dict[str, tuple[tuple[str, ...], ...]] = {
+    # case -> formats of gate's, up's and down's classes; expert e takes class e % n.
+    "w4": (("int4-g128-sym",),) * 3,
+    "w3": (("int3-g128-sym",),) * 3,
+    "w2": (("int2-g128-sym",),) * 3,
+    "w1": (("int1-g128-sym",),) * 3,
+    "mixed": (("int4-g128-sym", "int3-g128-sym", "int2-g128-sym", "int1-g128-sym"),) * 3,
+    "w8": (("int8-g128-sym",),) * 3,
+    "w4-g64-asym": (("int4-g64",),) * 3,
+    "w3-g64-asym": (("int3-g64",),) * 3,
+    "w2-g64-asym": (("int2-g64",),) * 3,
+    # Every projection in classes of its own, as the allocator emits them.
+    "mixed-global": (
+        ("int3-g64", "int2-g64"),
+        ("int3-g64", "int2-g64", "int1-g64"),
+        ("int4-g64", "int3-g64"),
+    ),
+}
+BASIC = ("w4", "w3", "w2", "w1", "mixed")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One kernel of the library."""
+
+    name: str
+    kind: str
+    shape: str
+    case: str
+    plan: Plan
+
+
+def experts_shape(shape: str, case: str) -> ExpertsShape:
+    """The layer a case is about."""
+    s = SHAPES[shape]
+    gate, up, down = (tuple(map(Format.parse, names)) for names in CASES[case])
+    return ExpertsShape(s.experts, s.top_k, s.hidden, s.intermediate, gate, up, down)
+
+
+GATE_UP = {  # shape, tokens -> (tiles, stages)
+    ("mixtral-8x7b", 1): [(14, 3), (14, 4), (14, 8)],
+    ("mixtral-8x7b", 8): [(7, 3), (4, 4), (7, 6)],
+    ("qwen3-30b-a3b", 1): [(1, 0), (2, 0), (3, 4)],
+    ("qwen3-30b-a3b", 8): [(2, 0), (4, 4), (4, 6)],
+    ("olmoe-1b-7b", 1): [(1, 0), (2, 0), (4, 4)],
+    ("olmoe-1b-7b", 8): [(2, 0), (4, 4), (4, 6)],
+}
+DOWN = {  # shape, tokens -> (warps, tiles, stages)
+    ("mixtral-8x7b", 1): [(8, 16, 4), (16, 16, 4), (16, 16, 8)],
+    ("mixtral-8x7b", 8): [(8, 8, 4), (8, 8, 6), (8, 16, 4)],
+    ("qwen3-30b-a3b", 1): [(24, 1, 0), (12, 2, 0), (8, 2, 0)],
+    ("qwen3-30b-a3b", 8): [(8, 8, 4), (8, 4, 4), (8, 2, 0)],
+    ("olmoe-1b-7b", 1): [(32, 1, 0), (16, 2, 0), (8, 2, 0)],
+    ("olmoe-1b-7b", 8): [(8, 8, 4), (8, 4, 4), (8, 2, 0)],
+}
+
+
+def _name(*parts: object) -> str:
+    """A symbol name."""
+    return "_".join(map(str, parts)).replace("-", "_")
+
+
+def sweep(cases: tuple[str, ...]) -> Iterator[Entry]:
+    """Candidate plans of every shape, case and number of tokens that fit."""
+    for (shape, tokens), candidates in GATE_UP.items():
+        warps = SHAPES[shape].hidden // 256
+        for case in cases:
+            layer = experts_shape(shape, case)
+            plans = [Plan(warps, tiles, stages, tokens) for tiles, stages in candidates]
+            for plan in plans:
+                if shared_bytes(plan, 2, [*layer.gate, *layer.up]) <= SHARED_BYTES:
+                    yield Entry(_name("gate_up", shape, case, plan), "gate_up", shape, case, plan)
+            for down in DOWN[shape, tokens]:
+                plan = Plan(*down, tokens)
+                if shared_bytes(plan, 1, layer.down) <= SHARED_BYTES:
+                    yield Entry(_name("down", shape, case, plan), "down", shape, case, plan)
+
+
+def build(entries: list[Entry], out: Path, name: str) -> None:
+    """Compile `entries` and a route kernel for each shape into one library."""
+    toolchain.prepare(["sm_90"])
+    functions = {}
+    for shape in SHAPES:
+        functions[_name("route", shape)] = route_kernel(experts_shape(shape, "w4"), "int32")
+    for entry in entries:
+        layer = experts_shape(entry.shape, entry.case)
+        if entry.kind == "gate_up":
+            functions[entry.name] = gate_up_kernel(layer, entry.plan, "float32")
+        else:
+            functions[entry.name] = down_kernel(layer, entry.plan)
+    named = {key: function.with_attr("global_symbol", key) for key, function in functions.items()}
+    target = tvm.target.Target(
+        {"kind": "cuda", "arch": "sm_90", "max_threads_per_block": 1024, "thread_warp_size": 32}, host="llvm"
+    )
+    begin = time.time()
+    with target:
+        library = tvm.compile(tvm.IRModule(named), target=target)
+    library.export_library(str(out / f"{name}.so"))
+    listed = [{**asdict(entry), "plan": asdict(entry.plan)} for entry in entries]
+    cases = {entry.case: CASES[entry.case] for entry in entries}
+    (out / f"{name}.json").write_text(json.dumps({"kernels": listed, "cases": cases}))
+    print(f"{len(entries)} kernels in {time.time() - begin:.0f} s")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--sweep", action="store_true")
+    arguments = parser.parse_args()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    build(list(sweep(BASIC)), arguments.out, "kernels")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,253 @@
+"""The decode kernels: what they build to here, and on a GPU (``pytest -m cuda``) their values."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+import tvm
+import tvm_ffi
+
+from moqc.errors import InternalError, UserError
+from moqc.quant import reference
+from moqc.quant.formats import Format
+from moqc.quant.pack_mma import pack_units
+from moqc.quant.tensor import Quantized
+from moqc.schedules.cuda.experts import down_kernel, gate_up_kernel, route_kernel
+from moqc.schedules.cuda.plan import ExpertsShape, Plan, shared_bytes
+
+needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="compiles CUDA code: needs nvcc")
+
+EXPERTS, TOP_K = 6, 2
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer and its plans for 1 and for 8 tokens; experts take a projection's classes in turn."""
+
+    hidden: int
+    intermediate: int
+    classes: dict[str, tuple[str, ...]]
+    activation: str
+    gate_up: tuple[Plan, Plan]
+    down: tuple[Plan, Plan]
+    x_dtype: str = "float32"
+
+    @property
+    def shape(self) -> ExpertsShape:
+        formats = {name: tuple(map(Format.parse, names)) for name, names in self.classes.items()}
+        lists = (formats.get(name, ()) for name in ("gate", "up", "down"))
+        return ExpertsShape(EXPERTS, TOP_K, self.hidden, self.intermediate, *lists, self.activation)
+
+    def kernels(self) -> dict[str, Any]:
+        """The route kernel, and both products for 1 and 8 tokens."""
+        functions = {"route": route_kernel(self.shape, "int64")}
+        for up, down in zip(self.gate_up, self.down, strict=True):
+            ids = "int64" if up.tokens == 1 else "int32"
+            functions[f"gate_up_{up.tokens}"] = gate_up_kernel(self.shape, up, self.x_dtype, ids)
+            functions[f"down_{down.tokens}"] = down_kernel(self.shape, down, ids)
+        return functions
+
+
+def _plans(warps: int, tiles: int, *stages: int) -> tuple[Plan, Plan]:
+    return Plan(warps, tiles, stages[0], 1), Plan(warps, tiles, stages[-1], 8)
+
+
+LAYERS = {
+    # Nothing divides, every projection in classes of its own, all groups, with and without zeros.
+    "ragged": Layer(
+        264,
+        136,
+        {
+            "gate": ("int3-g64", "int2-g32"),
+            "up": ("int4-g128-sym", "int1-g64"),
+            "down": ("int3-g32", "int8-g64"),
+        },
+        "oai_swiglu(alpha=1.702,limit=7.0)",
+        _plans(2, 3, 3),
+        _plans(4, 1, 2),
+    ),
+    # The same classes with every load first, and float16 activations.
+    "burst": Layer(
+        256,
+        128,
+        {
+            "gate": ("int2-g64", "int4-g128-sym"),
+            "up": ("int3-g128", "int1-g32-sym"),
+            "down": ("int4-g64", "int2-g128-sym"),
+        },
+        "silu_glu",
+        _plans(1, 2, 0),
+        _plans(2, 2, 0),
+        "float16",
+    ),
+    "plain": Layer(
+        512, 768, {"up": ("int2-g128-sym",), "down": ("int4-g64",)}, "relu2", _plans(2, 8, 3), _plans(3, 4, 4)
+    ),
+} | {
+    f"int{bits}{suffix}": Layer(
+        512,
+        512,
+        {name: (f"int{bits}{suffix}",) for name in ("gate", "up", "down")},
+        "silu_glu",
+        _plans(2, 4, 4),
+        _plans(4, 2, 3, 0),
+    )
+    for bits in (1, 2, 3, 4, 8)
+    for suffix in ("-g128-sym", "-g64")
+}
+CALLS: dict[str, list[list[int]]] = {
+    # Name -> ids; 1 token goes through the kernels for 1, more through those for 8.
+    "one": [[4, 1]],
+    "one-twice-the-same": [[3, 3]],
+    "one-unknown": [[-1, 2]],
+    "two": [[0, 5], [5, 2]],
+    "eight": [[0, 1], [2, 3], [4, 5], [1, 0], [5, 2], [0, 4], [3, 1], [2, 5]],
+    "all-on-one": [[3, 3]] * 7,
+    "unknown": [[0, -1], [EXPERTS, 2], [1 << 40, -(1 << 40)], [1, 4]],
+    "none": [],
+}
+
+
+def operands(
+    layer: Layer, generator: torch.Generator
+) -> tuple[dict[str, torch.Tensor], dict[str, list[Any]]]:
+    """Dequantized matrices, and packed tensors by projection with the table under ``table``, on the GPU."""
+    table = torch.zeros(3, EXPERTS, 2, dtype=torch.int32)
+    dense, packed = {}, {}
+    for number, projection in enumerate(("gate", "up", "down")):
+        formats, tensors = layer.classes.get(projection, ()), []
+        rows, columns = layer.intermediate, layer.hidden
+        if projection == "down":
+            rows, columns = columns, rows
+        whole = torch.zeros(EXPERTS, rows, columns)
+        for at, name in enumerate(formats):
+            members = list(range(at, EXPERTS, len(formats)))
+            quantized = _random(Format.parse(name), (len(members), rows, columns), generator)
+            whole[members] = quantized.dequantize()
+            units = pack_units(quantized)
+            arrays = [array for array in (units.codes, units.scales, units.zeros) if array is not None]
+            tensors += [torch.from_numpy(array).cuda() for array in arrays]
+            for index, expert in enumerate(members):
+                table[number, expert] = torch.tensor([at, index])
+        packed[projection], dense[projection] = tensors, whole
+    packed["table"] = [table.cuda()]
+    return {name: matrix for name, matrix in dense.items() if name in layer.classes}, packed
+
+
+def _random(fmt: Format, shape: tuple[int, ...], generator: torch.Generator) -> Quantized:
+    groups = (*shape[:-1], fmt.groups(shape[-1]))
+    codes = torch.randint(0, fmt.levels, shape, generator=generator, dtype=torch.uint8)
+    scales = ((torch.rand(groups, generator=generator) - 0.2) * (0.2 / fmt.levels)).half()
+    zeros = None if fmt.symmetric else torch.randint(0, 256, groups, generator=generator, dtype=torch.uint8)
+    return Quantized(fmt, codes, scales, zeros)
+
+
+def run(
+    function: Callable[[str], Any], layer: Layer, packed: dict[str, list[Any]], x: Any, ids: Any, weights: Any
+) -> Any:
+    """One layer through the kernels that `function` finds by name; y on the GPU."""
+    tokens = 1 if len(ids) == 1 else 8
+    slots = layer.shape.slots(tokens)
+    hidden = torch.full((slots, tokens, layer.intermediate), float("nan"), dtype=torch.float16, device="cuda")
+    y = torch.full((len(ids), layer.hidden), float("nan"), device="cuda")
+    with tvm_ffi.use_torch_stream():
+        if tokens == 1:
+            routed = [ids[0], weights.T.contiguous()]
+            chosen = routed[:1]
+        else:
+            routed = [
+                torch.full((slots,), 1 << 20, dtype=torch.int32, device="cuda"),
+                torch.full((slots, 8), float("nan"), device="cuda"),
+                torch.full((1,), -1, dtype=torch.int32, device="cuda"),
+            ]
+            chosen = routed[::2]
+            function("route")(ids, weights, *routed)
+        function(f"gate_up_{tokens}")(x, *routed, *packed["table"], *packed["gate"], *packed["up"], hidden, y)
+        function(f"down_{tokens}")(hidden, *chosen, *packed["table"], *packed["down"], y)
+    torch.cuda.synchronize()
+    return y
+
+
+def worst_errors(name: str, function: Callable[[str], Any]) -> dict[str, float]:
+    """Relative error of every call of `CALLS` of layer `name`."""
+    layer, generator = LAYERS[name], torch.Generator().manual_seed(7)
+    dense, packed = operands(layer, generator)
+    errors = {}
+    for call, chosen in CALLS.items():
+        ids = torch.tensor(chosen, dtype=torch.int64).reshape(-1, TOP_K)
+        x = torch.randn(len(ids), layer.hidden, generator=generator)
+        weights = torch.rand(ids.shape, generator=generator)
+        given = x.to(getattr(torch, layer.x_dtype)).cuda()
+        actual = run(function, layer, packed, given, ids.cuda(), weights.cuda()).cpu()
+        expected = reference.experts(
+            x, ids, weights, dense.get("gate"), dense["up"], dense["down"], activation=layer.activation
+        )
+        errors[call] = float((actual - expected).norm() / expected.norm().clamp_min(1e-30))
+    return errors
+
+
+def build(functions: dict[str, Any]) -> Any:
+    """Compile for sm_90 with nvcc; needs no GPU."""
+    from moqc.schedules.cuda import toolchain
+
+    toolchain.prepare(["sm_90"])
+    target = tvm.target.Target({"kind": "cuda", "arch": "sm_90", "max_threads_per_block": 1024}, host="llvm")
+    with target:
+        named = {name: function.with_attr("global_symbol", name) for name, function in functions.items()}
+        return tvm.compile(tvm.IRModule(named), target=target)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("name", LAYERS)
+def test_equals_the_reference(name):
+    library = build(LAYERS[name].kernels())
+    assert max(worst_errors(name, library.__getitem__).values()) < 5e-3
+
+
+def test_parameters_follow_the_formats():
+    kernels = LAYERS["ragged"].kernels()
+    names = [str(buffer.name) for buffer in map(kernels["down_8"].buffer_map.get, kernels["down_8"].params)]
+    classes = [f"down_{number}_{part}" for number in (0, 1) for part in ("codes", "scales", "zeros")]
+    assert names == ["hidden", "slots", "hit", "table", *classes, "y"]
+    up = kernels["gate_up_1"]
+    names = [str(buffer.name) for buffer in map(up.buffer_map.get, up.params)]
+    assert "up_0_zeros" not in names
+    assert "up_1_zeros" in names
+    assert "hit" not in names
+
+
+def test_a_plan_has_to_fit():
+    layer = LAYERS["plain"].shape
+    with pytest.raises(InternalError, match="does not fit"):
+        down_kernel(layer, Plan(3, 5, 4, 8))  # 32 row tiles
+    with pytest.raises(InternalError, match="does not fit"):
+        down_kernel(layer, Plan(24, 32, 8, 8))  # shared memory
+    with pytest.raises(InternalError, match="a warp for each 256"):
+        gate_up_kernel(layer, Plan(3, 8, 3, 1), "float32")
+
+
+def test_shared_memory_is_partials_and_rings():
+    formats = [Format.parse("int4-g64"), Format.parse("int2-g128-sym")]
+    ring = 4 * 512 + 32 * (4 * 4 + 4 * 2)  # codes; scales and zeros of 4 groups for each lane
+    assert shared_bytes(Plan(8, 4, 3, 8), 2, formats) == 2 * 4 * 8 * 16 * 8 * 4 + 8 * 3 * ring
+
+
+def test_refuses_sizes_it_cannot_take():
+    with pytest.raises(UserError, match="multiples of 8"):
+        ExpertsShape(4, 2, 100, 64, (), (Format(2),), (Format(2),))
+    with pytest.raises(UserError, match="up to 8192"):
+        ExpertsShape(4, 2, 16384, 64, (), (Format(2),), (Format(2),))
+
+
+@needs_nvcc
+def test_compiles_to_machine_code_without_a_gpu(tmp_path):
+    kernels = LAYERS["burst"].kernels()
+    library = build({name: kernels[name] for name in ("route", "down_1")})
+    path = tmp_path / "kernels.so"
+    library.export_library(str(path))
+    assert b"sm_90" in path.read_bytes()  # the fat binary names its architecture

@@ -1,0 +1,31 @@
+from __future__ import annotations
+
+import shutil
+
+import pytest
+
+from moqc.errors import TargetError
+from moqc.schedules.cuda import toolchain
+
+needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+
+
+@needs_nvcc
+def test_compiles_for_several_architectures():
+    binary = toolchain.compile_fatbin("__global__ void f(int* p) { *p = 1; }", ["sm_80", "sm_90"])
+    assert b"sm_80" in binary
+    assert b"sm_90" in binary
+
+
+@needs_nvcc
+def test_a_refusal_is_one_line():
+    with pytest.raises(TargetError, match=r"nvcc failed: .*undefined") as caught:
+        toolchain.compile_fatbin("__global__ void f(int* p) { *p = unknown; }", ["sm_90"])
+    assert "\n" not in str(caught.value)
+
+
+def test_says_what_to_install(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setattr(toolchain, "CUDA_HOME", tmp_path)
+    with pytest.raises(TargetError, match="install the CUDA toolkit"):
+        toolchain.find_nvcc()
