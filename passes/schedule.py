@@ -35,6 +35,8 @@ class Schedule(Pass):
                 relax.transform.FoldConstant(),
                 relax.transform.FuseOps(),
                 relax.transform.FuseTIR(),
+                # Before scheduling, which hides that a function only copies: reshapes become views.
+                relax.transform.RewriteDataflowReshape(),
                 relax.transform.DeadCodeElimination(),
             ]
         )

@@ -85,15 +85,16 @@ class _Buffers:
         """Scratch of one task."""
 
         def local(*extents: int, dtype: str = "float32") -> Any:
-            return T.alloc_buffer(extents, dtype, scope="local")
+            return T.alloc_buffer(extents, dtype)
 
         self.scaled, self.sums = local(ROWS, self.shape.key_width), local(ROWS, self.shape.value_width)
         self.scores = local(ROWS, KEYS)
         self.top, self.total = local(ROWS), local(ROWS, self.lanes)
         self.place, self.bounds = local(ROWS, dtype="int32"), local(2, dtype="int32")
-        self.tile, self.best = local(self.lanes, self.lanes), local(self.lanes)
-        self.gathered = local(self.lanes, dtype="int32")
-        self.registers = local(_REGISTER_ROWS, _REGISTER_VECTORS * self.value_lanes)
+        self.best, self.gathered = local(self.lanes), local(self.lanes, dtype="int32")
+        # What shall be in registers is small: TVM takes buffers from 1 KiB on from a pool.
+        self.tile = [local(self.lanes) for _ in range(self.lanes)]
+        self.registers = [local(_REGISTER_VECTORS * self.value_lanes) for _ in range(_REGISTER_ROWS)]
 
 
 def attention_kernel(
@@ -109,7 +110,7 @@ def attention_kernel(
     with kernel("attention", cached=int(cache is not None)) as k:
         buffers = _Buffers(k, shape, batch, tokens, cache)
         batch, tokens = buffers.batch, buffers.tokens
-        pairs = T.alloc_buffer((1,), "int64", scope="local")
+        pairs = T.alloc_buffer((1,), "int64")
         store(pairs, [0], int64(0) if buffers.cached else batch * tokens * tokens)
         if buffers.cached:
             _write_cache(buffers, pairs)
@@ -204,13 +205,13 @@ def _score_row(buffers: _Buffers, where: tuple[Any, Any], row: Any, start: Any, 
     store(buffers.best, [0], spread(_MASKED, lanes))
     with loop(0, tirx.ceildiv(keys, int64(lanes))) as tile:
         base = bind(start + tile * lanes)
-        with T.unroll(int64(0), int64(lanes)) as i:
+        for i, total in enumerate(buffers.tile):
             # A slot past the end reads the last one; the mask discards it.
-            slot = tirx.min(base + i, end - 1)
-            store(buffers.tile, [i, 0], spread(0.0, lanes))
+            slot = bind(tirx.min(base + i, end - 1))
+            store(total, [0], spread(0.0, lanes))
             with each_vector(shape.key_width, lanes) as d:
                 product = load(buffers.keys, [*where, slot, d], kind) * load(buffers.scaled, [row, d], kind)
-                store(buffers.tile, [i, 0], load(buffers.tile, [i, 0], kind) + product)
+                store(total, [0], load(total, [0], kind) + product)
         score = bind(fold_rows(buffers.tile, lanes))
         if shape.softcap:
             score = tanh(score * (1.0 / shape.softcap)) * shape.softcap
@@ -268,14 +269,19 @@ def _accumulate(
     lanes, kind, width = buffers.value_lanes, buffers.value_kind, buffers.shape.value_width
     for first in range(0, width, _REGISTER_VECTORS * lanes):
         span = min(_REGISTER_VECTORS * lanes, width - first)
-        with T.unroll(int64(0), int64(rows)) as r, each_vector(span, lanes) as d:
-            store(buffers.registers, [r, d], load(buffers.sums, [row + r, d + first], kind))
-        with loop(0, keys) as key, T.unroll(int64(0), int64(rows)) as r, each_vector(span, lanes) as d:
-            weight = spread(load(buffers.scores, [row + r, key]), lanes)
-            value = load(buffers.values, [*where, start + key, d + first], kind)
-            store(buffers.registers, [r, d], load(buffers.registers, [r, d], kind) + weight * value)
-        with T.unroll(int64(0), int64(rows)) as r, each_vector(span, lanes) as d:
-            store(buffers.sums, [row + r, d + first], load(buffers.registers, [r, d], kind))
+        registers = list(enumerate(buffers.registers[:rows]))
+        for r, total in registers:
+            with each_vector(span, lanes) as d:
+                store(total, [d], load(buffers.sums, [row + r, d + first], kind))
+        with loop(0, keys) as key:
+            for r, total in registers:
+                weight = bind(spread(load(buffers.scores, [row + r, key]), lanes))
+                with each_vector(span, lanes) as d:
+                    value = load(buffers.values, [*where, start + key, d + first], kind)
+                    store(total, [d], load(total, [d], kind) + weight * value)
+        for r, total in registers:
+            with each_vector(span, lanes) as d:
+                store(buffers.sums, [row + r, d + first], load(total, [d], kind))
 
 
 def _finish_row(buffers: _Buffers, b: Any, head: Any, first: Any, row: Any) -> None:

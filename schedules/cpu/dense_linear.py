@@ -45,7 +45,7 @@ def _store_block(target: Any, at: list[Any], row: Any, rows: int, value: Any, la
     if rows % lanes == 0:
         store(target, [*at, row], value)
         return
-    kept = T.alloc_buffer((lanes,), "float32", scope="local")
+    kept = T.alloc_buffer((lanes,), "float32")
     store(kept, [0], value)
     with loop(0, tirx.min(int64(lanes), rows - row)) as lane:
         store(target, [*at, row + lane], load(kept, [lane]))

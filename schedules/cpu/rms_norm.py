@@ -40,7 +40,7 @@ def rms_norm_kernel(columns: int, epsilon: float, *, weighted: bool, lead: int, 
 
         def row(number: Any) -> None:
             at = [bind(index) for index in unravel(number, axes)] if axes else []
-            sums = T.alloc_buffer((step,), "float32", scope="local")
+            sums = T.alloc_buffer((step,), "float32")
             for start in range(0, step, lanes):
                 store(sums, [start], spread(0.0, lanes))
             with loop(0, columns // step) as block:

@@ -32,8 +32,8 @@ def topk_kernel(columns: int, k: int, dtype: str, *, lead: int) -> tirx.PrimFunc
 
         def row(number: Any) -> None:
             at = [bind(index) for index in unravel(number, axes)] if axes else []
-            taken = T.alloc_buffer((columns,), "bool", scope="local")
-            best = T.alloc_buffer((1,), "int32", scope="local")
+            taken = T.alloc_buffer((columns,), "bool")
+            best = T.alloc_buffer((1,), "int32")
             with loop(0, columns) as i:
                 store(taken, [i], T.bool(False))
             with loop(0, k) as j:

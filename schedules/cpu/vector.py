@@ -10,7 +10,7 @@ from typing import Any
 from tvm import tirx
 from tvm.tirx.script import builder as T
 
-from moqc.schedules.cpu.emit import Index, bind, int64, load, loop, parallel, store
+from moqc.schedules.cpu.emit import Index, bind, int64, load, loop, parallel, scratch, store
 
 PARALLEL_WORK = 1 << 20
 """Multiply-adds below which a loop stays on its thread: about 35 µs; waking the pool costs up to 20."""
@@ -51,8 +51,8 @@ def parallel_if(condition: Any, extent: Index, body: Callable[[Any], None]) -> N
             body(index)
 
 
-def fold_rows(rows: Any, lanes: int) -> Any:
-    """Sums of the `lanes` vectors in `rows` (local [lanes, lanes], overwritten): lane i is the sum of row i.
+def fold_rows(rows: Sequence[Any], lanes: int) -> Any:
+    """Sums of the vectors in `rows` (`lanes` scratch buffers, overwritten): lane i is the sum of row i.
 
     A tree of log2(lanes) levels: each adds the halves of two vectors' segments into one vector.
     """
@@ -63,10 +63,10 @@ def fold_rows(rows: Any, lanes: int) -> Any:
         low = [start + i for start in starts for i in range(half)]
         high = [start + half + i for start in starts for i in range(half)]
         for i in range(count // 2):
-            pair = [load(rows, [2 * i + j, 0], kind) for j in range(2)]
-            store(rows, [i, 0], _shuffle(pair, low) + _shuffle(pair, high))
+            pair = [load(rows[2 * i + j], [0], kind) for j in range(2)]
+            store(rows[i], [0], _shuffle(pair, low) + _shuffle(pair, high))
         count, segment = count // 2, half
-    return load(rows, [0, 0], kind)
+    return load(rows[0], [0], kind)
 
 
 def reduce_lanes(vector: Any, lanes: int, combine: Callable[[Any, Any], Any]) -> Any:
@@ -96,15 +96,18 @@ def block_product(
     columns, lanes = size
     width = common_lanes(lanes, columns)
     kind = vector_type(width)
-    sums = T.alloc_buffer((width, width), "float32", scope="local")
-    folded = T.alloc_buffer((lanes,), "float32", scope="local")
+    # One buffer a row: TVM takes larger ones from a pool, once a block and token.
+    sums = [scratch(width) for _ in range(width)]
+    folded = scratch(lanes)
     for part in range(0, lanes, width):
-        with T.unroll(int64(0), int64(width)) as i:
-            store(sums, [i, 0], spread(0.0, width))
-        with loop(0, columns // width) as step, T.unroll(int64(0), int64(width)) as i:
-            line = tirx.min(row + part + i, int64(last))
-            product = load(weights, [*at, line, step * width], kind) * load(x, [*x_at, step * width], kind)
-            store(sums, [i, 0], load(sums, [i, 0], kind) + product)
+        for total in sums:
+            store(total, [0], spread(0.0, width))
+        with loop(0, columns // width) as step:
+            value = bind(load(x, [*x_at, step * width], kind))
+            for i, total in enumerate(sums):
+                line = tirx.min(row + part + i, int64(last))
+                weight = load(weights, [*at, line, step * width], kind)
+                store(total, [0], load(total, [0], kind) + weight * value)
         store(folded, [part], fold_rows(sums, width))
     return bind(load(folded, [0], vector_type(lanes)))
 
