@@ -138,7 +138,7 @@ def _gptq(w: torch.Tensor, factor: torch.Tensor, levels: grid.Grid, count: int) 
             codes[:, j] = code
             error = (w[:, j] - levels.scale[:, j] * (code - levels.zero[:, j])) / factor[:, j, j, None]
             errors[:, j - start] = error
-            w[:, j + 1 : stop] -= factor[:, j, j + 1 : stop, None] * error.unsqueeze(1)
+            w[:, j + 1 : stop].addcmul_(factor[:, j, j + 1 : stop, None], error.unsqueeze(1), value=-1)
         w[:, stop:] -= factor[:, start:stop, stop:].mT @ errors
     return codes
 
@@ -195,4 +195,4 @@ def _move_codes(state: _State, index: int, window: slice, gradient: torch.Tensor
         change = (new - code) * scale
         state.codes[:, window.start + j] = new
         state.residual[:, window.start + j] -= change
-        gradient[:, j + 1 :] -= own[:, j, j + 1 :, None] * change.unsqueeze(1)
+        gradient[:, j + 1 :].addcmul_(own[:, j, j + 1 :, None], change.unsqueeze(1), value=-1)
