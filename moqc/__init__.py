@@ -12,17 +12,24 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from moqc.api import compare, compile, evaluate, inspect, opt
+    from moqc.api import compare, compile, inspect, opt
+    from moqc.api import evaluate as eval
     from moqc.runtime.artifact import Artifact, load
 
 __version__ = "0.1.0"
 
-__all__ = ["Artifact", "compare", "compile", "evaluate", "inspect", "load", "opt"]
+__all__ = ["Artifact", "compare", "compile", "eval", "inspect", "load", "opt"]
 
-_HOMES = {name: "moqc.runtime.artifact" if name in ("Artifact", "load") else "moqc.api" for name in __all__}
+_HOMES = {
+    "Artifact": ("moqc.runtime.artifact", "Artifact"),
+    "load": ("moqc.runtime.artifact", "load"),
+    "eval": ("moqc.api", "evaluate"),  # moqc.evaluate is a package
+    **{name: ("moqc.api", name) for name in ("compare", "compile", "inspect", "opt")},
+}
 
 
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'moqc' has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOMES[name]), name)
+    module, attribute = _HOMES[name]
+    return getattr(importlib.import_module(module), attribute)

@@ -6,6 +6,7 @@ Results (tables, JSON, generated text) go to stdout and are printed by `moqc.cli
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Iterable, Iterator, Sized
 from typing import TypeVar
 
@@ -16,22 +17,29 @@ T = TypeVar("T")
 
 def setup(*, quiet: bool = False, verbose: bool = False) -> None:
     """Send moqc's log to stderr. Called once by the CLI; a library user configures `logging` instead."""
-    from rich.console import Console
-    from rich.logging import RichHandler
-
-    level = logging.WARNING if quiet else logging.DEBUG if verbose else logging.INFO
-    handler = RichHandler(console=Console(stderr=True), show_path=False, show_time=False, markup=False)
-    logger.handlers[:] = [handler]
-    logger.setLevel(level)
+    logger.handlers[:] = [_handler()]
+    logger.setLevel(logging.WARNING if quiet else logging.DEBUG if verbose else logging.INFO)
     logger.propagate = False
 
 
+def _handler() -> logging.Handler:
+    """Colors on a terminal; one line a message in a file, where rich would wrap at 80 columns."""
+    if not sys.stderr.isatty():
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(levelname)-8s %(message)s"))
+        return handler
+    from rich.console import Console
+    from rich.logging import RichHandler
+
+    return RichHandler(console=Console(stderr=True), show_path=False, show_time=False, markup=False)
+
+
 def track(items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
-    """Iterate over `items` behind a progress bar; plain iteration when the log level hides INFO.
+    """Iterate over `items` behind a progress bar; plainly where there is no terminal or INFO is hidden.
 
     `total` is needed only for iterables without a length.
     """
-    if not logger.isEnabledFor(logging.INFO):
+    if not (logger.isEnabledFor(logging.INFO) and sys.stderr.isatty()):
         yield from items
         return
     from rich.console import Console

@@ -134,6 +134,12 @@ def toy_manifest(vocabulary: int, eos: int) -> Manifest:
     )
 
 
+@pytest.fixture(scope="session", name="write_tokenizer")
+def _write_tokenizer():
+    """`write_tokenizer`, for other test files."""
+    return write_tokenizer
+
+
 @pytest.fixture(scope="session")
 def toy(tmp_path_factory: pytest.TempPathFactory) -> Toy:
     """An artifact that says TEXT from position 0 on, whatever it is asked, then its end token."""

@@ -1,0 +1,262 @@
+"""The whole way, on a small random model: checkpoint -> artifact -> logits, text and scores."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+
+import moqc
+from moqc.calibrate.quantize import quantize_experts, reference_forward
+from moqc.calibrate.workspace import Workspace
+from moqc.errors import BudgetError, UserError
+from moqc.frontend.checkpoint import Checkpoint
+from moqc.ir.annotations import BITS
+from moqc.ir.text import parse_module
+from moqc.manifest import read_manifest
+from moqc.pipelines import Debug
+from moqc.quant.formats import Format
+from moqc.quant.rtn import quantize_rtn
+from moqc.runtime.sampling import Sampling
+from moqc.tensorfile import open_tensors
+
+QUICK = {"bits": 3.0, "allocator": "uniform", "quantizer": "rtn", "activations": "float", "context": 96}
+TEXT = "The quick brown fox jumps over the lazy dog. " * 40
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A checkpoint folder, a cache and a text file; `compile` uses them."""
+
+    folder: object
+    cache: object
+    text: object
+
+    def compile(self, out, **options):
+        return moqc.compile(self.folder, out, cache=self.cache, **{**QUICK, **options})
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory, write_tokenizer):
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    folder = tmp_path_factory.mktemp("model")
+    eos = write_tokenizer(folder)
+    torch.manual_seed(0)
+    config = Qwen3MoeConfig(
+        vocab_size=eos + 1,
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=48,
+        intermediate_size=64,
+        max_position_embeddings=128,
+        tie_word_embeddings=True,
+        initializer_range=0.3,
+        eos_token_id=eos,
+        bos_token_id=None,
+        pad_token_id=None,
+    )
+    Qwen3MoeForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    text = folder / "text.txt"
+    text.write_text(TEXT)
+    return Model(folder, tmp_path_factory.mktemp("cache"), text)
+
+
+@pytest.fixture(scope="session")
+def compiled(model, tmp_path_factory):
+    out = tmp_path_factory.mktemp("compiled") / "artifact"
+    model.compile(out)
+    return out
+
+
+@pytest.fixture(scope="session")
+def reference(model, compiled):
+    """tokens [n, S] -> logits of the torch model with the weights the artifact has."""
+    checkpoint = Checkpoint.open(model.folder)
+    manifest = read_manifest(compiled)
+    store = quantize_experts(checkpoint, manifest.bits, "rtn", None, Workspace(model.cache))
+    linears = {
+        site: quantize_rtn(checkpoint.load(f"{site}.weight").float(), Format.parse(fmt))
+        for site, fmt in manifest.linear_bits.items()
+    }
+    linears |= {
+        name.removesuffix(".weight"): linears[stored.removesuffix(".weight")]
+        for name, stored in checkpoint.tied.items()
+    }
+
+    def forward(tokens):
+        parts = reference_forward(checkpoint, torch.as_tensor(tokens), store, linears=linears)
+        return torch.cat(list(parts)).numpy()
+
+    return forward
+
+
+def relative_error(a, b):
+    return np.linalg.norm(a - b) / np.linalg.norm(b)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 7), (3, 33), (5, 96)])
+def test_logits_equal_torch_with_the_same_weights(compiled, reference, shape):
+    tokens = np.random.default_rng(shape[1]).integers(0, 256, shape)
+    assert relative_error(moqc.load(compiled).forward(tokens), reference(tokens)) < 1e-4
+
+
+def test_greedy_text_equals_torch(compiled, reference):
+    artifact = moqc.load(compiled)
+    for prompt in ("The", "fox jumps", "é"):
+        ids = artifact.encode(prompt)
+        produced = list(artifact.tokens(ids, Sampling(), max_tokens=12))
+        expected = list(ids)
+        while len(expected) < len(ids) + 12:
+            expected.append(int(reference(np.array([expected]))[0, -1].argmax()))
+        assert [*ids, *produced] == expected[: len(ids) + len(produced)]
+        assert len(produced) == 12 or expected[len(ids) + len(produced)] == 256
+
+
+def test_scores_equal_those_of_the_reference(compiled, reference, model):
+    from moqc.evaluate.metrics import Accumulator, evaluation_windows
+
+    result = moqc.eval(compiled, [model.text], reference=model.folder, window=64, tokens=512)
+    windows = evaluation_windows([model.text], compiled / "tokenizer.json", window=64, tokens=512)["text"]
+    original = torch.cat(list(reference_forward(Checkpoint.open(model.folder), torch.from_numpy(windows))))
+    accumulator = Accumulator()
+    accumulator.add(windows, reference(windows), original.numpy())
+    expected = accumulator.scores()
+    assert result.scores.tokens == expected.tokens == 8 * 63
+    assert result.scores.perplexity == pytest.approx(expected.perplexity, rel=1e-3)
+    assert result.scores.kld_mean == pytest.approx(expected.kld_mean, rel=1e-3)
+    assert result.scores.top1_agreement == pytest.approx(expected.top1_agreement, abs=0.01)
+
+
+def test_manifest_tells_what_was_done(compiled, model):
+    manifest = read_manifest(compiled)
+    checkpoint = Checkpoint.open(model.folder)
+    assert manifest.source.fingerprint == checkpoint.fingerprint
+    assert manifest.pipeline.startswith("allocate-bits")
+    assert manifest.generation.eos_token_ids == (256,)
+    assert (manifest.cache.context, manifest.cache.batch, manifest.vocabulary) == (96, 4, 257)
+    stored = open_tensors(compiled / "params-00001.safetensors")
+    experts = sum(t.data.nbytes for name, t in stored.items() if ".mlp.experts." in name)
+    weights = 2 * 4 * 3 * 48 * 64
+    assert manifest.sizes.expert_file_bits_per_weight == pytest.approx(8 * experts / weights)
+    assert manifest.sizes.expert_file_bits_per_weight <= 3.0
+    total = 257 * 64 + weights + 2 * (2 * 64 * 64 + 2 * 64 * 32 + 2 * 16 + 4 * 64 + 2 * 64) + 64
+    assert manifest.sizes.model_file_bits_per_weight == pytest.approx(
+        8 * manifest.sizes.parameter_bytes / total
+    )
+    assert stored["model.norm.weight"].dtype == "BF16"  # stored as it was, tied table once, packed
+    assert not any(name.startswith("lm_head") for name in stored)
+
+
+def test_int8_activations_stay_close(compiled, reference, model, tmp_path):
+    model.compile(tmp_path / "out", activations="int8")
+    tokens = np.random.default_rng(0).integers(0, 256, (2, 40))
+    error = relative_error(moqc.load(tmp_path / "out").forward(tokens), reference(tokens))
+    assert 1e-5 < error < 0.1
+
+
+def test_an_artifact_is_replaced_only_by_force(compiled, model):
+    before = read_manifest(compiled)
+    with pytest.raises(UserError, match="--force"):
+        model.compile(compiled)
+    assert read_manifest(compiled) == before
+    model.compile(compiled, force=True)
+    assert read_manifest(compiled).files == before.files  # and the result is the same, bit for bit
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "says"),
+    [
+        ({"bits": 0.5}, BudgetError, "reach"),
+        ({"bits": -1.0}, BudgetError, "bits"),
+        ({"bits": 17.0}, BudgetError, "bits"),
+        ({"linears": "int5-g64"}, UserError, "int5-g64|no format"),
+        ({"activations": "int4"}, UserError, "activations"),
+        ({"quantizer": "mcmoe"}, UserError, "mcmoe"),
+        ({"context": 129}, UserError, "1 to 128"),
+        ({"max_batch": 0}, UserError, "max-batch"),
+        (
+            {
+                "pipeline": "schedule{",
+            },
+            UserError,
+            "expected",
+        ),
+        ({"calibration": ["/nowhere"], "quantizer": "gptq"}, UserError, "/nowhere"),
+    ],
+)
+def test_wrong_options_leave_nothing(model, tmp_path, options, error, says):
+    with pytest.raises(error, match=says):
+        model.compile(tmp_path / "out", **options)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_interrupted_compilation_leaves_nothing(model, tmp_path, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("moqc.package.record_files", interrupt)  # everything but the manifest is written
+    with pytest.raises(KeyboardInterrupt):
+        model.compile(tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+    assert not list(model.cache.glob("params-*"))
+
+
+def test_dumped_ir_can_be_continued(model, compiled, tmp_path):
+    dump = tmp_path / "dump"
+    text = model.compile(None, debug=Debug(dump_ir=dump, stop_after="quantize-linears"))
+    last = sorted(dump.glob("*.py"))[-1]
+    assert last.name == "002_quantize-linears.py"
+    assert last.read_text() == text
+    manifest = model.compile(tmp_path / "out", start_from=last)
+    assert (
+        manifest.files["params-00001.safetensors"]
+        == read_manifest(compiled).files["params-00001.safetensors"]
+    )
+
+
+def test_opt_runs_passes_on_text(model, tmp_path):
+    dump = tmp_path / "dump"
+    text = model.compile(None, debug=Debug(dump_ir=dump, stop_after="allocate-bits"))
+    assert "moqc.bits" in text
+    changed = moqc.opt(
+        dump / "000_allocate-bits.py", "allocate-bits{bits=2.5 allocator=uniform formats=int2-g64}"
+    )
+    formats = {
+        name for site in BITS.of(parse_module(changed)).values() for names in site.values() for name in names
+    }
+    assert formats == {"int2-g64"}
+
+
+def test_compare_prints_comparable_rows(model):
+    options = {
+        "bits": [3.0, 4.0],
+        "plans": ["uniform:rtn", "global"],
+        "calibration": [model.text],
+        "calibration_tokens": 1024,
+        "cache": model.cache,
+        "window": 64,
+        "tokens": 512,
+    }
+    result = moqc.compare(model.folder, [model.text], **options)
+    content = json.loads(json.dumps(result.to_dict()))
+    assert [(row["plan"], row["target_bits"]) for row in content["rows"]] == [
+        ("uniform:rtn", 3.0),
+        ("global", 3.0),
+        ("uniform:rtn", 4.0),
+        ("global", 4.0),
+    ]
+    assert [row["quantizer"] for row in content["rows"]] == ["rtn", "gptq", "rtn", "gptq"]
+    for row in content["rows"]:
+        assert row["expert_file_bits_per_weight"] <= row["target_bits"]
+        assert row["model_file_bits_per_weight"] > row["expert_file_bits_per_weight"]
+        assert row["loss_increase"] == pytest.approx(row["loss"] - content["reference_loss"])
+    assert moqc.compare(model.folder, [model.text], **options) == result
