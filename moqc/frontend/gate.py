@@ -60,19 +60,19 @@ class Verdict:
 
 
 def verify_architecture(
-    config: transformers.PretrainedConfig, cache_dir: Path, compile_and_run: CompileAndRun
+    config: transformers.PretrainedConfig, cache_dir: Path, compile_and_run: CompileAndRun, target: str
 ) -> Verdict:
     """Verify the architecture of `config` on a tiny model, or return the cached verdict.
 
-    A verdict is kept in ``cache_dir/gate`` by the versions of moqc, transformers and torch and by the tiny
-    configuration. Only passes are kept.
+    `target` names what `compile_and_run` compiles for. A verdict is kept in ``cache_dir/gate`` by the target,
+    the versions of moqc, transformers and torch, and the tiny configuration. Only passes are kept.
 
     Raises:
         ModelError: naming the model type, the stage and the reason.
 
     """
     small = shrink(config)
-    file = cache_dir / "gate" / f"{_key(small)}.json"
+    file = cache_dir / "gate" / f"{_key(small, target)}.json"
     if file.is_file():
         return Verdict(**json.loads(file.read_text(encoding="utf-8")))
     verdict = _measure(small, compile_and_run)
@@ -80,9 +80,9 @@ def verify_architecture(
     return verdict
 
 
-def _key(small: transformers.PretrainedConfig) -> str:
+def _key(small: transformers.PretrainedConfig, target: str) -> str:
     versions = (moqc.__version__, transformers.__version__, torch.__version__)
-    text = json.dumps([versions, type(small).__name__, small.to_dict()], sort_keys=True, default=str)
+    text = json.dumps([versions, target, type(small).__name__, small.to_dict()], sort_keys=True, default=str)
     return f"{small.model_type}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
 

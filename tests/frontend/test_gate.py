@@ -21,7 +21,7 @@ LAYERS = {"qwen3_moe": 1, "olmoe": 1, "mixtral": 1, "deepseek_v3": 2, "gpt_oss":
 @pytest.mark.parametrize("architecture", LAYERS)
 def test_supported(tmp_path: Path, tiny_config: Config, compile_and_run: Compile, architecture: str) -> None:
     config = tiny_config(architecture, num_hidden_layers=LAYERS[architecture])
-    verdict = verify_architecture(config, tmp_path, compile_and_run)
+    verdict = verify_architecture(config, tmp_path, compile_and_run, "llvm")
     assert verdict.model_type == architecture
     assert verdict.experts_blocks == (1 if architecture == "deepseek_v3" else LAYERS[architecture])
     assert verdict.attention_blocks == LAYERS[architecture]
@@ -33,7 +33,7 @@ def test_supported(tmp_path: Path, tiny_config: Config, compile_and_run: Compile
     def never(*_arguments: Any) -> Any:
         raise AssertionError("a cached verdict was measured again")
 
-    assert verify_architecture(config, tmp_path, never) == verdict
+    assert verify_architecture(config, tmp_path, never, "llvm") == verdict
 
 
 def test_window_in_the_mask_only_is_refused(
@@ -41,7 +41,7 @@ def test_window_in_the_mask_only_is_refused(
 ) -> None:
     config = tiny_config("phimoe", num_local_experts=8, sliding_window=4)
     with pytest.raises(ModelError, match=r"phimoe: refused: .*mask.* at batch 3, length 11"):
-        verify_architecture(config, tmp_path, compile_and_run)
+        verify_architecture(config, tmp_path, compile_and_run, "llvm")
     assert not (tmp_path / "gate").exists()
 
 
@@ -56,7 +56,7 @@ def test_convolutions_are_refused(tmp_path: Path, tiny_config: Config, compile_a
         conv_L_cache=3,
     )
     with pytest.raises(ModelError, match=r"lfm2_moe: refused: it mixes tokens outside attention"):
-        verify_architecture(config, tmp_path, compile_and_run)
+        verify_architecture(config, tmp_path, compile_and_run, "llvm")
 
 
 @pytest.fixture
@@ -99,7 +99,7 @@ def test_failure_at_run_time_names_the_stage(eager: transformers.PreTrainedModel
 
 def test_dense_model_is_refused(tmp_path: Path, compile_and_run: Compile) -> None:
     with pytest.raises(ModelError, match="qwen3: no experts blocks"):
-        verify_architecture(transformers.Qwen3Config(), tmp_path, compile_and_run)
+        verify_architecture(transformers.Qwen3Config(), tmp_path, compile_and_run, "llvm")
 
 
 def test_unknown_tensor_is_refused(
@@ -115,4 +115,4 @@ def test_unknown_tensor_is_refused(
 
     monkeypatch.setattr(Qwen3MoeAttention, "forward", forward)
     with pytest.raises(ModelError, match="uses alibi, which moqc does not model"):
-        verify_architecture(tiny_config("qwen3_moe"), tmp_path, compile_and_run)
+        verify_architecture(tiny_config("qwen3_moe"), tmp_path, compile_and_run, "llvm")
