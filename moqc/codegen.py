@@ -28,23 +28,29 @@ from moqc.passes.schedule import Schedule
 from moqc.targets import Target
 
 Run = Callable[[npt.NDArray[Any], npt.NDArray[Any]], npt.NDArray[Any]]
+_GET_ITEM = "vm.builtin.tuple_getitem"
 LINKERS = ("cc", "gcc", "clang", "g++")
 
 
 def bundle(mod: IRModule) -> IRModule:
-    """`mod` with main's weights and its caches (as CACHE counts them) each in one tuple parameter."""
+    """`mod` with main's weights and its caches (as CACHE counts them) each in one tuple parameter.
+
+    The tuples have no type: the virtual machine would check each of their tensors at every call, a quarter of
+    a microsecond each. The kernels check what they are given anyway.
+    """
     main, cache = mod["main"], CACHE.get(mod)
     parameters = list(main.params)
     split = len(parameters) - (0 if cache is None else len(cache["tensors"]))
     groups = {"weights": parameters[INPUTS:split], "caches": parameters[split:]}
     builder = relax.BlockBuilder()
-    tuples = {name: relax.Var(name, relax.TupleType([p.ty for p in group])) for name, group in groups.items()}
+    tuples = {name: relax.Var(name, relax.AnyType()) for name in groups}
     with builder.function("main", [*parameters[:INPUTS], *tuples.values()], dict(main.attrs.items())):
         with builder.dataflow():
             for name, group in groups.items():
                 for number, parameter in enumerate(group):
-                    item = builder.normalize(relax.TupleGetItem(tuples[name], number))
-                    builder.emit_normalized(relax.VarBinding(parameter, item))
+                    arguments = (tuples[name], relax.prim_value(number))
+                    item = relax.op.call_pure_packed(_GET_ITEM, *arguments, ty_args=parameter.ty)
+                    builder.emit_normalized(relax.VarBinding(parameter, builder.normalize(item)))
             for variable, value in bindings(main):
                 builder.emit_normalized(relax.VarBinding(variable, value))
             result = builder.emit_output(main.body.body)

@@ -189,3 +189,11 @@ def test_a_function_that_the_runtime_lacks_is_refused():
     mod = Schedule()(Legalize()(mod, ctx), ctx)
     with pytest.raises(TargetError, match=r"tvm\.contrib\.sort\.sort"):
         codegen.build(mod, ctx.target)
+
+
+def test_weights_of_another_shape_are_an_error(weights, inputs):
+    arrays = [w.numpy() for w in weights]
+    arrays[1] = arrays[1][:-1]
+    run = codegen.compile_and_run(parse_module(MODEL), arrays, find_target("native"))
+    with pytest.raises((ValueError, TypeError, RuntimeError), match=r"weight|shape"):
+        run(*inputs)

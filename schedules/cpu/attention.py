@@ -70,6 +70,7 @@ class _Buffers:
         self.v = k.parameter("v", [batch, key_heads, tokens, value_width], "float32")
         self.positions = k.parameter("positions", [batch, tokens], "int64")
         self.keys, self.values, self.cached = self.k, self.v, cache is not None
+        self.slots = tokens if cache is None else cache[1]
         if cache is not None:
             self.keys = k.parameter("k_cache", [cache[0], key_heads, cache[1], key_width], "float32")
             self.values = k.parameter("v_cache", [cache[0], key_heads, cache[1], value_width], "float32")
@@ -104,8 +105,8 @@ def attention_kernel(
 
     Arguments, all float32 but positions: q [B,H,S,D], k [B,Hk,S,D], v [B,Hk,S,Dv], positions int64 [B,S],
     k_cache [Bc,Hk,C,D] and v_cache [Bc,Hk,C,Dv] (written in place), sinks [H] if any, out [B,S,H,Dv]. `batch`
-    and `tokens` are ints or int64 variables. Tokens of position < 0 are not cached and their output is 0; a
-    cached token's slot is its position, which must be below C.
+    and `tokens` are ints or int64 variables. A token's slot is its position; tokens of position < 0 or >= C are
+    not cached, and the output of those below 0 is 0.
     """
     with kernel("attention", cached=int(cache is not None)) as k:
         buffers = _Buffers(k, shape, batch, tokens, cache)
@@ -135,7 +136,7 @@ def _write_cache(buffers: _Buffers, pairs: Any) -> None:
     )
     with loop(0, buffers.batch) as b, loop(0, buffers.tokens) as s:
         position = bind(load(buffers.positions, [b, s]))
-        with when(position >= 0):
+        with when(tirx.all(position >= 0, position < int64(buffers.slots))):
             span = position + 1 if shape.window == 0 else tirx.min(position + 1, int64(shape.window))
             store(pairs, [0], load(pairs, [0]) + span)
             with loop(0, shape.key_heads) as head:
@@ -190,7 +191,8 @@ def _start_rows(buffers: _Buffers, b: Any, head: Any, first: Any, count: Any) ->
             reach = T.int32(0) if shape.window == 0 else tirx.max(position - (shape.window - 1), T.int32(0))
             with when(position >= 0):
                 store(bounds, [0], tirx.min(load(bounds, [0]), reach))
-                store(bounds, [1], tirx.max(load(bounds, [1]), position + 1))
+                end = tirx.min(position + 1, tirx.Cast("int32", int64(buffers.slots)))
+                store(bounds, [1], tirx.max(load(bounds, [1]), end))
 
 
 def _token(buffers: _Buffers, head: Any, first: Any, row: Any) -> tuple[Any, Any]:

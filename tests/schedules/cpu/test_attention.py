@@ -130,3 +130,13 @@ def test_padding_writes_no_cache():
     sequences.run(compile_kernel(shape, cached=True), 0, 4)
     filled = np.abs(sequences.caches[0].numpy()).sum((1, 3)) > 0
     assert filled.sum(1).tolist() == [2, 0, 1]
+
+
+def test_a_position_past_the_cache_writes_nothing():
+    shape = shape_of()
+    sequences = Sequences(shape, lengths=(2, 2, 2), tokens=2)
+    sequences.positions[:, 1] = SLOTS
+    out = sequences.run(compile_kernel(shape, cached=True), 0, 2)
+    assert np.isfinite(out).all()
+    filled = np.abs(sequences.caches[0].numpy()).sum((1, 3)) > 0
+    assert filled.sum(1).tolist() == [1, 1, 1]
