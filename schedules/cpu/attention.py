@@ -105,8 +105,8 @@ def attention_kernel(
 
     Arguments, all float32 but positions: q [B,H,S,D], k [B,Hk,S,D], v [B,Hk,S,Dv], positions int64 [B,S],
     k_cache [Bc,Hk,C,D] and v_cache [Bc,Hk,C,Dv] (written in place), sinks [H] if any, out [B,S,H,Dv]. `batch`
-    and `tokens` are ints or int64 variables. A token's slot is its position; tokens of position < 0 or >= C are
-    not cached, and the output of those below 0 is 0.
+    and `tokens` are ints or int64 variables. A token's slot is its position; tokens of position < 0 or >= C
+    are not cached, and the output of those below 0 is 0.
     """
     with kernel("attention", cached=int(cache is not None)) as k:
         buffers = _Buffers(k, shape, batch, tokens, cache)

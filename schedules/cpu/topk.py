@@ -1,7 +1,7 @@
 """The k largest of each row, largest first; of equal values the one of lower index first.
 
-k passes over the row, which suits routers: tens to hundreds of columns and k below ten. (TVM's own top-k calls
-a sort in a library that its plain runtime lacks.)
+k passes over the row, which suits routers: tens to hundreds of columns and k below ten. (TVM's own top-k
+calls a sort in a library that its plain runtime lacks.)
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from moqc.schedules.cpu.vector import PARALLEL_WORK, parallel_if
 def topk_kernel(columns: int, k: int, dtype: str, *, lead: int) -> tirx.PrimFunc:
     """Build the selection of `k` of `columns` values.
 
-    Parameters of the PrimFunc: x float32 ``[*lead axes, columns]``, and the outputs ``[*lead axes, k]``, values
-    float32 and indices of type `dtype`. Indices are distinct, also where values are NaN or equal.
+    Parameters of the PrimFunc: x float32 ``[*lead axes, columns]``, and the outputs ``[*lead axes, k]``:
+    values float32 and indices of type `dtype`. Indices are distinct, also where values are NaN or equal.
     """
     with kernel("topk", columns=columns, k=k) as built:
         axes = [symbol(f"n{axis}") for axis in range(lead)]
