@@ -46,7 +46,9 @@ TARGETS: dict[str, Target] = {
     target.name: target
     for target in (
         Target("x86-64-v3", {"kind": "llvm", "mcpu": "x86-64-v3"}, _V3, doc="any x86 with AVX2 (2013 on)"),
-        Target("x86-64-v4", {"kind": "llvm", "mcpu": "x86-64-v4"}, _V4, doc="x86 with AVX-512 (Skylake-X on)"),
+        Target(
+            "x86-64-v4", {"kind": "llvm", "mcpu": "x86-64-v4"}, _V4, doc="x86 with AVX-512 (Skylake-X on)"
+        ),
         Target(
             "x86-64-v4-vnni",
             {"kind": "llvm", "mcpu": "cascadelake"},
