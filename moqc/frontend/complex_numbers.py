@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -34,53 +35,52 @@ def complex_converters(importer: Importer, base: dict[str, Converter]) -> dict[s
 
     `base` are TVM's converters; a real argument goes to them.
     """
-
-    def polar(node: torch.fx.Node) -> Complex:
-        radius, angle = (importer.env[argument] for argument in node.args)
-        return Complex(
-            importer.emit(relax.op.multiply(radius, relax.op.cos(angle))),
-            importer.emit(relax.op.multiply(radius, relax.op.sin(angle))),
-        )
-
-    def as_complex(node: torch.fx.Node) -> Complex:
-        pairs = importer.env[node.args[0]]
-        axis = len(pairs.ty.shape) - 1
-        halves = importer.emit(relax.op.split(pairs, 2, axis=axis))
-        real, imaginary = (
-            importer.emit(relax.op.squeeze(relax.TupleGetItem(halves, index), axis=[axis]))
-            for index in (0, 1)
-        )
-        return Complex(real, imaginary)
-
-    def as_real(node: torch.fx.Node) -> relax.Var:
-        value = importer.env[node.args[0]]
-        return importer.emit(relax.op.stack([value.real, value.imaginary], axis=len(value.real.ty.shape)))
-
-    def multiply(node: torch.fx.Node) -> Any:
-        first, second = (importer._retrieve_args(argument) for argument in node.args)
-        if not isinstance(first, Complex) and not isinstance(second, Complex):
-            return base["mul.Tensor"](node)
-        first, second = (first, second) if isinstance(first, Complex) else (second, first)
-        return _multiply(importer, first, second)
-
-    def halves(name: str) -> Converter:
-        def convert(node: torch.fx.Node) -> Any:
-            value = importer.env[node.args[0]]
-            if not isinstance(value, Complex):
-                return base[name](node)
-            made = value.map(lambda half: _on(importer, node, half, base[name]))
-            importer.env[node.args[0]] = value
-            return made
-
-        return convert
-
     return {
-        "polar.default": polar,
-        "view_as_complex.default": as_complex,
-        "view_as_real.default": as_real,
-        "mul.Tensor": multiply,
-        **{name: halves(name) for name in _SHAPE_ONLY},
+        "polar.default": partial(_polar, importer),
+        "view_as_complex.default": partial(_as_complex, importer),
+        "view_as_real.default": partial(_as_real, importer),
+        "mul.Tensor": partial(_product, importer, base["mul.Tensor"]),
+        **{name: partial(_halves, importer, base[name]) for name in _SHAPE_ONLY},
     }
+
+
+def _polar(importer: Importer, node: torch.fx.Node) -> Complex:
+    radius, angle = (importer.env[argument] for argument in node.args)
+    return Complex(
+        importer.emit(relax.op.multiply(radius, relax.op.cos(angle))),
+        importer.emit(relax.op.multiply(radius, relax.op.sin(angle))),
+    )
+
+
+def _as_complex(importer: Importer, node: torch.fx.Node) -> Complex:
+    pairs = importer.env[node.args[0]]
+    axis = len(pairs.ty.shape) - 1
+    halves = importer.emit(relax.op.split(pairs, 2, axis=axis))
+    both = Complex(relax.TupleGetItem(halves, 0), relax.TupleGetItem(halves, 1))
+    return both.map(lambda half: importer.emit(relax.op.squeeze(half, axis=[axis])))
+
+
+def _as_real(importer: Importer, node: torch.fx.Node) -> relax.Var:
+    value = importer.env[node.args[0]]
+    return importer.emit(relax.op.stack([value.real, value.imaginary], axis=len(value.real.ty.shape)))
+
+
+def _product(importer: Importer, base: Converter, node: torch.fx.Node) -> Any:
+    first, second = (importer._retrieve_args(argument) for argument in node.args)
+    if not isinstance(first, Complex) and not isinstance(second, Complex):
+        return base(node)
+    first, second = (first, second) if isinstance(first, Complex) else (second, first)
+    return _multiply(importer, first, second)
+
+
+def _halves(importer: Importer, base: Converter, node: torch.fx.Node) -> Any:
+    """A shape-only operator, on both halves of a complex tensor."""
+    value = importer.env[node.args[0]]
+    if not isinstance(value, Complex):
+        return base(node)
+    made = value.map(lambda half: _on(importer, node, half, base))
+    importer.env[node.args[0]] = value
+    return made
 
 
 def _on(importer: Importer, node: torch.fx.Node, half: relax.Expr, convert: Converter) -> relax.Expr:
