@@ -146,7 +146,7 @@ class Problem:
         self.hit = sum(len(call.experts) for call in self.calls) / calls
         columns = 1 if tokens == 1 else 8
         slots = len(self.calls[0].slots)
-        self.x = torch.randn(tokens, shape.hidden, device="cuda")
+        self.x = torch.randn(tokens, shape.hidden, device="cuda", dtype=torch.float16)
         self.hidden = torch.zeros(slots, columns, shape.intermediate, dtype=torch.float16, device="cuda")
         self.y = torch.zeros(tokens, shape.hidden, device="cuda")
 
@@ -167,7 +167,7 @@ class Problem:
 
     def expected_hidden(self, rows: list[int]) -> torch.Tensor:
         """The first call's hidden tensor, at row tiles `rows`."""
-        call, weights, x = self.calls[0], self.weights[0], self.x.half().float()
+        call, weights, x = self.calls[0], self.weights[0], self.x.float()
         out = []
         for slot, expert in enumerate(call.experts):
             gate, up = (x @ weights.dequantize(name, expert, rows).T for name in ("gate", "up"))
@@ -306,7 +306,8 @@ class Bench:
 
 
 def plan_text(plan: dict[str, int]) -> str:
-    return f"w{plan['warps']}t{plan['tiles']}s{plan['stages']}m{plan['tokens']}"
+    kind = "r" if plan["registers"] else "s"
+    return f"w{plan['warps']}t{plan['tiles']}{kind}{plan['stages']}m{plan['tokens']}"
 
 
 def max_copies(shape: Shape, expert_bytes: float) -> int:

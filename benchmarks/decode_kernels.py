@@ -1,4 +1,4 @@
-"""Build the decode kernels to be timed: ``python benchmarks/decode_kernels.py OUT [--sweep]``, no GPU needed.
+"""Build the decode kernels to be timed: ``python benchmarks/decode_kernels.py OUT [--sweep]``; needs no GPU.
 
 Writes ``OUT/kernels.so`` (sm_90) and ``OUT/kernels.json``, which says what each kernel is. Without ``--sweep``
 only the default plans are built.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -19,7 +19,14 @@ from workload import SHAPES
 from moqc.quant.formats import Format
 from moqc.schedules.cuda import toolchain
 from moqc.schedules.cuda.experts import down_kernel, gate_up_kernel, route_kernel
-from moqc.schedules.cuda.plan import SHARED_BYTES, ExpertsShape, Plan, shared_bytes
+from moqc.schedules.cuda.plan import (
+    SHARED_BYTES,
+    ExpertsShape,
+    Plan,
+    down_plan,
+    gate_up_plan,
+    shared_bytes,
+)
 
 CASES: dict[str, tuple[tuple[str, ...], ...]] = {
     # case -> formats of gate's, up's and down's classes; expert e takes class e % n.
@@ -60,22 +67,29 @@ def experts_shape(shape: str, case: str) -> ExpertsShape:
     return ExpertsShape(s.experts, s.top_k, s.hidden, s.intermediate, gate, up, down)
 
 
-GATE_UP = {  # shape, tokens -> (tiles, stages)
-    ("mixtral-8x7b", 1): [(14, 3), (14, 4), (14, 8)],
-    ("mixtral-8x7b", 8): [(7, 3), (4, 4), (7, 6)],
-    ("qwen3-30b-a3b", 1): [(1, 0), (2, 0), (3, 4)],
-    ("qwen3-30b-a3b", 8): [(2, 0), (4, 4), (4, 6)],
-    ("olmoe-1b-7b", 1): [(1, 0), (2, 0), (4, 4)],
-    ("olmoe-1b-7b", 8): [(2, 0), (4, 4), (4, 6)],
+GATE_UP = {  # shape, tokens -> (tiles, stages, in registers)
+    ("mixtral-8x7b", 1): [(14, 3, False), (14, 2, True), (14, 4, True), (16, 2, True), (16, 4, True)],
+    ("mixtral-8x7b", 8): [(7, 3, False), (7, 2, True), (8, 2, True), (8, 4, True), (4, 2, True)],
+    ("qwen3-30b-a3b", 1): [(1, 2, True), (2, 4, True), (2, 2, True), (2, 3, False)],
+    ("qwen3-30b-a3b", 8): [(2, 4, True), (2, 2, True), (4, 2, True), (4, 4, True), (4, 3, False)],
+    ("olmoe-1b-7b", 1): [(1, 2, True), (2, 4, True), (2, 2, True), (4, 3, False)],
+    ("olmoe-1b-7b", 8): [(2, 4, True), (2, 2, True), (4, 2, True), (4, 4, True), (4, 3, False)],
 }
-DOWN = {  # shape, tokens -> (warps, tiles, stages)
-    ("mixtral-8x7b", 1): [(8, 16, 4), (16, 16, 4), (16, 16, 8)],
-    ("mixtral-8x7b", 8): [(8, 8, 4), (8, 8, 6), (8, 16, 4)],
-    ("qwen3-30b-a3b", 1): [(24, 1, 0), (12, 2, 0), (8, 2, 0)],
-    ("qwen3-30b-a3b", 8): [(8, 8, 4), (8, 4, 4), (8, 2, 0)],
-    ("olmoe-1b-7b", 1): [(32, 1, 0), (16, 2, 0), (8, 2, 0)],
-    ("olmoe-1b-7b", 8): [(8, 8, 4), (8, 4, 4), (8, 2, 0)],
+DOWN = {  # shape, tokens -> (warps, tiles, stages, in registers)
+    ("mixtral-8x7b", 1): [(16, 16, 3, False), (16, 16, 2, True), (8, 16, 2, True), (16, 16, 4, True)],
+    ("mixtral-8x7b", 8): [(8, 8, 3, False), (8, 8, 2, True), (8, 8, 4, True), (8, 4, 2, True)],
+    ("qwen3-30b-a3b", 1): [(24, 1, 1, True), (12, 2, 2, True), (8, 2, 2, True)],
+    ("qwen3-30b-a3b", 8): [(8, 8, 3, False), (8, 8, 2, True), (8, 8, 4, True), (8, 2, 2, True)],
+    ("olmoe-1b-7b", 1): [(32, 1, 1, True), (16, 2, 2, True), (8, 2, 2, True)],
+    ("olmoe-1b-7b", 8): [(8, 8, 3, False), (8, 8, 2, True), (8, 8, 4, True), (8, 2, 2, True)],
 }
+
+
+def _fits(plan: Plan, projections: int, formats: set[Format]) -> bool:
+    """Whether a candidate can work, and its window leaves registers for the rest."""
+    if not plan.registers:
+        return shared_bytes(plan, projections, list(formats)) <= SHARED_BYTES
+    return plan.stages * max(fmt.bits for fmt in formats) <= (8 if plan.warps == 16 else 16)
 
 
 def _name(*parts: object) -> str:
@@ -83,20 +97,31 @@ def _name(*parts: object) -> str:
     return "_".join(map(str, parts)).replace("-", "_")
 
 
-def sweep(cases: tuple[str, ...]) -> Iterator[Entry]:
+def sweep(cases: Iterable[str]) -> Iterator[Entry]:
     """Candidate plans of every shape, case and number of tokens that fit."""
     for (shape, tokens), candidates in GATE_UP.items():
         warps = SHAPES[shape].hidden // 256
         for case in cases:
             layer = experts_shape(shape, case)
-            plans = [Plan(warps, tiles, stages, tokens) for tiles, stages in candidates]
-            for plan in plans:
-                if shared_bytes(plan, 2, [*layer.gate, *layer.up]) <= SHARED_BYTES:
+            for candidate in candidates:
+                plan = Plan(warps, *candidate, tokens)
+                if _fits(plan, 2, {*layer.gate, *layer.up}):
                     yield Entry(_name("gate_up", shape, case, plan), "gate_up", shape, case, plan)
-            for down in DOWN[shape, tokens]:
-                plan = Plan(*down, tokens)
-                if shared_bytes(plan, 1, layer.down) <= SHARED_BYTES:
+            for candidate in DOWN[shape, tokens]:
+                plan = Plan(*candidate, tokens)
+                if _fits(plan, 1, set(layer.down)):
                     yield Entry(_name("down", shape, case, plan), "down", shape, case, plan)
+
+
+def defaults(cases: Iterable[str]) -> Iterator[Entry]:
+    """The product's own plans of every shape, case and number of tokens."""
+    for shape in SHAPES:
+        for case in cases:
+            layer = experts_shape(shape, case)
+            for tokens in (1, 8):
+                for kind, choose in (("gate_up", gate_up_plan), ("down", down_plan)):
+                    plan = choose(layer, tokens)
+                    yield Entry(_name(kind, shape, case, plan), kind, shape, case, plan)
 
 
 def build(entries: list[Entry], out: Path, name: str) -> None:
@@ -108,7 +133,7 @@ def build(entries: list[Entry], out: Path, name: str) -> None:
     for entry in entries:
         layer = experts_shape(entry.shape, entry.case)
         if entry.kind == "gate_up":
-            functions[entry.name] = gate_up_kernel(layer, entry.plan, "float32")
+            functions[entry.name] = gate_up_kernel(layer, entry.plan, "float16")
         else:
             functions[entry.name] = down_kernel(layer, entry.plan)
     named = {key: function.with_attr("global_symbol", key) for key, function in functions.items()}
@@ -131,7 +156,8 @@ def main() -> None:
     parser.add_argument("--sweep", action="store_true")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
-    build(list(sweep(BASIC)), arguments.out, "kernels")
+    entries = sweep(BASIC) if arguments.sweep else defaults(CASES)
+    build(list(entries), arguments.out, "kernels")
 
 
 if __name__ == "__main__":

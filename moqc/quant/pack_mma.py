@@ -7,10 +7,15 @@ and h of 2, v and j of 4): what it gives to the fp16 tensor-core instruction ``m
 its 16 bytes of activations.
 
 Columns ``(h = 0, h = 1)`` share a 32-bit word, 16 bits each; ``i = 4 * v + j`` numbers such pairs of a half
-unit. In each 16 bits, row ``g`` takes the low byte and row ``g + 8`` the high byte, pair ``i`` at bit ``bits
-* (i % (8 // bits))``. Three bits have no such fit: three words hold eight pairs, row ``g`` at bits 0 and 3,
-row ``g + 8`` at 9 and 12, the seventh pair and the eighth's row ``g`` at bit 6 of the words, the eighth's row
+unit. In each 16 bits, row ``g`` takes the low byte and row ``g + 8`` the high byte, pair ``i`` at bit
+``bits * (i % (8 // bits))``. Three bits have no such fit: three words hold eight pairs, row ``g`` at bits 0 and
+3, row ``g + 8`` at 9 and 12, the seventh pair and the eighth's row ``g`` at bit 6 of the words, the eighth's row
 ``g + 8`` in their three bits 15.
+
+One-bit codes are the metadata of the sparse instruction ``mma.sp.m16n8k32``, so a lane holds codes that meet the
+activations of others: of the columns above, number ``r = 32 * half + 8 * v + 2 * j + h`` of lane ``4 * g + q``
+is pair ``p = q + 4 * (r % 4)`` of product ``n = r // 4``; row ``g + 8 * row`` of it is bit
+``16 * row + 2 * (p % 8) + n // 2 % 2`` of word ``n // 4`` of lane ``4 * g + 2 * (n % 2) + p // 8``.
 
 Rows are padded to 16 and columns to 256 with scale 0 and code 0.
 """
@@ -18,6 +23,7 @@ Rows are padded to 16 and columns to 256 with scale 0 and code 0.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -33,8 +39,8 @@ COLUMNS = 256
 """Rows and columns of a unit."""
 
 Bytes = npt.NDArray[np.uint8]
-Field = tuple[int, int, int, int]
-"""(word of a half unit, shift in it, width, lowest bit of the code)."""
+Field = tuple[int, int, int, int, int]
+"""(lane of four, word of its unit, shift in it, width, lowest bit of the code)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,29 +90,29 @@ def unpack_units(packed: PackedUnits, format: Format, rows: int, columns: int) -
     )
 
 
-def _fields(bits: int, pair: int, row: int, h: int) -> list[Field]:
-    """Where the code of `pair` (0..15 of a half unit), row half `row` (0, 1) and column parity `h` is."""
+def _fields(bits: int, lane: int, half: int, pair: int, row: int, h: int) -> list[Field]:
+    """Where a code is: of `lane` of four, `pair` (0..15) of a half unit, row half `row`, column parity `h`."""
+    if bits == 1:
+        number = 32 * half + 2 * pair + h
+        step, place = number // 4, lane + 4 * (number % 4)
+        shift = 16 * row + 2 * (place % 8) + step // 2 % 2
+        return [(2 * (step % 2) + place // 8, step // 4, shift, 1, 0)]
+    first = half * 2 * bits
     if bits != 3:
-        each = max(8 // bits, 1)
-        return [(pair // each, 16 * h + 8 * row + bits * (pair % each), bits, 0)]
-    word, pair = pair // 8 * 3, pair % 8
+        each = 8 // bits
+        return [(lane, first + pair // each, 16 * h + 8 * row + bits * (pair % each), bits, 0)]
+    first, pair = first + pair // 8 * 3, pair % 8
     if pair < 6:
-        return [(word + pair // 2, 16 * h + 9 * row + 3 * (pair % 2), 3, 0)]
+        return [(lane, first + pair // 2, 16 * h + 9 * row + 3 * (pair % 2), 3, 0)]
     if pair == 6 or row == 0:
-        return [(word + (row if pair == 6 else 2), 16 * h + 6, 3, 0)]
-    return [(word + bit, 16 * h + 15, 1, bit) for bit in range(3)]
+        return [(lane, first + (row if pair == 6 else 2), 16 * h + 6, 3, 0)]
+    return [(lane, first + bit, 16 * h + 15, 1, bit) for bit in range(3)]
 
 
-def _placements(bits: int) -> list[tuple[int, int, int, int, Field]]:
-    """Every (half, pair, row half, parity) of a lane with its fields; words counted over both halves."""
-    return [
-        (half, pair, row, h, (half * 2 * bits + word, shift, width, low))
-        for half in range(2)
-        for pair in range(16)
-        for row in range(2)
-        for h in range(2)
-        for word, shift, width, low in _fields(bits, pair, row, h)
-    ]
+def _placements(bits: int) -> list[tuple[tuple[int, ...], Field]]:
+    """Every (lane, half, pair, row half, parity) with its fields."""
+    positions = product(range(4), range(2), range(16), range(2), range(2))
+    return [(position, field) for position in positions for field in _fields(bits, *position)]
 
 
 def _pack_codes(codes: Bytes, bits: int) -> Bytes:
@@ -116,10 +122,10 @@ def _pack_codes(codes: Bytes, bits: int) -> Bytes:
     # tile, row half, g, unit, half, v, q, j, h
     split = padded.reshape(-1, tiles, 2, 8, units, 2, 4, 4, 4, 2)
     words = np.zeros((split.shape[0], tiles, units, 8, 4, 4 * bits), np.uint32)
-    for half, pair, row, h, (word, shift, width, low) in _placements(bits):
-        code = split[:, :, row, :, :, half, pair // 4, :, pair % 4, h].swapaxes(2, 3)
+    for (q, half, pair, row, h), (lane, word, shift, width, low) in _placements(bits):
+        code = split[:, :, row, :, :, half, pair // 4, q, pair % 4, h].swapaxes(2, 3)
         field = (code >> np.uint8(low)) & np.uint8((1 << width) - 1)
-        words[..., word] |= field.astype(np.uint32) << np.uint32(shift)
+        words[..., lane, word] |= field.astype(np.uint32) << np.uint32(shift)
     lanes = words.reshape(-1, tiles, units, 32, bits, 4).swapaxes(-3, -2)
     return np.ascontiguousarray(lanes).view(np.uint8).reshape(*lead, tiles, units, bits, 512)
 
@@ -129,10 +135,10 @@ def _unpack_codes(packed: Bytes, bits: int) -> Bytes:
     lanes = np.ascontiguousarray(packed).view(np.uint32).reshape(-1, tiles, units, bits, 32, 4)
     words = np.ascontiguousarray(lanes.swapaxes(-3, -2)).reshape(-1, tiles, units, 8, 4, 4 * bits)
     split = np.zeros((words.shape[0], tiles, 2, 8, units, 2, 4, 4, 4, 2), np.uint8)
-    for half, pair, row, h, (word, shift, width, low) in _placements(bits):
-        field = (words[..., word] >> np.uint32(shift)) & np.uint32((1 << width) - 1)
+    for (q, half, pair, row, h), (lane, word, shift, width, low) in _placements(bits):
+        field = (words[..., lane, word] >> np.uint32(shift)) & np.uint32((1 << width) - 1)
         code = field.astype(np.uint8) << np.uint8(low)
-        split[:, :, row, :, :, half, pair // 4, :, pair % 4, h] |= code.swapaxes(2, 3)
+        split[:, :, row, :, :, half, pair // 4, q, pair % 4, h] |= code.swapaxes(2, 3)
     return split.reshape(*lead, tiles * ROWS, units * COLUMNS)
 
 

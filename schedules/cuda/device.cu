@@ -3,10 +3,11 @@
 // Weights lie in the layout "mma16x256" (moqc/quant/pack_mma.py): a *unit* is 16 rows x 256 columns of one
 // matrix, `bits` times 512 bytes, so that lane l of a warp reads its part with `bits` loads of 16 bytes. A code is
 // never converted: masked in place it is an fp16 subnormal, code * 2^(position - 24), exact in the tensor core, and
-// the position is divided out of the activations once. The zero point is the accumulator's start value.
+// the position is divided out of the activations once. The zero point is the accumulator's start value. One-bit codes
+// are not decoded at all: they are the metadata of a sparse product, which picks the activation or a zero beside it.
 //
 // A warp keeps one unit's 256 columns of activations in 32 registers and streams the row tiles of a matrix past
-// them, through a ring of its own in shared memory (STAGES > 0) or with every load issued first (STAGES == 0).
+// them, STAGES tiles ahead: in registers, or through a ring of its own in shared memory.
 #ifndef MOQC_DEVICE
 #define MOQC_DEVICE
 #include <cuda_fp16.h>
@@ -35,6 +36,7 @@ template <class... Fs> struct Formats {
   static constexpr int COUNT = sizeof...(Fs);
   static constexpr int BITS = largest(0, Fs::BITS...), GROUPS = largest(0, Fs::GROUPS...);
   static constexpr bool HAS_ZEROS = (!Fs::SYMMETRIC || ...);
+  static constexpr int X = ((Fs::BITS == 1) || ...) ? 64 : 32;   // registers of activations
   static constexpr int CODES = BITS * 512, SCALES = GROUPS * 128, ZEROS = HAS_ZEROS ? GROUPS * 64 : 0;
   static constexpr int SLOT = CODES + SCALES + ZEROS;   // bytes of a unit in the ring, scales as each lane wants them
 };
@@ -49,6 +51,9 @@ struct Unit {
     return {codes + unit * (F::BITS * 512) + lane * 16, scales + unit * (F::GROUPS * 32) + lane / 4 * (F::GROUPS * 4),
             F::SYMMETRIC ? nullptr : zeros + unit * (F::GROUPS * 16) + lane / 4 * (F::GROUPS * 2),
             F::ID, F::BITS, F::GROUPS, F::SYMMETRIC};
+  }
+  template <class F> __device__ static Unit with_facts(const Unit& unit) {   // its format made known to the compiler
+    return {unit.codes, unit.scales, unit.zeros, F::ID, F::BITS, F::GROUPS, F::SYMMETRIC};
   }
   __device__ void step(int units) {   // units: a row tile's
     codes += units * bits * 512;
@@ -94,6 +99,13 @@ __device__ __forceinline__ void mma(float (&d)[4], const word (&a)[4], word b0, 
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+// The sparse product: of 4 rows of B, each row of A takes the two that `metadata` names, here times 2^-20.
+template <int LANES> __device__ __forceinline__ void mma_sparse(float (&d)[4], word metadata, const word* b) {
+  const word a = 0x00100010u;
+  asm("mma.sp::ordered_metadata.sync.aligned.m16n8k32.row.col.f32.f16.f16.f32 {%0,%1,%2,%3},{%4,%4,%4,%4},{%5,%6,%7,%8},{%0,%1,%2,%3},%9,%10;"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a), "r"(b[0]), "r"(b[1]), "r"(b[2]), "r"(b[3]), "r"(metadata), "n"(LANES));
+}
+
 // ---------------------------------------------------------------------------------------------- decoding
 // Bit position, within an fp16, of the codes that meet x register i (0..15 of a half unit).
 template <int BITS> __host__ __device__ constexpr int position(int i) {
@@ -124,14 +136,40 @@ template <int BITS> __device__ __forceinline__ void fragment(word (&a)[4], const
   }
 }
 
-// x registers i of a unit times 2^(4 - position), and for every group -zero * sum(x) in the accumulator's layout
-// (two columns); for asymmetric formats -zero_step * sum(x), to be multiplied by the zero byte.
-template <class F> __device__ __forceinline__ void prepare(word (&x)[32], float (&sums)[2 * F::GROUPS]) {
+// c += step s (0..15) of a unit: 16 of its columns. For one bit, a word of codes is the metadata of four steps: its even
+// bits of two, its odd bits of two, each from another two lanes of four; bit 1 of a field says which of two it picks.
+template <int BITS> __device__ __forceinline__ void step(float (&c)[4], const word* w, const word* x, int s) {
+  if constexpr (BITS == 1) {
+    const word metadata = ((w[s / 4] >> (s / 2 % 2)) & 0x55555555u) | 0x88888888u;
+    if (s % 2 == 0) mma_sparse<0>(c, metadata, x + 4 * s);
+    else mma_sparse<1>(c, metadata, x + 4 * s);
+  } else {
+    word a[4];
+    fragment<BITS>(a, w + s / 8 * (2 * BITS), s % 8);
+    mma(c, a, x[2 * s], x[2 * s + 1]);
+  }
+}
+
+// x registers i of a unit times 2^(4 - position), or for one bit each x above a zero; and for every group
+// -zero * sum(x) in the accumulator's layout (two columns); for asymmetric formats -zero_step * sum(x), to be multiplied
+// by the zero byte.
+template <class F> __device__ __forceinline__ void prepare(word* x, float* sums) {
+  word ones[4];   // one-bit codes that are all 1
+  if constexpr (F::BITS == 1) {
 #pragma unroll
-  for (int i = 0; i < 32; ++i) {
-    const word half_bits = (15 + 4 - position<F::BITS>(i % 16)) << 10, pair = half_bits | (half_bits << 16);
-    const __half2 product = __hmul2(*(__half2*)&x[i], *(const __half2*)&pair);
-    x[i] = *(const word*)&product;
+    for (int i = 31; i >= 0; --i) {
+      const word pair = x[i];
+      x[2 * i + 1] = pair & 0xffff0000u, x[2 * i] = pair << 16;
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) ones[i] = 0xffffffffu;
+  } else {
+#pragma unroll
+    for (int i = 0; i < 32; ++i) {
+      const word half_bits = (15 + 4 - position<F::BITS>(i % 16)) << 10, pair = half_bits | (half_bits << 16);
+      const __half2 product = __hmul2(*(__half2*)&x[i], *(const __half2*)&pair);
+      x[i] = *(const word*)&product;
+    }
   }
   constexpr int STEPS = F::GROUP / 16;
 #pragma unroll
@@ -139,9 +177,13 @@ template <class F> __device__ __forceinline__ void prepare(word (&x)[32], float 
     float c[4] = {0.0f, 0.0f, 0.0f, 0.0f};
 #pragma unroll
     for (int s = group * STEPS; s < (group + 1) * STEPS; ++s) {
-      const word p = 0x00010001u << position<F::BITS>(2 * s % 16), q = 0x00010001u << position<F::BITS>((2 * s + 1) % 16);
-      const word ones[4] = {p, p, q, q};
-      mma(c, ones, x[2 * s], x[2 * s + 1]);
+      if constexpr (F::BITS == 1) {
+        step<1>(c, ones, x, s);
+      } else {
+        const word p = 0x00010001u << position<F::BITS>(2 * s % 16), q = 0x00010001u << position<F::BITS>((2 * s + 1) % 16);
+        const word a[4] = {p, p, q, q};
+        mma(c, a, x[2 * s], x[2 * s + 1]);
+      }
     }
     const float factor = F::SYMMETRIC ? -F::ZERO : -F::ZERO_STEP;
     sums[2 * group] = factor * c[0];
@@ -155,7 +197,7 @@ __device__ __forceinline__ float byte_value(word w, int byte) {
 
 // acc = one unit times x. w: the lane's codes, scales: half2 (row g, row g + 8) a group, zeros: two bytes a group.
 template <class F>
-__device__ __forceinline__ void dot(float (&acc)[4], const word* w, const word (&x)[32], const float* sums, const word* scales, const word* zeros) {
+__device__ __forceinline__ void dot(float (&acc)[4], const word* w, const word* x, const float* sums, const word* scales, const word* zeros) {
   constexpr int STEPS = F::GROUP / 16;
   acc[0] = acc[1] = acc[2] = acc[3] = 0.0f;
 #pragma unroll
@@ -166,11 +208,7 @@ __device__ __forceinline__ void dot(float (&acc)[4], const word* w, const word (
       c[0] *= z0, c[1] *= z0, c[2] *= z8, c[3] *= z8;
     }
 #pragma unroll
-    for (int s = group * STEPS; s < (group + 1) * STEPS; ++s) {
-      word a[4];
-      fragment<F::BITS>(a, w + s / 8 * (4 * F::BITS / 2), s % 8);
-      mma(c, a, x[2 * s], x[2 * s + 1]);
-    }
+    for (int s = group * STEPS; s < (group + 1) * STEPS; ++s) step<F::BITS>(c, w, x, s);
     const float2 scale = __half22float2(*(const __half2*)&scales[group]);
     acc[0] = fmaf(scale.x, c[0], acc[0]), acc[1] = fmaf(scale.x, c[1], acc[1]);
     acc[2] = fmaf(scale.y, c[2], acc[2]), acc[3] = fmaf(scale.y, c[3], acc[3]);
@@ -195,7 +233,7 @@ __device__ __forceinline__ uint4 load_columns(const float* p) {
 }
 
 // The lane's 64 of the unit's 256 columns: chunk v is columns first + 32 v + 8 (lane % 4) .. + 7 of `row`, zero from N on.
-template <int N, class T> __device__ __forceinline__ void load_x(word (&x)[32], const T* row, int first, bool there, int lane) {
+template <int N, class T> __device__ __forceinline__ void load_x(word* x, const T* row, int first, bool there, int lane) {
 #pragma unroll
   for (int v = 0; v < 8; ++v) {
     const int k = first + 32 * v + 8 * (lane % 4);
@@ -229,8 +267,10 @@ template <int WARPS, int TOKENS> __device__ __forceinline__ float sum_partials(c
 
 // ---------------------------------------------------------------------------------------------- streaming
 // Geometry of a launch. TOKENS is 1 or 8 (a call of 2 to 8 tokens); TILES row tiles a block and projection.
-template <int WARPS_, int TILES_, int STAGES_, int TOKENS_> struct Plan {
+template <int WARPS_, int TILES_, int STAGES_, bool REGISTERS_, int TOKENS_> struct Plan {
   static constexpr int WARPS = WARPS_, TILES = TILES_, STAGES = STAGES_, TOKENS = TOKENS_, THREADS = 32 * WARPS_;
+  static constexpr bool REGISTERS = REGISTERS_;
+  static constexpr int RINGS = REGISTERS_ ? 0 : STAGES_;   // slots in shared memory
 };
 
 template <class All> __device__ __forceinline__ void fetch(word slot, const Unit& unit, int lane) {
@@ -270,7 +310,7 @@ template <class P, class All, int UNITS> struct Stream {
     for (int i = 0; i < P::STAGES - 1; ++i) fetch_one();
   }
   // TILES tiles of one format; `partials` is the warp's place in the first of them.
-  template <class F> __device__ __forceinline__ void run(const word (&x)[32], const float* sums, float* partials) {
+  template <class F> __device__ __forceinline__ void run(const word* x, const float* sums, float* partials) {
 #pragma unroll 1
     for (int tile = 0; tile < P::TILES; ++tile) {
       fetch_one();
@@ -289,33 +329,23 @@ template <class P, class All, int UNITS> struct Stream {
   }
 };
 
-// The same for a few tiles, every load issued before anything else: for matrices so small that latency is all.
-template <class P, class All, int UNITS, int TOTAL> struct Burst {
-  word codes[TOTAL][All::BITS * 4], scales[TOTAL][All::GROUPS], zeros[TOTAL][All::GROUPS / 2];
+// DEPTH units of as many tiles, in registers.
+template <class All, int DEPTH> struct Window {
+  word codes[DEPTH][All::BITS * 4], scales[DEPTH][All::GROUPS], zeros[DEPTH][All::GROUPS / 2];
 
   __device__ __forceinline__ void load(int i, const Unit& unit) {
 #pragma unroll
     for (int j = 0; j < All::BITS; ++j)
       if (j < unit.bits) load16(codes[i] + 4 * j, unit.codes + j * 512);
 #pragma unroll
-    for (int j = 0; j < All::GROUPS; ++j)
-      if (j < unit.groups) scales[i][j] = __ldg((const word*)unit.scales + j);
+    for (int j = 0; j < All::GROUPS; j += 2)
+      if (j < unit.groups) {
+        const uint2 pair = __ldg((const uint2*)unit.scales + j / 2);
+        scales[i][j] = pair.x, scales[i][j + 1] = pair.y;
+      }
 #pragma unroll
     for (int j = 0; j < All::GROUPS / 2; ++j)
       if (All::HAS_ZEROS && !unit.symmetric && 2 * j < unit.groups) zeros[i][j] = __ldg((const word*)unit.zeros + j);
-  }
-  template <int PHASE> __device__ __forceinline__ void load_phase(Unit unit) {
-#pragma unroll
-    for (int tile = 0; tile < P::TILES; ++tile) load(PHASE * P::TILES + tile, unit), unit.step(UNITS);
-  }
-  template <int PHASE, class F> __device__ __forceinline__ void run(const word (&x)[32], const float* sums, float* partials, int lane) {
-#pragma unroll
-    for (int tile = 0; tile < P::TILES; ++tile) {
-      float acc[4];
-      const int i = PHASE * P::TILES + tile;
-      dot<F>(acc, codes[i], x, sums, scales[i], zeros[i]);
-      store_partial<P::TOKENS>(partials + tile * (P::WARPS * ROWS * P::TOKENS), acc, lane);
-    }
   }
 };
 
@@ -327,55 +357,78 @@ template <class Body, class... Fs> __device__ __forceinline__ void with_format(F
     ((id == Fs::ID ? (body(Fs{}), 0) : 0), ...);
 }
 
+// The row tiles of one matrix, or of two of the same format, through a window of registers.
+template <class P, class F, int UNITS, int PHASES, class Wait, class GetX>
+__device__ __forceinline__ void stream_registers(float* partials, const Unit& first, const Unit& second, int lane, Wait wait, GetX get_x) {
+  constexpr int TILE = P::WARPS * ROWS * P::TOKENS, TOTAL = PHASES * P::TILES;
+  constexpr int DEPTH = TOTAL % P::STAGES == 0 ? P::STAGES : P::TILES;
+  word x[Formats<F>::X];
+  float sums[2 * F::GROUPS];
+  Window<Formats<F>, DEPTH> window;
+  Unit next = Unit::with_facts<F>(first);
+  int fetched = 0;
+  const auto load = [&](int i) {
+    if (PHASES == 2 && fetched == P::TILES) next = Unit::with_facts<F>(second);
+    window.load(i, next);
+    next.step(UNITS);
+    ++fetched;
+  };
+#pragma unroll
+  for (int i = 0; i < DEPTH; ++i) load(i);
+  wait();
+  get_x(x);
+  prepare<F>(x, sums);
+#pragma unroll 1
+  for (int tile = 0; tile < TOTAL; tile += DEPTH)
+#pragma unroll
+    for (int i = 0; i < DEPTH; ++i) {
+      float acc[4];
+      dot<F>(acc, window.codes[i], x, sums, window.scales[i], window.zeros[i]);
+      if (tile + DEPTH < TOTAL) load(i);
+      store_partial<P::TOKENS>(partials + (tile + i) * TILE, acc, lane);
+    }
+}
+
+// The same through a ring, formats as they come.
+template <class P, class All, int UNITS, int PHASES, class Wait, class GetX>
+__device__ __forceinline__ void stream_ring(char* ring, float* partials, const Unit& first, const Unit& second, int lane, Wait wait, GetX get_x) {
+  constexpr int TILE = P::WARPS * ROWS * P::TOKENS;
+  word x[All::X];
+  float sums[2 * All::GROUPS];
+  Stream<P, All, UNITS> stream{first, second, (word)__cvta_generic_to_shared(ring), ring, lane, 0, 0, PHASES * P::TILES};
+  stream.start();
+  wait();
+#pragma unroll 1
+  for (int phase = 0; phase < PHASES; ++phase) {
+    const int id = phase ? second.id : first.id;
+    if (phase == 0 || id != first.id) {
+      get_x(x);
+      with_format(All{}, id, [&](auto format) { prepare<decltype(format)>(x, sums); });
+    }
+    with_format(All{}, id, [&](auto format) {
+      stream.template run<decltype(format)>(x, sums, partials + phase * P::TILES * TILE);
+    });
+  }
+}
+
 // One warp's work in a block: PHASES matrices, one unit of TILES row tiles each. `wait` runs once the first weights are
 // on their way, `get_x` loads the raw activations.
 template <class P, class All, int UNITS, int PHASES, class Wait, class GetX>
 __device__ __forceinline__ void multiply(char* ring, float* partials, const Unit& first, const Unit& second, int lane, Wait wait, GetX get_x) {
-  constexpr int TILE = P::WARPS * ROWS * P::TOKENS;
-  word x[32];
-  if constexpr (P::STAGES > 0) {
-    Stream<P, All, UNITS> stream{first, second, (word)__cvta_generic_to_shared(ring), ring, lane, 0, 0, PHASES * P::TILES};
-    stream.start();
-    wait();
-#pragma unroll 1
-    for (int phase = 0; phase < PHASES; ++phase) {
-      get_x(x);
-      with_format(All{}, phase ? second.id : first.id, [&](auto format) {
-        using F = decltype(format);
-        float sums[2 * F::GROUPS];
-        prepare<F>(x, sums);
-        stream.template run<F>(x, sums, partials + phase * P::TILES * TILE);
-      });
-    }
-  } else {
-    Burst<P, All, UNITS, PHASES * P::TILES> burst;
-    burst.template load_phase<0>(first);
-    if constexpr (PHASES == 2) burst.template load_phase<1>(second);
-    wait();
-    get_x(x);
-    if (PHASES == 1 || first.id == second.id) {
-      with_format(All{}, first.id, [&](auto format) {
-        using F = decltype(format);
-        float sums[2 * F::GROUPS];
-        prepare<F>(x, sums);
-        burst.template run<0, F>(x, sums, partials, lane);
-        if constexpr (PHASES == 2) burst.template run<1, F>(x, sums, partials + P::TILES * TILE, lane);
-      });
-    } else if constexpr (PHASES == 2 && All::COUNT > 1) {
-      with_format(All{}, first.id, [&](auto format) {
-        using F = decltype(format);
-        float sums[2 * F::GROUPS];
-        prepare<F>(x, sums);
-        burst.template run<0, F>(x, sums, partials, lane);
-      });
-      get_x(x);
-      with_format(All{}, second.id, [&](auto format) {
-        using F = decltype(format);
-        float sums[2 * F::GROUPS];
-        prepare<F>(x, sums);
-        burst.template run<1, F>(x, sums, partials + P::TILES * TILE, lane);
-      });
-    }
+  if constexpr (!P::REGISTERS) {
+    stream_ring<P, All, UNITS, PHASES>(ring, partials, first, second, lane, wait, get_x);
+  } else if (PHASES == 1 || All::COUNT == 1 || first.id == second.id) {
+    with_format(All{}, first.id, [&](auto format) {
+      stream_registers<P, decltype(format), UNITS, PHASES>(partials, first, second, lane, wait, get_x);
+    });
+  } else if constexpr (PHASES == 2) {
+    constexpr int TILE = P::WARPS * ROWS * P::TOKENS;
+    with_format(All{}, first.id, [&](auto format) {
+      stream_registers<P, decltype(format), UNITS, 1>(partials, first, first, lane, wait, get_x);
+    });
+    with_format(All{}, second.id, [&](auto format) {
+      stream_registers<P, decltype(format), UNITS, 1>(partials + P::TILES * TILE, second, second, lane, [] {}, get_x);
+    });
   }
 }
 
@@ -410,6 +463,14 @@ template <int EXPERTS, int TOP, class Id>
 __device__ __forceinline__ void route(const Id* ids, const float* weights, int tokens, int* slots, float* shares, int* hit) {
   start_next_kernel();
   __shared__ int counts[32];
+  __shared__ int chosen_ids[8 * TOP];
+  __shared__ float given[8 * TOP];
+  for (int i = threadIdx.x; i < tokens * TOP; i += blockDim.x) {
+    const Id id = ids[i];
+    chosen_ids[i] = id >= 0 && id < EXPERTS ? (int)id : -1;
+    given[i] = weights[i];
+  }
+  __syncthreads();
   const int expert = threadIdx.x, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   float share[8];
   bool chosen = false;
@@ -418,9 +479,8 @@ __device__ __forceinline__ void route(const Id* ids, const float* weights, int t
     share[token] = 0.0f;
     if (token < tokens)
       for (int j = 0; j < TOP; ++j)
-        if (ids[token * TOP + j] == (Id)expert) chosen = true, share[token] += weights[token * TOP + j];
+        if (chosen_ids[token * TOP + j] == expert) chosen = true, share[token] += given[token * TOP + j];
   }
-  chosen = chosen && expert < EXPERTS;
   const word ballot = __ballot_sync(0xffffffffu, chosen);
   if (lane == 0) counts[warp] = __popc(ballot);
   __syncthreads();
@@ -493,11 +553,11 @@ __device__ __forceinline__ void gate_up(void* memory, const X* x, int tokens, co
   Unit first = second;
   if constexpr (L::GATED) first = locate(Gates{}, tensors, first_place, matrix, unit, lane);
   float* partials = (float*)memory;
-  char* ring = (char*)memory + PHASES * P::TILES * TILE * 4 + warp * (P::STAGES * All::SLOT);
+  char* ring = (char*)memory + PHASES * P::TILES * TILE * 4 + warp * (P::RINGS * All::SLOT);
   const int token = P::TOKENS == 1 ? 0 : lane / 4;
   multiply<P, All, UNITS, PHASES>(
       ring, partials + warp * (ROWS * P::TOKENS), first, second, lane, [] {},
-      [&](word(&values)[32]) { load_x<L::H>(values, x + (long long)token * L::H, warp * COLUMNS, token < tokens, lane); });
+      [&](word* values) { load_x<L::H>(values, x + (long long)token * L::H, warp * COLUMNS, token < tokens, lane); });
   __syncthreads();
   for (int i = threadIdx.x; i < P::TILES * ROWS * P::TOKENS; i += P::THREADS) {
     const int t = i / (ROWS * P::TOKENS), row = i % ROWS, column = i / ROWS % P::TOKENS, out = (tile + t) * ROWS + row;
@@ -531,9 +591,9 @@ __device__ __forceinline__ void down(void* memory, const __half* hidden, int tok
     const int token = P::TOKENS == 1 ? 0 : lane / 4;
     const __half* row = hidden + ((long long)slot * P::TOKENS + token) * L::I;
     multiply<P, All, UNITS, 1>(
-        (char*)memory + P::TILES * TILE * 4 + warp * (P::STAGES * All::SLOT), partials + warp * (ROWS * P::TOKENS), unit, unit, lane,
+        (char*)memory + P::TILES * TILE * 4 + warp * (P::RINGS * All::SLOT), partials + warp * (ROWS * P::TOKENS), unit, unit, lane,
         [] { wait_for_previous_kernel(); },
-        [&](word(&values)[32]) { load_x<L::I>(values, row, column * COLUMNS, token < tokens, lane); });
+        [&](word* values) { load_x<L::I>(values, row, column * COLUMNS, token < tokens, lane); });
   } else {
     const float nothing[4] = {0.0f, 0.0f, 0.0f, 0.0f};
     for (int t = 0; t < P::TILES; ++t) store_partial<P::TOKENS>(partials + t * TILE + warp * (ROWS * P::TOKENS), nothing, lane);

@@ -46,7 +46,8 @@ def _layer(shape: ExpertsShape) -> str:
 
 
 def _plan(plan: Plan) -> str:
-    return f"moqc::Plan<{plan.warps}, {plan.tiles}, {plan.stages}, {plan.tokens}>"
+    registers = str(plan.registers).lower()
+    return f"moqc::Plan<{plan.warps}, {plan.tiles}, {plan.stages}, {registers}, {plan.tokens}>"
 
 
 def _distinct(*lists: Sequence[Format]) -> list[Format]:
@@ -81,7 +82,7 @@ class _Kernel:
         return pointers
 
     def launch(self, blocks: int, threads: int, shared: int, function: str, *arguments: Any) -> None:
-        """Run `function` of device.cu (with its template arguments) on a pointer to `shared` bytes, if any."""
+        """Run `function` of device.cu (template arguments too), on a pointer to `shared` bytes if any."""
         source = resources.files("moqc.schedules.cuda").joinpath("device.cu").read_text()
         with (
             T.launch_thread("blockIdx.x", tirx.const(blocks, "int32")),
@@ -94,7 +95,7 @@ class _Kernel:
             T.evaluate(cuda_func_call(function, *memory, *arguments, source_code=source))
 
     def finish(self, *, overlaps: bool) -> tirx.PrimFunc:
-        """The function; if it `overlaps`, it may start before the kernel ahead of it ends, and waits itself."""
+        """The function; if it `overlaps`, it may start before the kernel ahead of it ends and waits itself."""
         function = self._builder.get()
         if not overlaps:
             return function
@@ -126,9 +127,11 @@ def pointer(buffer: Any) -> Any:
 def _check(shape: ExpertsShape, plan: Plan, rows: int, projections: int, formats: Sequence[Format]) -> int:
     """The shared memory of a block; InternalError for a plan that cannot work."""
     shared = shared_bytes(plan, projections, formats)
-    tiles = -(-rows // ROWS)
+    tiles, total = -(-rows // ROWS), projections * plan.tiles
     if tiles % plan.tiles or plan.tokens not in (1, MAX_TOKENS) or shared > SHARED_BYTES or plan.warps > 32:
         raise InternalError(f"plan {plan} does not fit {tiles} row tiles ({shared} bytes of shared memory)")
+    if plan.registers and total % plan.stages and plan.tiles % plan.stages:
+        raise InternalError(f"plan {plan}: {total} tiles are no whole windows of registers")
     return shared
 
 

@@ -53,8 +53,10 @@ class Layer:
         return functions
 
 
-def _plans(warps: int, tiles: int, *stages: int) -> tuple[Plan, Plan]:
-    return Plan(warps, tiles, stages[0], 1), Plan(warps, tiles, stages[-1], 8)
+def _plans(warps: int, tiles: int, *stages: str) -> tuple[Plan, Plan]:
+    """For 1 and 8 tokens: ``s3`` is a ring of 3 stages, ``r2`` registers for 2."""
+    one, eight = ((int(text[1:]), text[0] == "r") for text in (stages[0], stages[-1]))
+    return Plan(warps, tiles, *one, 1), Plan(warps, tiles, *eight, 8)
 
 
 LAYERS = {
@@ -68,8 +70,8 @@ LAYERS = {
             "down": ("int3-g32", "int8-g64"),
         },
         "oai_swiglu(alpha=1.702,limit=7.0)",
-        _plans(2, 3, 3),
-        _plans(4, 1, 2),
+        _plans(2, 3, "s3"),
+        _plans(4, 1, "s2"),
     ),
     # The same classes with every load first, and float16 activations.
     "burst": Layer(
@@ -81,12 +83,17 @@ LAYERS = {
             "down": ("int4-g64", "int2-g128-sym"),
         },
         "silu_glu",
-        _plans(1, 2, 0),
-        _plans(2, 2, 0),
+        _plans(1, 2, "r4"),
+        _plans(2, 2, "r2"),
         "float16",
     ),
     "plain": Layer(
-        512, 768, {"up": ("int2-g128-sym",), "down": ("int4-g64",)}, "relu2", _plans(2, 8, 3), _plans(3, 4, 4)
+        512,
+        768,
+        {"up": ("int2-g128-sym",), "down": ("int4-g64",)},
+        "relu2",
+        _plans(2, 8, "s3"),
+        _plans(3, 4, "s4"),
     ),
 } | {
     f"int{bits}{suffix}": Layer(
@@ -94,8 +101,8 @@ LAYERS = {
         512,
         {name: (f"int{bits}{suffix}",) for name in ("gate", "up", "down")},
         "silu_glu",
-        _plans(2, 4, 4),
-        _plans(4, 2, 3, 0),
+        _plans(2, 4, "r2", "s4"),
+        _plans(4, 2, "s3", "r1"),
     )
     for bits in (1, 2, 3, 4, 8)
     for suffix in ("-g128-sym", "-g64")
@@ -211,11 +218,10 @@ def test_equals_the_reference(name):
 
 def test_parameters_follow_the_formats():
     kernels = LAYERS["ragged"].kernels()
-    names = [str(buffer.name) for buffer in map(kernels["down_8"].buffer_map.get, kernels["down_8"].params)]
+    names = [str(parameter.name) for parameter in kernels["down_8"].params]
     classes = [f"down_{number}_{part}" for number in (0, 1) for part in ("codes", "scales", "zeros")]
     assert names == ["hidden", "slots", "hit", "table", *classes, "y"]
-    up = kernels["gate_up_1"]
-    names = [str(buffer.name) for buffer in map(up.buffer_map.get, up.params)]
+    names = [str(parameter.name) for parameter in kernels["gate_up_1"].params]
     assert "up_0_zeros" not in names
     assert "up_1_zeros" in names
     assert "hit" not in names
@@ -224,17 +230,19 @@ def test_parameters_follow_the_formats():
 def test_a_plan_has_to_fit():
     layer = LAYERS["plain"].shape
     with pytest.raises(InternalError, match="does not fit"):
-        down_kernel(layer, Plan(3, 5, 4, 8))  # 32 row tiles
+        down_kernel(layer, Plan(3, 5, 4, False, 8))  # 32 row tiles
     with pytest.raises(InternalError, match="does not fit"):
-        down_kernel(layer, Plan(24, 32, 8, 8))  # shared memory
+        down_kernel(layer, Plan(24, 32, 8, False, 8))  # shared memory
+    with pytest.raises(InternalError, match="no whole windows"):
+        down_kernel(layer, Plan(3, 4, 3, True, 8))
     with pytest.raises(InternalError, match="a warp for each 256"):
-        gate_up_kernel(layer, Plan(3, 8, 3, 1), "float32")
+        gate_up_kernel(layer, Plan(3, 8, 3, False, 1), "float32")
 
 
 def test_shared_memory_is_partials_and_rings():
     formats = [Format.parse("int4-g64"), Format.parse("int2-g128-sym")]
     ring = 4 * 512 + 32 * (4 * 4 + 4 * 2)  # codes; scales and zeros of 4 groups for each lane
-    assert shared_bytes(Plan(8, 4, 3, 8), 2, formats) == 2 * 4 * 8 * 16 * 8 * 4 + 8 * 3 * ring
+    assert shared_bytes(Plan(8, 4, 3, False, 8), 2, formats) == 2 * 4 * 8 * 16 * 8 * 4 + 8 * 3 * ring
 
 
 def test_refuses_sizes_it_cannot_take():
