@@ -307,7 +307,7 @@ class Bench:
 
 def plan_text(plan: dict[str, int]) -> str:
     kind = "r" if plan["registers"] else "s"
-    return f"w{plan['warps']}t{plan['tiles']}{kind}{plan['stages']}m{plan['tokens']}"
+    return f"w{plan['warps']}t{plan['tiles']}{kind}{plan['stages']}m{plan['tokens']}i{plan['items']}"
 
 
 def max_copies(shape: Shape, expert_bytes: float) -> int:

@@ -1,6 +1,6 @@
-"""Build the decode kernels to be timed: ``python benchmarks/decode_kernels.py OUT [--sweep]``; needs no GPU.
+"""Build the decode kernels to be timed, no GPU needed: ``python benchmarks/decode_kernels.py OUT [--sweep]``.
 
-Writes ``OUT/kernels.so`` (sm_90) and ``OUT/kernels.json``, which says what each kernel is. Without ``--sweep``
+Writes ``OUT/kernels.so`` (sm_90) and ``OUT/kernels.json``, which lists the kernels. Without ``--sweep``
 only the default plans are built.
 """
 
@@ -67,21 +67,39 @@ def experts_shape(shape: str, case: str) -> ExpertsShape:
     return ExpertsShape(s.experts, s.top_k, s.hidden, s.intermediate, gate, up, down)
 
 
-GATE_UP = {  # shape, tokens -> (tiles, stages, in registers)
-    ("mixtral-8x7b", 1): [(14, 3, False), (14, 2, True), (14, 4, True), (16, 2, True), (16, 4, True)],
-    ("mixtral-8x7b", 8): [(7, 3, False), (7, 2, True), (8, 2, True), (8, 4, True), (4, 2, True)],
-    ("qwen3-30b-a3b", 1): [(1, 2, True), (2, 4, True), (2, 2, True), (2, 3, False)],
-    ("qwen3-30b-a3b", 8): [(2, 4, True), (2, 2, True), (4, 2, True), (4, 4, True), (4, 3, False)],
-    ("olmoe-1b-7b", 1): [(1, 2, True), (2, 4, True), (2, 2, True), (4, 3, False)],
-    ("olmoe-1b-7b", 8): [(2, 4, True), (2, 2, True), (4, 2, True), (4, 4, True), (4, 3, False)],
+GATE_UP = {  # shape, tokens -> (tiles, stages, in registers, items)
+    ("mixtral-8x7b", 1): [(14, 2, True, 1), (14, 4, True, 1), (14, 3, False, 1)],
+    ("mixtral-8x7b", 8): [
+        (8, 2, True, 7),
+        (8, 4, True, 7),
+        (4, 2, True, 14),
+        (4, 3, False, 14),
+        (7, 3, False, 8),
+    ],
+    ("qwen3-30b-a3b", 1): [(1, 2, True, 1), (2, 2, True, 1), (2, 3, False, 1)],
+    ("qwen3-30b-a3b", 8): [
+        (2, 2, True, 4),
+        (4, 2, True, 2),
+        (4, 2, True, 3),
+        (4, 3, False, 2),
+        (2, 3, False, 6),
+    ],
+    ("olmoe-1b-7b", 1): [(1, 2, True, 1), (2, 2, True, 1), (4, 3, False, 1)],
+    ("olmoe-1b-7b", 8): [
+        (2, 2, True, 4),
+        (4, 2, True, 2),
+        (4, 2, True, 4),
+        (4, 3, False, 2),
+        (4, 3, False, 4),
+    ],
 }
-DOWN = {  # shape, tokens -> (warps, tiles, stages, in registers)
-    ("mixtral-8x7b", 1): [(16, 16, 3, False), (16, 16, 2, True), (8, 16, 2, True), (16, 16, 4, True)],
-    ("mixtral-8x7b", 8): [(8, 8, 3, False), (8, 8, 2, True), (8, 8, 4, True), (8, 4, 2, True)],
-    ("qwen3-30b-a3b", 1): [(24, 1, 1, True), (12, 2, 2, True), (8, 2, 2, True)],
-    ("qwen3-30b-a3b", 8): [(8, 8, 3, False), (8, 8, 2, True), (8, 8, 4, True), (8, 2, 2, True)],
-    ("olmoe-1b-7b", 1): [(32, 1, 1, True), (16, 2, 2, True), (8, 2, 2, True)],
-    ("olmoe-1b-7b", 8): [(8, 8, 3, False), (8, 8, 2, True), (8, 8, 4, True), (8, 2, 2, True)],
+DOWN = {  # shape, tokens -> (warps, tiles, stages, in registers, items)
+    ("mixtral-8x7b", 1): [(16, 16, 2, True, 1), (16, 16, 4, True, 1), (16, 16, 3, False, 1)],
+    ("mixtral-8x7b", 8): [(8, 8, 2, True, 2), (8, 8, 2, True, 4), (8, 8, 3, False, 4), (8, 4, 2, True, 8)],
+    ("qwen3-30b-a3b", 1): [(12, 2, 2, True, 1), (8, 2, 2, True, 1)],
+    ("qwen3-30b-a3b", 8): [(8, 8, 2, True, 2), (8, 8, 2, True, 4), (8, 8, 3, False, 2), (8, 4, 2, True, 4)],
+    ("olmoe-1b-7b", 1): [(16, 2, 2, True, 1), (8, 2, 2, True, 1)],
+    ("olmoe-1b-7b", 8): [(8, 8, 2, True, 2), (8, 8, 2, True, 4), (8, 8, 3, False, 2), (8, 4, 2, True, 4)],
 }
 
 
@@ -104,11 +122,11 @@ def sweep(cases: Iterable[str]) -> Iterator[Entry]:
         for case in cases:
             layer = experts_shape(shape, case)
             for candidate in candidates:
-                plan = Plan(warps, *candidate, tokens)
+                plan = Plan(warps, *candidate[:3], tokens, candidate[3])
                 if _fits(plan, 2, {*layer.gate, *layer.up}):
                     yield Entry(_name("gate_up", shape, case, plan), "gate_up", shape, case, plan)
             for candidate in DOWN[shape, tokens]:
-                plan = Plan(*candidate, tokens)
+                plan = Plan(*candidate[:4], tokens, candidate[4])
                 if _fits(plan, 1, set(layer.down)):
                     yield Entry(_name("down", shape, case, plan), "down", shape, case, plan)
 

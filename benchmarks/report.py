@@ -1,7 +1,7 @@
-"""Join the runs into one file and one table: ``python benchmarks/report.py FOLDER RESULTS.json TABLE.md``.
+"""Join the runs into one file and one table: ``python benchmarks/report.py FOLDER RESULTS.json PAGE.md``.
 
-FOLDER holds ``decode.json``, ``humming.json``, ``ceilings.json`` and ``run.json`` (date, versions, command) of one
-session on one machine.
+FOLDER holds ``decode.json``, ``humming.json``, ``ceilings.json`` and ``run.json`` (date, versions, commands)
+of one session on one machine.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from typing import Any
 
 NODE_US = 2.8
 """Cost of a cold kernel in a graph, beside its bytes."""
-CASES = ("w4", "w3", "w2", "w1", "mixed")
 
 
 def floor_us(row: dict[str, Any], ceilings: dict[str, float]) -> float:
@@ -32,20 +31,24 @@ def table(results: dict[str, Any]) -> str:
     rows, ceilings = results["rows"], results["ceilings"]
     peers = {(r["shape"], r["bits"], r["tokens"]): r["us"] for r in rows if r["provider"] == "humming"}
     own = [row for row in rows if row["provider"] == "moqc"]
-    lines = [
-        "| shape | tokens | bits | moqc µs | TB/s | floor µs | Humming µs | moqc / Humming | gate_up | down | routed | plans |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
+    heads = ["shape", "tokens", "bits", "moqc µs", "TB/s", "floor µs", "Humming µs", "moqc / Humming"]
+    heads += ["gate_up", "down", "routed", "plans"]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for row in sorted(own, key=lambda r: (r["shape"], r["tokens"])):
         peer = peers.get((row["shape"], humming_bits(row["bits"]), row["tokens"]))
-        against = ("–", "–") if peer is None else (f"{peer:.1f}", f"{row['us'] / peer:.2f}")
-        routed = "–" if row["routed_us"] is None else f"{row['routed_us']:.1f}"
+        against = ["–", "–"] if peer is None else [f"{peer:.1f}", f"{row['us'] / peer:.2f}"]
+        rate, least = row["hit_bytes"] / row["us"] / 1e6, floor_us(row, ceilings)
         cells = [
-            row["shape"], row["tokens"], row["bits"], f"**{row['us']:.1f}**", f"{row['hit_bytes'] / row['us'] / 1e6:.2f}",
-            f"{floor_us(row, ceilings):.1f}", *against, f"{row['gate_up_us']:.1f}", f"{row['down_us']:.1f}", routed,
-            " ".join(row["plans"]),
-        ]  # fmt: skip
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
+            row["shape"],
+            row["tokens"],
+            row["bits"],
+            f"**{row['us']:.1f}**",
+            f"{rate:.2f}",
+            f"{least:.1f}",
+        ]
+        cells += [*against, f"{row['gate_up_us']:.1f}", f"{row['down_us']:.1f}"]
+        cells += ["–" if row["routed_us"] is None else f"{row['routed_us']:.1f}", " ".join(row["plans"])]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
 
 

@@ -1,7 +1,7 @@
 """What the GPU benchmarks share: the shapes, the routing, and the clock.
 
 Timing replays one CUDA graph: many calls with different routings and several copies of the weights,
-at least 420 MB of expert weights in all, so that no call finds its weights in the L2 cache (60 MB on an H200);
+at least 420 MB of expert weights in all, so that no call finds its weights in the L2 cache (60 MB, H200);
 with one token, successive calls hit disjoint experts.
 """
 

@@ -266,9 +266,10 @@ template <int WARPS, int TOKENS> __device__ __forceinline__ float sum_partials(c
 }
 
 // ---------------------------------------------------------------------------------------------- streaming
-// Geometry of a launch. TOKENS is 1 or 8 (a call of 2 to 8 tokens); TILES row tiles a block and projection.
-template <int WARPS_, int TILES_, int STAGES_, bool REGISTERS_, int TOKENS_> struct Plan {
-  static constexpr int WARPS = WARPS_, TILES = TILES_, STAGES = STAGES_, TOKENS = TOKENS_, THREADS = 32 * WARPS_;
+// Geometry of a launch. TOKENS is 1 or 8 (a call of 2 to 8 tokens). A block takes ITEMS times TILES row tiles of each
+// projection; after every TILES its warps add up what they have.
+template <int WARPS_, int TILES_, int STAGES_, bool REGISTERS_, int TOKENS_, int ITEMS_> struct Plan {
+  static constexpr int WARPS = WARPS_, TILES = TILES_, STAGES = STAGES_, TOKENS = TOKENS_, ITEMS = ITEMS_, THREADS = 32 * WARPS_;
   static constexpr bool REGISTERS = REGISTERS_;
   static constexpr int RINGS = REGISTERS_ ? 0 : STAGES_;   // slots in shared memory
 };
@@ -289,16 +290,21 @@ template <class All> __device__ __forceinline__ void fetch(word slot, const Unit
   }
 }
 
-// The row tiles of up to two matrices (gate, then up), one unit of each tile, through this warp's ring.
-template <class P, class All, int UNITS> struct Stream {
-  Unit next, second;      // what to fetch next; the second matrix
+__device__ __forceinline__ void swap(Unit& a, Unit& b) {
+  const Unit c = a;
+  a = b, b = c;
+}
+
+// The row tiles of up to two matrices (TILES of gate, as many of up, and so on), through this warp's ring.
+template <class P, class All, int UNITS, int PHASES> struct Stream {
+  Unit next, other;       // what to fetch next; the other matrix
   word ring;              // shared address of this warp's slots
   const char* memory;     // the same, to read
-  int lane, fetched, taken, total;
+  int lane, fetched, taken;
 
   __device__ __forceinline__ void fetch_one() {
-    if (fetched < total) {
-      if (fetched == P::TILES) next = second;
+    if (fetched < PHASES * P::TILES * P::ITEMS) {
+      if (PHASES == 2 && fetched > 0 && fetched % P::TILES == 0) swap(next, other);
       fetch<All>(ring + fetched % P::STAGES * All::SLOT, next, lane);
       next.step(UNITS);
     }
@@ -358,17 +364,17 @@ template <class Body, class... Fs> __device__ __forceinline__ void with_format(F
 }
 
 // The row tiles of one matrix, or of two of the same format, through a window of registers.
-template <class P, class F, int UNITS, int PHASES, class Wait, class GetX>
-__device__ __forceinline__ void stream_registers(float* partials, const Unit& first, const Unit& second, int lane, Wait wait, GetX get_x) {
+template <class P, class F, int UNITS, int PHASES, int ITEMS, class Wait, class GetX, class Finish>
+__device__ __forceinline__ void stream_registers(float* partials, const Unit& first, const Unit& second, int lane, Wait wait, GetX get_x, Finish finish) {
   constexpr int TILE = P::WARPS * ROWS * P::TOKENS, TOTAL = PHASES * P::TILES;
   constexpr int DEPTH = TOTAL % P::STAGES == 0 ? P::STAGES : P::TILES;
   word x[Formats<F>::X];
   float sums[2 * F::GROUPS];
   Window<Formats<F>, DEPTH> window;
-  Unit next = Unit::with_facts<F>(first);
+  Unit next = Unit::with_facts<F>(first), other = Unit::with_facts<F>(second);
   int fetched = 0;
   const auto load = [&](int i) {
-    if (PHASES == 2 && fetched == P::TILES) next = Unit::with_facts<F>(second);
+    if (PHASES == 2 && fetched > 0 && fetched % P::TILES == 0) swap(next, other);
     window.load(i, next);
     next.step(UNITS);
     ++fetched;
@@ -379,56 +385,73 @@ __device__ __forceinline__ void stream_registers(float* partials, const Unit& fi
   get_x(x);
   prepare<F>(x, sums);
 #pragma unroll 1
-  for (int tile = 0; tile < TOTAL; tile += DEPTH)
-#pragma unroll
-    for (int i = 0; i < DEPTH; ++i) {
-      float acc[4];
-      dot<F>(acc, window.codes[i], x, sums, window.scales[i], window.zeros[i]);
-      if (tile + DEPTH < TOTAL) load(i);
-      store_partial<P::TOKENS>(partials + (tile + i) * TILE, acc, lane);
-    }
-}
-
-// The same through a ring, formats as they come.
-template <class P, class All, int UNITS, int PHASES, class Wait, class GetX>
-__device__ __forceinline__ void stream_ring(char* ring, float* partials, const Unit& first, const Unit& second, int lane, Wait wait, GetX get_x) {
-  constexpr int TILE = P::WARPS * ROWS * P::TOKENS;
-  word x[All::X];
-  float sums[2 * All::GROUPS];
-  Stream<P, All, UNITS> stream{first, second, (word)__cvta_generic_to_shared(ring), ring, lane, 0, 0, PHASES * P::TILES};
-  stream.start();
-  wait();
+  for (int item = 0; item < ITEMS; ++item) {
 #pragma unroll 1
-  for (int phase = 0; phase < PHASES; ++phase) {
-    const int id = phase ? second.id : first.id;
-    if (phase == 0 || id != first.id) {
-      get_x(x);
-      with_format(All{}, id, [&](auto format) { prepare<decltype(format)>(x, sums); });
-    }
-    with_format(All{}, id, [&](auto format) {
-      stream.template run<decltype(format)>(x, sums, partials + phase * P::TILES * TILE);
-    });
+    for (int tile = 0; tile < TOTAL; tile += DEPTH)
+#pragma unroll
+      for (int i = 0; i < DEPTH; ++i) {
+        float acc[4];
+        dot<F>(acc, window.codes[i], x, sums, window.scales[i], window.zeros[i]);
+        if (fetched < TOTAL * ITEMS) load(i);
+        store_partial<P::TOKENS>(partials + (tile + i) * TILE, acc, lane);
+      }
+    finish(item);
   }
 }
 
-// One warp's work in a block: PHASES matrices, one unit of TILES row tiles each. `wait` runs once the first weights are
-// on their way, `get_x` loads the raw activations.
-template <class P, class All, int UNITS, int PHASES, class Wait, class GetX>
-__device__ __forceinline__ void multiply(char* ring, float* partials, const Unit& first, const Unit& second, int lane, Wait wait, GetX get_x) {
+// The same through a ring, formats as they come.
+template <class P, class All, int UNITS, int PHASES, class Wait, class GetX, class Finish>
+__device__ __forceinline__ void stream_ring(char* ring, float* partials, const Unit& first, const Unit& second, int lane, Wait wait, GetX get_x, Finish finish) {
+  constexpr int TILE = P::WARPS * ROWS * P::TOKENS;
+  word x[All::X];
+  float sums[2 * All::GROUPS];
+  Stream<P, All, UNITS, PHASES> stream{first, second, (word)__cvta_generic_to_shared(ring), ring, lane, 0, 0};
+  stream.start();
+  wait();
+  int prepared = -1;
+#pragma unroll 1
+  for (int item = 0; item < P::ITEMS; ++item) {
+#pragma unroll 1
+    for (int phase = 0; phase < PHASES; ++phase) {
+      const int id = phase ? second.id : first.id;
+      if (id != prepared) {
+        get_x(x);
+        with_format(All{}, id, [&](auto format) { prepare<decltype(format)>(x, sums); });
+        prepared = id;
+      }
+      with_format(All{}, id, [&](auto format) {
+        stream.template run<decltype(format)>(x, sums, partials + phase * P::TILES * TILE);
+      });
+    }
+    finish(item);
+  }
+}
+
+// One warp's work in a block: PHASES matrices, one unit of each row tile. `wait` runs once the first weights are on their
+// way, `get_x` loads the raw activations, `finish(item)` is called by every warp of the block after TILES tiles of each.
+template <class P, class All, int UNITS, int PHASES, class Wait, class GetX, class Finish>
+__device__ __forceinline__ void multiply(char* ring, float* partials, const Unit& first, const Unit& second, int lane, Wait wait, GetX get_x, Finish finish) {
   if constexpr (!P::REGISTERS) {
-    stream_ring<P, All, UNITS, PHASES>(ring, partials, first, second, lane, wait, get_x);
+    stream_ring<P, All, UNITS, PHASES>(ring, partials, first, second, lane, wait, get_x, finish);
   } else if (PHASES == 1 || All::COUNT == 1 || first.id == second.id) {
     with_format(All{}, first.id, [&](auto format) {
-      stream_registers<P, decltype(format), UNITS, PHASES>(partials, first, second, lane, wait, get_x);
+      stream_registers<P, decltype(format), UNITS, PHASES, P::ITEMS>(partials, first, second, lane, wait, get_x, finish);
     });
   } else if constexpr (PHASES == 2) {
     constexpr int TILE = P::WARPS * ROWS * P::TOKENS;
-    with_format(All{}, first.id, [&](auto format) {
-      stream_registers<P, decltype(format), UNITS, 1>(partials, first, first, lane, wait, get_x);
-    });
-    with_format(All{}, second.id, [&](auto format) {
-      stream_registers<P, decltype(format), UNITS, 1>(partials + P::TILES * TILE, second, second, lane, [] {}, get_x);
-    });
+    const auto nothing = [](int) {};
+    Unit units[2] = {first, second};
+#pragma unroll 1
+    for (int item = 0; item < P::ITEMS; ++item) {
+      with_format(All{}, first.id, [&](auto format) {
+        stream_registers<P, decltype(format), UNITS, 1, 1>(partials, units[0], units[0], lane, wait, get_x, nothing);
+      });
+      with_format(All{}, second.id, [&](auto format) {
+        stream_registers<P, decltype(format), UNITS, 1, 1>(partials + P::TILES * TILE, units[1], units[1], lane, wait, get_x, nothing);
+      });
+      units[0].step(UNITS * P::TILES), units[1].step(UNITS * P::TILES);
+      finish(item);
+    }
   }
 }
 
@@ -534,10 +557,10 @@ template <int H_, int I_, int EXPERTS_, class Activation_> struct Layer {
 template <class L, class P, class Gates, class Ups, class All, class X, class Id, class... Tensors>
 __device__ __forceinline__ void gate_up(void* memory, const X* x, int tokens, const Id* slots, const float* shares, const int* hit,
                                         const int* table, __half* hidden, float* y, const Tensors*... packed) {
-  constexpr int UNITS = (L::H + COLUMNS - 1) / COLUMNS, ROW_TILES = (L::I + ROWS - 1) / ROWS, GROUPS = (ROW_TILES + P::TILES - 1) / P::TILES;
+  constexpr int UNITS = (L::H + COLUMNS - 1) / COLUMNS, ROW_TILES = (L::I + ROWS - 1) / ROWS, GROUPS = ROW_TILES / (P::TILES * P::ITEMS);
   constexpr int PHASES = L::GATED ? 2 : 1, TILE = P::WARPS * ROWS * P::TOKENS;
-  static_assert(P::WARPS == UNITS && ROW_TILES % P::TILES == 0, "a warp for each unit of a row, whole groups of row tiles");
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, slot = blockIdx.x / GROUPS, tile = blockIdx.x % GROUPS * P::TILES;
+  static_assert(P::WARPS == UNITS && ROW_TILES % (P::TILES * P::ITEMS) == 0, "a warp for each unit of a row, whole groups of row tiles");
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, slot = blockIdx.x / GROUPS, tile = blockIdx.x % GROUPS * (P::TILES * P::ITEMS);
   if (P::TOKENS > 1) wait_for_previous_kernel();   // of `route`; a launch without the attribute does not wait
   start_next_kernel();
   for (int i = blockIdx.x * P::THREADS + threadIdx.x; i < tokens * L::H; i += gridDim.x * P::THREADS) y[i] = 0.0f;
@@ -555,18 +578,20 @@ __device__ __forceinline__ void gate_up(void* memory, const X* x, int tokens, co
   float* partials = (float*)memory;
   char* ring = (char*)memory + PHASES * P::TILES * TILE * 4 + warp * (P::RINGS * All::SLOT);
   const int token = P::TOKENS == 1 ? 0 : lane / 4;
-  multiply<P, All, UNITS, PHASES>(
-      ring, partials + warp * (ROWS * P::TOKENS), first, second, lane, [] {},
-      [&](word* values) { load_x<L::H>(values, x + (long long)token * L::H, warp * COLUMNS, token < tokens, lane); });
-  __syncthreads();
-  for (int i = threadIdx.x; i < P::TILES * ROWS * P::TOKENS; i += P::THREADS) {
-    const int t = i / (ROWS * P::TOKENS), row = i % ROWS, column = i / ROWS % P::TOKENS, out = (tile + t) * ROWS + row;
-    const float gate = sum_partials<P::WARPS, P::TOKENS>(partials + t * TILE, row, column);
-    const float up = L::GATED ? sum_partials<P::WARPS, P::TOKENS>(partials + (P::TILES + t) * TILE, row, column) : gate;
-    const float share = shares[slot * P::TOKENS + column];
-    const float value = share == 0.0f ? 0.0f : share * L::Activation::of(gate, up);
-    if (L::I % ROWS == 0 || out < L::I) hidden[((long long)slot * P::TOKENS + column) * L::I + out] = __float2half(value);
-  }
+  const auto get_x = [&](word* values) { load_x<L::H>(values, x + (long long)token * L::H, warp * COLUMNS, token < tokens, lane); };
+  const auto finish = [&](int item) {
+    __syncthreads();
+    for (int i = threadIdx.x; i < P::TILES * ROWS * P::TOKENS; i += P::THREADS) {
+      const int t = i / (ROWS * P::TOKENS), row = i % ROWS, column = i / ROWS % P::TOKENS, out = (tile + item * P::TILES + t) * ROWS + row;
+      const float gate = sum_partials<P::WARPS, P::TOKENS>(partials + t * TILE, row, column);
+      const float up = L::GATED ? sum_partials<P::WARPS, P::TOKENS>(partials + (P::TILES + t) * TILE, row, column) : gate;
+      const float share = shares[slot * P::TOKENS + column];
+      const float value = share == 0.0f ? 0.0f : share * L::Activation::of(gate, up);
+      if (L::I % ROWS == 0 || out < L::I) hidden[((long long)slot * P::TOKENS + column) * L::I + out] = __float2half(value);
+    }
+    if (item + 1 < P::ITEMS) __syncthreads();   // before the partial sums are overwritten
+  };
+  multiply<P, All, UNITS, PHASES>(ring, partials + warp * (ROWS * P::TOKENS), first, second, lane, [] {}, get_x, finish);
 }
 
 // y[token][H] += sum over slots of down x hidden: one dot product over all experts hit, cut into blocks of WARPS units.
@@ -574,10 +599,10 @@ __device__ __forceinline__ void gate_up(void* memory, const X* x, int tokens, co
 template <class L, class P, bool ADD, class Downs, class All, class Id, class... Tensors>
 __device__ __forceinline__ void down(void* memory, const __half* hidden, int tokens, const Id* slots, const int* hit, int top, const int* table,
                                      float* y, const Tensors*... packed) {
-  constexpr int UNITS = (L::I + COLUMNS - 1) / COLUMNS, ROW_TILES = (L::H + ROWS - 1) / ROWS, GROUPS = ROW_TILES / P::TILES;
+  constexpr int UNITS = (L::I + COLUMNS - 1) / COLUMNS, ROW_TILES = (L::H + ROWS - 1) / ROWS, GROUPS = ROW_TILES / (P::TILES * P::ITEMS);
   constexpr int TILE = P::WARPS * ROWS * P::TOKENS;
-  static_assert(ROW_TILES % P::TILES == 0, "whole groups of row tiles");
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, tile = blockIdx.x % GROUPS * P::TILES;
+  static_assert(ROW_TILES % (P::TILES * P::ITEMS) == 0, "whole groups of row tiles");
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, tile = blockIdx.x % GROUPS * (P::TILES * P::ITEMS);
   const int number = blockIdx.x / GROUPS * P::WARPS + warp, slot = number / UNITS, column = number % UNITS;
   const int experts = P::TOKENS == 1 ? top : *hit;
   if (P::TOKENS > 1 && number - warp >= experts * UNITS) return;
@@ -586,26 +611,30 @@ __device__ __forceinline__ void down(void* memory, const __half* hidden, int tok
   long long expert = -1;
   int2 at = {0, 0};
   if (slot < experts) at = find<Downs::COUNT, L::EXPERTS>(table + 4 * L::EXPERTS, slots + slot, expert, lane);
+  const auto finish = [&](int item) {
+    __syncthreads();
+    for (int i = threadIdx.x; i < P::TILES * ROWS * P::TOKENS; i += P::THREADS) {
+      const int t = i / (ROWS * P::TOKENS), row = i % ROWS, token = i / ROWS % P::TOKENS, out = (tile + item * P::TILES + t) * ROWS + row;
+      const float sum = sum_partials<P::WARPS, P::TOKENS>(partials + t * TILE, row, token);
+      if (token >= tokens || (L::H % ROWS != 0 && out >= L::H)) continue;
+      if (ADD) add(y + (long long)token * L::H + out, sum);
+      else y[(long long)token * L::H + out] = sum;
+    }
+    if (item + 1 < P::ITEMS) __syncthreads();
+  };
+  float* const mine = partials + warp * (ROWS * P::TOKENS);
   if (expert >= 0 && expert < L::EXPERTS) {
     const Unit unit = locate(Downs{}, tensors, at, (long long)ROW_TILES * UNITS, (long long)tile * UNITS + column, lane);
     const int token = P::TOKENS == 1 ? 0 : lane / 4;
     const __half* row = hidden + ((long long)slot * P::TOKENS + token) * L::I;
-    multiply<P, All, UNITS, 1>(
-        (char*)memory + P::TILES * TILE * 4 + warp * (P::RINGS * All::SLOT), partials + warp * (ROWS * P::TOKENS), unit, unit, lane,
-        [] { wait_for_previous_kernel(); },
-        [&](word* values) { load_x<L::I>(values, row, column * COLUMNS, token < tokens, lane); });
+    char* const ring = (char*)memory + P::TILES * TILE * 4 + warp * (P::RINGS * All::SLOT);
+    const auto get_x = [&](word* values) { load_x<L::I>(values, row, column * COLUMNS, token < tokens, lane); };
+    multiply<P, All, UNITS, 1>(ring, mine, unit, unit, lane, [] { wait_for_previous_kernel(); }, get_x, finish);
   } else {
     const float nothing[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-    for (int t = 0; t < P::TILES; ++t) store_partial<P::TOKENS>(partials + t * TILE + warp * (ROWS * P::TOKENS), nothing, lane);
+    for (int t = 0; t < P::TILES; ++t) store_partial<P::TOKENS>(mine + t * TILE, nothing, lane);
     wait_for_previous_kernel();   // before y is touched
-  }
-  __syncthreads();
-  for (int i = threadIdx.x; i < P::TILES * ROWS * P::TOKENS; i += P::THREADS) {
-    const int t = i / (ROWS * P::TOKENS), row = i % ROWS, token = i / ROWS % P::TOKENS, out = (tile + t) * ROWS + row;
-    const float sum = sum_partials<P::WARPS, P::TOKENS>(partials + t * TILE, row, token);
-    if (token >= tokens || (L::H % ROWS != 0 && out >= L::H)) continue;
-    if (ADD) add(y + (long long)token * L::H + out, sum);
-    else y[(long long)token * L::H + out] = sum;
+    for (int item = 0; item < P::ITEMS; ++item) finish(item);
   }
 }
 

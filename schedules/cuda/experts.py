@@ -47,7 +47,7 @@ def _layer(shape: ExpertsShape) -> str:
 
 def _plan(plan: Plan) -> str:
     registers = str(plan.registers).lower()
-    return f"moqc::Plan<{plan.warps}, {plan.tiles}, {plan.stages}, {registers}, {plan.tokens}>"
+    return f"moqc::Plan<{plan.warps}, {plan.tiles}, {plan.stages}, {registers}, {plan.tokens}, {plan.items}>"
 
 
 def _distinct(*lists: Sequence[Format]) -> list[Format]:
@@ -95,7 +95,7 @@ class _Kernel:
             T.evaluate(cuda_func_call(function, *memory, *arguments, source_code=source))
 
     def finish(self, *, overlaps: bool) -> tirx.PrimFunc:
-        """The function; if it `overlaps`, it may start before the kernel ahead of it ends and waits itself."""
+        """The function; if it `overlaps`, it may start before the kernel ahead ends, and waits itself."""
         function = self._builder.get()
         if not overlaps:
             return function
@@ -128,7 +128,12 @@ def _check(shape: ExpertsShape, plan: Plan, rows: int, projections: int, formats
     """The shared memory of a block; InternalError for a plan that cannot work."""
     shared = shared_bytes(plan, projections, formats)
     tiles, total = -(-rows // ROWS), projections * plan.tiles
-    if tiles % plan.tiles or plan.tokens not in (1, MAX_TOKENS) or shared > SHARED_BYTES or plan.warps > 32:
+    if (
+        tiles % (plan.tiles * plan.items)
+        or plan.tokens not in (1, MAX_TOKENS)
+        or shared > SHARED_BYTES
+        or plan.warps > 32
+    ):
         raise InternalError(f"plan {plan} does not fit {tiles} row tiles ({shared} bytes of shared memory)")
     if plan.registers and total % plan.stages and plan.tiles % plan.stages:
         raise InternalError(f"plan {plan}: {total} tiles are no whole windows of registers")
@@ -187,7 +192,7 @@ def gate_up_kernel(shape: ExpertsShape, plan: Plan, x_dtype: str, id_dtype: str 
         lists = ", ".join(map(_formats, (shape.gate, shape.up, formats)))
         arguments = [pointer(x), tirx.Cast("int32", tokens), pointer(named), pointer(shares)]
         arguments += [pointer(table if hit is None else hit), pointer(table), pointer(hidden), pointer(y)]
-        blocks = slots * (-(-shape.intermediate // ROWS) // plan.tiles)
+        blocks = slots * (-(-shape.intermediate // ROWS) // (plan.tiles * plan.items))
         function = f"moqc::gate_up<{_layer(shape)}, {_plan(plan)}, {lists}>"
         k.launch(blocks, 32 * plan.warps, shared, function, *arguments, *gate, *up)
     return k.finish(overlaps=plan.tokens > 1)
@@ -218,6 +223,6 @@ def down_kernel(shape: ExpertsShape, plan: Plan, id_dtype: str = "int32") -> tir
         )
         arguments = [pointer(hidden), tirx.Cast("int32", tokens), pointer(named)]
         arguments += [pointer(table if hit is None else hit), tirx.const(shape.top_k, "int32")]
-        blocks = slices * (-(-shape.hidden // ROWS) // plan.tiles)
+        blocks = slices * (-(-shape.hidden // ROWS) // (plan.tiles * plan.items))
         k.launch(blocks, 32 * plan.warps, shared, function, *arguments, pointer(table), pointer(y), *down)
     return k.finish(overlaps=True)

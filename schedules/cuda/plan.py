@@ -13,6 +13,8 @@ MAX_TOKENS = 8
 """Tokens of one call: the columns of the tensor core's smallest product."""
 MULTIPROCESSORS = 132
 """Of an H200, for which plans were chosen."""
+LARGE_ROWS = 256
+"""Row tiles of a large expert's gate (4096 rows): bandwidth counts, not latency."""
 SHARED_BYTES = 227 * 1024
 """Shared memory a block may have (sm_90; sm_80 has 163 KiB, sm_86 and sm_89 99 KiB)."""
 
@@ -51,8 +53,9 @@ class Plan:
     """How a product is cut.
 
     A block of `warps` warps takes `tiles` row tiles (of each projection), every warp one unit of columns.
-    `stages` tiles of weights are on their way at any time: in `registers`, or in a ring of each warp in shared
-    memory. `tokens` is 1 or 8.
+    `stages` tiles of weights are on their way at any time: in `registers`, or in a ring of each warp in
+    shared memory. It takes `items` times as many, and adds up its warps' partial sums after each. `tokens` is
+    1 or 8.
     """
 
     warps: int
@@ -60,9 +63,11 @@ class Plan:
     stages: int
     registers: bool
     tokens: int
+    items: int = 1
 
     def __str__(self) -> str:
-        return f"w{self.warps}t{self.tiles}{'r' if self.registers else 's'}{self.stages}m{self.tokens}"
+        ahead = f"{'r' if self.registers else 's'}{self.stages}"
+        return f"w{self.warps}t{self.tiles}{ahead}m{self.tokens}i{self.items}"
 
 
 def slot_bytes(formats: Sequence[Format]) -> int:
@@ -81,41 +86,79 @@ def shared_bytes(plan: Plan, projections: int, formats: Sequence[Format]) -> int
 
 
 def gate_up_plan(shape: ExpertsShape, tokens: int) -> Plan:
-    """The plan of gate and up for up to `tokens` (1 or 8), by what was fastest on an H200 (docs/benchmarks-h200.md)."""
-    formats = [*shape.gate, *shape.up]
-    warps, row_tiles = -(-shape.hidden // COLUMNS), -(-shape.intermediate // ROWS)
-    large = row_tiles >= 256
+    """The plan of gate and up for up to `tokens` (1 or 8), by what was fastest on an H200."""
+    formats = (*shape.gate, *shape.up)
+    bits, several = max(fmt.bits for fmt in formats), len(set(formats)) > 1
+    warps, rows = -(-shape.hidden // COLUMNS), -(-shape.intermediate // ROWS)
+    large = rows >= LARGE_ROWS
+    cut = _Cut(warps, rows, tokens, formats, 2 if shape.gate else 1)
     if tokens == 1:
         # As few tiles a block as fill the machine once, at 24 warps a multiprocessor.
         blocks = MULTIPROCESSORS * max(24 // warps, 1)
-        wanted = -(-shape.top_k * row_tiles // blocks)
-    else:
-        wanted = 8 if large else 4
-    return _plan(warps, row_tiles, wanted, tokens, formats, 2 if shape.gate else 1, large)
+        wanted = max(-(-shape.top_k * rows // blocks), 2 if several or bits == 1 else 1)
+        return (
+            cut.ring(wanted) if several and large else cut.registers(wanted, 4 if large and bits == 2 else 2)
+        )
+    if large:
+        # One block a multiprocessor: prepare the activations once, then many items.
+        wanted = 4 if bits >= 3 and not several else 8
+        share = shape.slots(tokens) * rows * 16 // (15 * MULTIPROCESSORS)
+        return cut.registers(wanted, 4 if bits == 2 else 2, share)
+    return cut.registers(2, 2) if bits >= 3 and not several else cut.ring(4)
 
 
 def down_plan(shape: ExpertsShape, tokens: int) -> Plan:
     """The plan of down, likewise."""
-    large = shape.intermediate >= 4096
-    warps, wanted = (8, 8) if tokens > 1 else (16, 16) if large else (8, 2)
-    return _plan(warps, -(-shape.hidden // ROWS), wanted, tokens, shape.down, 1, large)
+    bits, several = max(fmt.bits for fmt in shape.down), len(set(shape.down)) > 1
+    rows, units = -(-shape.hidden // ROWS), -(-shape.intermediate // COLUMNS)
+    large = -(-shape.intermediate // ROWS) >= LARGE_ROWS
+    if tokens == 1:
+        half = shape.top_k * units // 2
+        cut = _Cut(16 if large else half if 8 <= half <= 16 else 8, rows, tokens, shape.down, 1)
+        return cut.registers(16, 4 if bits == 2 else 2) if large else cut.registers(2, 2)
+    cut = _Cut(8, rows, tokens, shape.down, 1)
+    if several and not large:
+        return cut.ring(8)
+    return cut.registers(8, 4 if bits == 2 and not large else 2, 16 if large or bits >= 3 else 8)
 
 
-def _plan(
-    warps: int, rows: int, wanted: int, tokens: int, formats: Sequence[Format], projections: int, large: bool
-) -> Plan:
-    """At least `wanted` tiles if that many divide `rows` and fit the shared memory."""
-    divisors = [tiles for tiles in range(1, rows + 1) if rows % tiles == 0]
-    tiles = next((each for each in divisors if each >= wanted), divisors[-1])
-    if tiles > 2 * wanted:
-        tiles = max(each for each in divisors if each <= wanted)
-    bits, several = max(fmt.bits for fmt in formats), len(set(formats)) > 1
-    ring = several if large or tokens > 1 else False
-    ring = ring or (tokens > 1 and bits <= 2 and not large)
-    for each in (each for each in reversed(divisors) if each <= tiles):
-        stages = 4 if large and bits <= 2 and projections * each % 4 == 0 else 2
-        stages = 3 if ring else min(stages, projections * each)
-        plan = Plan(warps, each, stages, not ring, tokens)
-        if shared_bytes(plan, projections, formats) <= SHARED_BYTES:
-            return plan
-    raise UserError(f"no plan for {warps} warps and {rows} row tiles of {', '.join(map(str, formats))}")
+@dataclass(frozen=True)
+class _Cut:
+    """What a plan has to respect: `rows` row tiles, and the shared memory."""
+
+    warps: int
+    rows: int
+    tokens: int
+    formats: tuple[Format, ...]
+    projections: int
+
+    def registers(self, tiles: int, stages: int, tiles_a_block: int = 0) -> Plan:
+        """About `tiles` tiles through registers, in items up to about `tiles_a_block`."""
+        tiles = self._tiles(tiles, 0)
+        total = self.projections * tiles
+        stages = next(each for each in range(min(stages, total), 0, -1) if total % each == 0)
+        items = max(
+            each for each in _divisors(self.rows // tiles) if each * tiles <= max(tiles_a_block, tiles)
+        )
+        return Plan(self.warps, tiles, stages, True, self.tokens, items)
+
+    def ring(self, tiles: int) -> Plan:
+        """About `tiles` tiles through a ring of three stages; through registers where no ring fits."""
+        if not self._fits(1, 3):
+            return self.registers(2, 2)
+        return Plan(self.warps, self._tiles(tiles, 3), 3, False, self.tokens)
+
+    def _tiles(self, wanted: int, stages: int) -> int:
+        """The divisor of the row tiles next to `wanted`, preferably above, that fits."""
+        fitting = [each for each in _divisors(self.rows) if each <= 2 * wanted and self._fits(each, stages)]
+        if not fitting:
+            raise UserError(f"{self.warps} warps do not fit the shared memory of a block")
+        return next((each for each in fitting if each >= wanted), fitting[-1])
+
+    def _fits(self, tiles: int, stages: int) -> bool:
+        plan = Plan(self.warps, tiles, stages, stages == 0, self.tokens)
+        return shared_bytes(plan, self.projections, self.formats) <= SHARED_BYTES
+
+
+def _divisors(number: int) -> list[int]:
+    return [each for each in range(1, number + 1) if number % each == 0]

@@ -12,7 +12,7 @@ import torch
 import tvm
 import tvm_ffi
 
-from moqc.errors import InternalError, UserError
+from moqc.errors import InternalError
 from moqc.quant import reference
 from moqc.quant.formats import Format
 from moqc.quant.pack_mma import pack_units
@@ -53,10 +53,10 @@ class Layer:
         return functions
 
 
-def _plans(warps: int, tiles: int, *stages: str) -> tuple[Plan, Plan]:
+def _plans(warps: int, tiles: int, *stages: str, items: int = 1) -> tuple[Plan, Plan]:
     """For 1 and 8 tokens: ``s3`` is a ring of 3 stages, ``r2`` registers for 2."""
     one, eight = ((int(text[1:]), text[0] == "r") for text in (stages[0], stages[-1]))
-    return Plan(warps, tiles, *one, 1), Plan(warps, tiles, *eight, 8)
+    return Plan(warps, tiles, *one, 1), Plan(warps, tiles, *eight, 8, items)
 
 
 LAYERS = {
@@ -70,7 +70,7 @@ LAYERS = {
             "down": ("int3-g32", "int8-g64"),
         },
         "oai_swiglu(alpha=1.702,limit=7.0)",
-        _plans(2, 3, "s3"),
+        _plans(2, 3, "s3", items=3),
         _plans(4, 1, "s2"),
     ),
     # The same classes with every load first, and float16 activations.
@@ -83,8 +83,8 @@ LAYERS = {
             "down": ("int4-g64", "int2-g128-sym"),
         },
         "silu_glu",
-        _plans(1, 2, "r4"),
-        _plans(2, 2, "r2"),
+        _plans(1, 2, "r4", items=2),
+        _plans(2, 2, "r2", items=4),
         "float16",
     ),
     "plain": Layer(
@@ -93,7 +93,7 @@ LAYERS = {
         {"up": ("int2-g128-sym",), "down": ("int4-g64",)},
         "relu2",
         _plans(2, 8, "s3"),
-        _plans(3, 4, "s4"),
+        _plans(3, 4, "s4", items=8),
     ),
 } | {
     f"int{bits}{suffix}": Layer(
@@ -101,8 +101,8 @@ LAYERS = {
         512,
         {name: (f"int{bits}{suffix}",) for name in ("gate", "up", "down")},
         "silu_glu",
-        _plans(2, 4, "r2", "s4"),
-        _plans(4, 2, "s3", "r1"),
+        _plans(2, 4, "s4", "r2", items=4),
+        _plans(4, 2, "s3", "r1", items=2),
     )
     for bits in (1, 2, 3, 4, 8)
     for suffix in ("-g128-sym", "-g64")
@@ -245,11 +245,16 @@ def test_shared_memory_is_partials_and_rings():
     assert shared_bytes(Plan(8, 4, 3, False, 8), 2, formats) == 2 * 4 * 8 * 16 * 8 * 4 + 8 * 3 * ring
 
 
-def test_refuses_sizes_it_cannot_take():
-    with pytest.raises(UserError, match="multiples of 8"):
-        ExpertsShape(4, 2, 100, 64, (), (Format(2),), (Format(2),))
-    with pytest.raises(UserError, match="up to 8192"):
-        ExpertsShape(4, 2, 16384, 64, (), (Format(2),), (Format(2),))
+def test_shared_memory_keeps_its_size():
+    """TVM must not shrink the one shared buffer, of which it sees no element being used."""
+    layer = LAYERS["plain"]
+    kernel = layer.kernels()["down_8"].with_attr("global_symbol", "down")
+    target = tvm.target.Target({"kind": "cuda", "arch": "sm_90"}, host="llvm")
+    with target:
+        module = tvm.tirx.transform.BindTarget(target)(tvm.IRModule({"down": kernel}))
+        module = tvm.tirx.get_tir_pipeline("s_tir")[0](module)
+    size = shared_bytes(layer.down[1], 1, layer.shape.down)
+    assert f"T.int64({size}), launch_params=" in module.script()
 
 
 @needs_nvcc
