@@ -119,11 +119,11 @@ def compile(
     with param_store(workspace.root, debug.dump_ir, start_from) as params:
         ctx = PassContext(machine, checkpoint, texts, workspace, params, seed)
         chunk = min(MAX_CHUNK, length)
-        mod, passes = _input_module(checkpoint, passes, start_from, max_batch, chunk)
-        mod = run_passes(passes, mod, ctx, debug)
+        mod, rest = _input_module(checkpoint, passes, start_from, max_batch, chunk)
+        mod = run_passes(rest, mod, ctx, debug)
         if debug.stop_after is not None:
             return print_module(mod)
-        return _package(mod, ctx, str(passes), activations, chunk, Path(out or ""), force=force)
+        return _package(mod, ctx, passes, chunk, Path(out or ""), force=force)
 
 
 def _input_module(
@@ -142,30 +142,32 @@ def _input_module(
 def _package(
     mod: IRModule,
     ctx: PassContext,
-    pipeline: str,
-    activations: str,
+    passes: Pipeline,
     chunk: int,
     out: Path,
     *,
     force: bool,
 ) -> Manifest:
     """Build the library and write the artifact."""
+    from moqc.certificate import certify
     from moqc.codegen import build, export
     from moqc.describe import count_weights, describe
 
     if ctx.target is None or ctx.checkpoint is None or ctx.params is None:
         raise InternalError("packaging without target, checkpoint or parameters")
     checkpoint, params = ctx.checkpoint, ctx.params
-    draft = describe(mod, checkpoint, ctx.target, pipeline=pipeline, activations=activations, chunk=chunk)
+    draft = describe(mod, checkpoint, ctx.target, passes, chunk=chunk)
     logger.info("building for %s", ctx.target.name)
     executable = build(mod, ctx.target)
 
     def load(name: str) -> StoredTensor:
         return StoredTensor.of(params.get(name)) if name in params else from_torch(checkpoint.load(name))
 
+    logger.info("certifying kernels")
+    numerics = certify(mod, ctx.target, load)
     return write_artifact(
         out,
-        draft,
+        draft.model_copy(update={"numerics": numerics}),
         export_library=lambda path: export(executable, path),
         load=load,
         counts=count_weights(mod, checkpoint),

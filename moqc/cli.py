@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 import traceback
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
@@ -25,7 +26,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-for name, function in {
+COMMANDS: dict[str, Callable[..., None]] = {
     "compile": compile.command,
     "run": run.command,
     "eval": evaluate.command,
@@ -38,7 +39,8 @@ for name, function in {
     "allocators": lists.allocators,
     "formats": lists.formats,
     "doctor": doctor.command,
-}.items():
+}
+for name, function in COMMANDS.items():
     app.command(name)(function)
 
 

@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import tvm
 from tvm import IRModule
@@ -16,6 +17,7 @@ from moqc.frontend.checkpoint import Checkpoint
 from moqc.ir.annotations import BITS, CACHE, LINEAR_BITS, PARAMS
 from moqc.ir.sites import weight_names
 from moqc.manifest import (
+    Activations,
     CacheSpec,
     Generation,
     Manifest,
@@ -34,7 +36,13 @@ _NO_SIZES = Sizes(
 
 
 def describe(
-    mod: IRModule, checkpoint: Checkpoint, target: Target, *, pipeline: str, activations: str, chunk: int
+    mod: IRModule,
+    checkpoint: Checkpoint,
+    target: Target,
+    *,
+    pipeline: str,
+    activations: Activations,
+    chunk: int,
 ) -> Manifest:
     """The manifest of a module that went through all passes, without sizes, files and measurements."""
     cache = CACHE.of(mod)
@@ -111,7 +119,7 @@ def read_generation(folder: Path) -> Generation:
 
     Raises ModelError when a file is not JSON.
     """
-    content: dict[str, object] = {}
+    content: dict[str, Any] = {}
     for name in ("config.json", "generation_config.json"):  # the second wins
         path = folder / name
         if not path.is_file():

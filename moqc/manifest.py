@@ -21,6 +21,8 @@ MANIFEST = "moqc.json"
 LIBRARY = "model.so"
 SCHEMA_VERSION = 1
 
+Activations = Literal["float", "int8"]
+
 _NO_DIGEST = "0" * 64
 _DIGEST = re.compile(r'("digest": ")([0-9a-f]{64})(")')
 _BLOCK = 1 << 22
@@ -103,6 +105,19 @@ class Generation(Record):
     pad_token_id: int | None = None
 
 
+class KernelNumerics(Record):
+    """A packed kernel against the reference, measured when it was compiled; see `moqc.certificate`."""
+
+    site: str
+    """Whose weights were used."""
+    shapes: tuple[tuple[int, ...], ...] = ()
+    """Shapes of the input it was run on."""
+    max_relative_error: float | None = None
+    """The largest of them, by Frobenius norms; None where it was not run."""
+    not_run: str | None = None
+    """Why it was not run."""
+
+
 class Manifest(Record):
     """The content of ``moqc.json``."""
 
@@ -116,14 +131,14 @@ class Manifest(Record):
     """site -> projection -> format of each expert."""
     linear_bits: dict[str, str]
     """site -> format of the other quantized matrices."""
-    activations: Literal["float", "int8"]
+    activations: Activations
     sizes: Sizes
     parameters: tuple[Parameter, ...]
     cache: CacheSpec
     vocabulary: int
     generation: Generation
-    numerics: dict[str, float]
-    """Kernel -> largest relative error against the reference, measured when it was compiled."""
+    numerics: dict[str, KernelNumerics]
+    """The certificate: description of a kernel -> its largest relative error against the reference."""
     quality: dict[str, float] | None = None
     """Metrics against the source model where they were measured."""
     files: dict[str, FileRecord]

@@ -8,14 +8,17 @@ from pathlib import Path
 
 from tvm import IRModule
 
-from moqc.errors import UserError
+from moqc.errors import BudgetError, UserError
 from moqc.log import logger
+from moqc.passes.allocate_bits import MOST_BITS
 from moqc.passes.base import PassContext
 from moqc.passes.pipeline import Pipeline
 from moqc.quant.allocators.table import find_allocator
 from moqc.quant.formats import Format
 
 DEFAULT_QUANTIZER = "gptq"
+MCMOE_EXTRA_BITS = (32 - 24) / 128
+"""Bits a weight by which MC-MoE's storage (float16 scale and zero) exceeds the formats its plans are made of."""
 ANALYSES = {
     "uniform": (),
     "frequency": ("profile-activation",),
@@ -67,6 +70,8 @@ def allocation_pipeline(plan: Plan, bits: float) -> Pipeline:
     quantizer = plan.quantizer if plan.quantizer in ("rtn", "gptq") else DEFAULT_QUANTIZER
     analyses = ANALYSES.get(plan.allocator, (*ANALYSES["pmq"], *ANALYSES["global"]))
     texts = [text.format(quantizer=quantizer) for text in analyses]
+    if plan.quantizer == "mcmoe":
+        bits -= MCMOE_EXTRA_BITS
     texts.append(f"allocate-bits{{bits={bits:g} allocator={plan.allocator}}}")
     return Pipeline.parse(",".join(texts))
 
@@ -89,6 +94,8 @@ def default_pipeline(
         raise UserError("quantizer mcmoe is simulated, for `moqc compare` only; compile with gptq or rtn")
     if activations not in ("int8", "float"):
         raise UserError(f"activations {activations!r}: one of int8, float")
+    if not 0 < bits <= MOST_BITS:
+        raise BudgetError(f"bits {bits:g}: file bits per expert weight are above 0, at most {MOST_BITS:g}")
     if linears != "none":
         linears = str(Format.parse(linears))
     lowering = [

@@ -34,8 +34,8 @@ def _print(content: dict[str, Any]) -> None:
         ("linears", _histogram(content["linear_bits"].values()) or "not quantized"),
     ):
         typer.echo(f"{label:10}  {text}")
-    for name, error in content["numerics"].items():
-        typer.echo(f"{'certified':10}  {name}: relative error at most {error:.1e}")
+    for name, found in content["numerics"].items():
+        typer.echo(f"{'certified':10}  {name}: {_numerics(found)}")
     if content["bits"]:
         typer.echo()
         rows = [
@@ -44,6 +44,11 @@ def _print(content: dict[str, Any]) -> None:
             for projection, formats in projections.items()
         ]
         print_table(("experts", "projection", "formats"), rows)
+
+
+def _numerics(found: dict[str, Any]) -> str:
+    error = found["max_relative_error"]
+    return f"not run: {found['not_run']}" if error is None else f"relative error at most {error:.1e}"
 
 
 def _histogram(formats: Any) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from moqc.commands.options import Json, print_json, print_table
 
 
@@ -11,7 +13,7 @@ def passes(as_json: Json = False) -> None:
 
     from moqc.passes.registry import find_pass, pass_names
 
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name in pass_names():
         cls = find_pass(name)
         rows.append(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable, Iterator
 from typing import Annotated
 
 import typer
@@ -11,6 +12,13 @@ from moqc import log
 from moqc.commands.options import ArtifactArgument, Json, Quiet, print_json
 
 DEFAULT_TOKENS = 128
+
+
+def _recorded(tokens: Iterable[int], record: list[int]) -> Iterator[int]:
+    """The same tokens, appended to `record` as they pass."""
+    for token in tokens:
+        record.append(token)
+        yield token
 
 
 def command(
@@ -40,9 +48,8 @@ def command(
     produced: list[int] = []
     start = time.perf_counter()
     tokens = model.tokens(ids, Sampling(temperature, top_p, seed), max_tokens=limit)
-    counted = (produced.append(token) or token for token in tokens)
     pieces = []
-    for piece in generate_text(model.tokenizer, ids, counted, stop or ()):
+    for piece in generate_text(model.tokenizer, ids, _recorded(tokens, produced), stop or ()):
         pieces.append(piece)
         if not as_json:
             typer.echo(piece, nl=False)
