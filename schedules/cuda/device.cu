@@ -374,7 +374,8 @@ __device__ __forceinline__ void stream_registers(float* partials, const Unit& fi
   Unit next = Unit::with_facts<F>(first), other = Unit::with_facts<F>(second);
   int fetched = 0;
   const auto load = [&](int i) {
-    if (PHASES == 2 && fetched > 0 && fetched % P::TILES == 0) swap(next, other);
+    if (PHASES == 2 && ITEMS == 1 && fetched == P::TILES) next = other;   // cheaper than the general case below
+    if (PHASES == 2 && ITEMS > 1 && fetched > 0 && fetched % P::TILES == 0) swap(next, other);
     window.load(i, next);
     next.step(UNITS);
     ++fetched;
@@ -392,7 +393,7 @@ __device__ __forceinline__ void stream_registers(float* partials, const Unit& fi
       for (int i = 0; i < DEPTH; ++i) {
         float acc[4];
         dot<F>(acc, window.codes[i], x, sums, window.scales[i], window.zeros[i]);
-        if (fetched < TOTAL * ITEMS) load(i);
+        if (ITEMS == 1 ? tile + DEPTH < TOTAL : fetched < TOTAL * ITEMS) load(i);
         store_partial<P::TOKENS>(partials + (tile + i) * TILE, acc, lane);
       }
     finish(item);

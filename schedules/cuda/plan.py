@@ -96,15 +96,15 @@ def gate_up_plan(shape: ExpertsShape, tokens: int) -> Plan:
         # As few tiles a block as fill the machine once, at 24 warps a multiprocessor.
         blocks = MULTIPROCESSORS * max(24 // warps, 1)
         wanted = max(-(-shape.top_k * rows // blocks), 2 if several or bits == 1 else 1)
-        return (
-            cut.ring(wanted) if several and large else cut.registers(wanted, 4 if large and bits == 2 else 2)
-        )
+        if large and (several or bits == 3):
+            return cut.ring(wanted)
+        return cut.registers(wanted, 4 if large and bits == 2 else 2)
     if large:
         # One block a multiprocessor: prepare the activations once, then many items.
         wanted = 4 if bits >= 3 and not several else 8
         share = shape.slots(tokens) * rows * 16 // (15 * MULTIPROCESSORS)
         return cut.registers(wanted, 4 if bits == 2 else 2, share)
-    return cut.registers(2, 2) if bits >= 3 and not several else cut.ring(4)
+    return cut.registers(2, 2) if bits >= 4 and not several else cut.ring(4)
 
 
 def down_plan(shape: ExpertsShape, tokens: int) -> Plan:
