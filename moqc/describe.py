@@ -28,6 +28,8 @@ from moqc.manifest import (
     Versions,
 )
 from moqc.package import WeightCounts
+from moqc.passes.pipeline import Pipeline
+from moqc.passes.quantize_experts import QuantizeExperts
 from moqc.targets import Target
 
 _NO_SIZES = Sizes(
@@ -36,15 +38,12 @@ _NO_SIZES = Sizes(
 
 
 def describe(
-    mod: IRModule,
-    checkpoint: Checkpoint,
-    target: Target,
-    *,
-    pipeline: str,
-    activations: Activations,
-    chunk: int,
+    mod: IRModule, checkpoint: Checkpoint, target: Target, pipeline: Pipeline, *, chunk: int
 ) -> Manifest:
-    """The manifest of a module that went through all passes, without sizes, files and measurements."""
+    """The manifest of a module that went through `pipeline`, without sizes, files and measurements.
+
+    `chunk` is the largest number of tokens a row may have in one call.
+    """
     cache = CACHE.of(mod)
     context, batch, tensors = int(cache["context"]), int(cache["batch"]), cache["tensors"]
     return Manifest(
@@ -55,13 +54,13 @@ def describe(
         ),
         target=TargetRecord(name=target.name, features=tuple(sorted(target.features))),
         versions=versions(),
-        pipeline=pipeline,
+        pipeline=str(pipeline),
         bits={
             site: {projection: tuple(formats) for projection, formats in projections.items()}
             for site, projections in (BITS.get(mod) or {}).items()
         },
         linear_bits=LINEAR_BITS.get(mod) or {},
-        activations=activations,
+        activations=_activations(pipeline),
         sizes=_NO_SIZES,
         parameters=parameters(mod),
         cache=CacheSpec(
@@ -72,6 +71,12 @@ def describe(
         numerics={},
         files={},
     )
+
+
+def _activations(pipeline: Pipeline) -> Activations:
+    """What the kernels of the routed experts read."""
+    chosen = [item.activations for item in pipeline.passes if isinstance(item, QuantizeExperts)]
+    return "int8" if "int8" in chosen else "float"
 
 
 def versions() -> Versions:
