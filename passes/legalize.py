@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from tvm import IRModule, relax
+from tvm import IRModule, relax, tirx
 from tvm.relax.expr_functor import PyExprMutator, mutator
 
 from moqc.errors import TargetError
 from moqc.ir import ops
-from moqc.ir.sites import bindings
+from moqc.ir.annotations import KERNELS, Key
+from moqc.ir.sites import bindings, weight_names
 from moqc.passes.base import Pass, PassContext
 from moqc.passes.patterns import is_top, match_linear, match_rms_norm
 from moqc.schedules.cpu.lower import lower_embedding, lower_linear, lower_mixed_experts
@@ -44,6 +45,7 @@ class Legalize(Pass):
     """Replace the operators that moqc has kernels for by calls of these kernels."""
 
     name: ClassVar[str] = "legalize"
+    writes: ClassVar[tuple[Key[Any], ...]] = (KERNELS,)
 
     def run(self, mod: IRModule, ctx: PassContext) -> IRModule:
         """Lower main for `ctx.target`. Raises TargetError when the target has no kernels."""
@@ -55,7 +57,42 @@ class Legalize(Pass):
         lowering.builder_.update_func(mod.get_global_var("main"), relax.analysis.remove_all_unused(main))
         result = lowering.builder_.get()
         # The builder's module starts without attributes.
-        return result if mod.attrs is None else result.with_attrs(dict(mod.attrs.items()))
+        result = result if mod.attrs is None else result.with_attrs(dict(mod.attrs.items()))
+        return KERNELS.put(result, packed_kernels(mod))
+
+
+def packed_kernels(mod: IRModule) -> list[dict[str, Any]]:
+    """One call of each kind of packed operator in main, for the value of KERNELS.
+
+    Calls are of one kind when the same code serves them: all is equal but the site and its weights.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for _, call in bindings(mod["main"]):
+        if not ops.is_call(call, ops.MIXED_EXPERTS, ops.LINEAR, ops.EMBEDDING):
+            continue
+        named, attrs, names = ops.operands(call), ops.attributes(call), weight_names(mod)
+        inputs = ops.FIXED_ARGUMENTS[str(call.op.name)]
+        entry = {
+            "operator": str(call.op.name),
+            "attributes": attrs,
+            "arguments": {
+                name: {
+                    "shape": [_extent(e) for e in named[name].ty.shape],
+                    "dtype": str(named[name].ty.dtype),
+                }
+                for name in inputs
+            },
+            "parameters": {name: names[value] for name, value in named.items() if name not in inputs},
+        }
+        experts = _extent(named["table"].ty.shape[1]) if "table" in named else 0
+        kind = {**entry, "attributes": {**attrs, "site": ""}, "parameters": experts}
+        found.setdefault(repr(kind), entry)
+    return list(found.values())
+
+
+def _extent(extent: Any) -> int:
+    """An extent as an integer, -1 where it is symbolic."""
+    return int(extent) if isinstance(extent, tirx.IntImm) else -1
 
 
 @mutator

@@ -26,6 +26,7 @@ LAYERS = {
     "moqc.schedules": 5,
     "moqc.passes": 6,
     "moqc.pipelines": 7,
+    "moqc.certificate": 7,
     "moqc.codegen": 7,
     "moqc.package": 7,
     "moqc.manifest": 7,

@@ -116,6 +116,11 @@ LINEAR_BITS: Key[dict[str, str]] = Key(
 CACHE: Key[dict[str, Any]] = Key(
     "moqc.cache", "plan-cache", "context, batch and tensors (a list of shapes) of the key-value cache"
 )
+KERNELS: Key[list[dict[str, Any]]] = Key(
+    "moqc.kernels",
+    "legalize",
+    "one call of each packed operator with code of its own: operator, attributes, arguments, parameters",
+)
 
 KEYS: dict[str, Key[Any]] = {
     key.name: key
@@ -131,6 +136,7 @@ KEYS: dict[str, Key[Any]] = {
         BITS,
         LINEAR_BITS,
         CACHE,
+        KERNELS,
     )
 }
 """Every annotation moqc itself knows. A plug-in's own keys live under another prefix than ``moqc.``."""
