@@ -6,15 +6,15 @@ A matrix is cut into units of 16 rows x 256 columns; a unit of ``bits``-bit code
 and h of 2, v and j of 4): what it gives to the fp16 tensor-core instruction ``mma.m16n8k16``, in the order of
 its 16 bytes of activations.
 
-Columns ``(h = 0, h = 1)`` share a 32-bit word, 16 bits each; ``i = 4 * v + j`` numbers such pairs of a half
-unit. In each 16 bits, row ``g`` takes the low byte and row ``g + 8`` the high byte, pair ``i`` at bit
-``bits * (i % (8 // bits))``. Three bits have no such fit: three words hold eight pairs, row ``g`` at bits 0 and
-3, row ``g + 8`` at 9 and 12, the seventh pair and the eighth's row ``g`` at bit 6 of the words, the eighth's row
-``g + 8`` in their three bits 15.
+Columns ``(h = 0, h = 1)`` share a 32-bit word, 16 bits each; ``i = 4 * v + j`` numbers such pairs of a
+half unit. In each 16 bits, row ``g`` takes the low byte and row ``g + 8`` the high byte, pair ``i`` at
+bit ``bits * (i % (8 // bits))``. Three bits have no such fit: three words hold eight pairs, row ``g`` at
+bits 0 and 3, row ``g + 8`` at 9 and 12, the seventh pair and the eighth's row ``g`` at bit 6 of the
+words, the eighth's row ``g + 8`` in their three bits 15.
 
-One-bit codes are the metadata of the sparse instruction ``mma.sp.m16n8k32``, so a lane holds codes that meet the
-activations of others: of the columns above, number ``r = 32 * half + 8 * v + 2 * j + h`` of lane ``4 * g + q``
-is pair ``p = q + 4 * (r % 4)`` of product ``n = r // 4``; row ``g + 8 * row`` of it is bit
+One-bit codes are the metadata of the sparse instruction ``mma.sp.m16n8k32``, so a lane holds codes that
+meet the activations of others: of the columns above, number ``r = 32 * half + 8 * v + 2 * j + h`` of lane
+``4 * g + q`` is pair ``p = q + 4 * (r % 4)`` of product ``n = r // 4``; row ``g + 8 * row`` of it is bit
 ``16 * row + 2 * (p % 8) + n // 2 % 2`` of word ``n // 4`` of lane ``4 * g + 2 * (n % 2) + p // 8``.
 
 Rows are padded to 16 and columns to 256 with scale 0 and code 0.
@@ -91,7 +91,7 @@ def unpack_units(packed: PackedUnits, format: Format, rows: int, columns: int) -
 
 
 def _fields(bits: int, lane: int, half: int, pair: int, row: int, h: int) -> list[Field]:
-    """Where a code is: of `lane` of four, `pair` (0..15) of a half unit, row half `row`, column parity `h`."""
+    """Where a code is: of `lane` of four, `pair` (0..15) of a half unit, row half `row`, parity `h`."""
     if bits == 1:
         number = 32 * half + 2 * pair + h
         step, place = number // 4, lane + 4 * (number % 4)
