@@ -164,7 +164,7 @@ def _package(
         return StoredTensor.of(params.get(name)) if name in params else from_torch(checkpoint.load(name))
 
     logger.info("certifying kernels")
-    numerics = certify(mod, ctx.target, load)
+    numerics = certify(executable, mod, ctx.target, load)
     return write_artifact(
         out,
         draft.model_copy(update={"numerics": numerics}),

@@ -1,12 +1,12 @@
 """The numerics certificate: every compiled packed kernel against the reference, when the model is compiled.
 
-Each kernel is run on random inputs with the real packed weights of one of its sites, through the same
-lowering, scheduling and code generation as the model, and compared with `moqc.quant.reference`.
+The library has a function for each packed kernel, made by legalize, that calls the code main calls. It is run
+on random inputs with the real packed weights of one of its sites, and compared with `moqc.quant.reference`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,8 @@ import numpy as np
 import torch
 import tvm
 from numpy.typing import NDArray
-from tvm import IRModule, relax, tirx
+from tvm import IRModule, relax
+from tvm.relax.vm_build import VMExecutable
 
 from moqc.errors import InternalError
 from moqc.ir import ops
@@ -22,9 +23,6 @@ from moqc.ir.annotations import KERNELS
 from moqc.ir.sites import weight_names
 from moqc.log import track
 from moqc.manifest import KernelNumerics
-from moqc.passes.base import PassContext
-from moqc.passes.legalize import LOWERINGS
-from moqc.passes.schedule import Schedule
 from moqc.quant import reference
 from moqc.quant.formats import ROW_TILE, Format
 from moqc.quant.pack import Packed, unpack
@@ -41,12 +39,6 @@ TOKENS = (1, 5)
 SLAB = 256
 """Tiles of rows whose weights are dequantized at once: an output projection's are gigabytes together."""
 
-_BUILDERS: dict[str, Callable[..., relax.Call]] = {
-    ops.MIXED_EXPERTS: ops.mixed_experts,
-    ops.LINEAR: ops.linear,
-    ops.EMBEDDING: ops.embedding,
-}
-
 Arrays = Mapping[str, NDArray[Any]]
 
 
@@ -54,6 +46,7 @@ Arrays = Mapping[str, NDArray[Any]]
 class _Kernel:
     """An entry of KERNELS: a packed operator, how it is called and the weights it gets."""
 
+    function: str
     operator: str
     attributes: dict[str, Any]
     arguments: dict[str, dict[str, Any]]
@@ -89,8 +82,10 @@ class _Kernel:
         return tuple(extents)
 
 
-def certify(mod: IRModule, target: Target, load: Callable[[str], StoredTensor]) -> dict[str, KernelNumerics]:
-    """Measure every packed kernel of the lowered `mod`; description -> what was found.
+def certify(
+    executable: VMExecutable, mod: IRModule, target: Target, load: Callable[[str], StoredTensor]
+) -> dict[str, KernelNumerics]:
+    """Measure every packed kernel of `executable`, built from `mod`; description -> what was found.
 
     `load` gives the stored form of a parameter of main. Where this machine lacks a feature of `target`
     nothing is run, and the entries say so. Raises InternalError when an error is over its tolerance.
@@ -105,51 +100,20 @@ def certify(mod: IRModule, target: Target, load: Callable[[str], StoredTensor]) 
     if not kernels:
         return {}
     types = {name: variable.ty for variable, name in weight_names(mod).items()}
-    machine = _compile(kernels, types, target)
+    machine = relax.VirtualMachine(executable, tvm.cpu())
     found = {}
-    for number, kernel in enumerate(track(kernels, "certifying kernels")):
+    for kernel in track(kernels, "certifying kernels"):
         weights = {
             name: _array(types[parameter], load(parameter)) for name, parameter in kernel.parameters.items()
         }
-        found[str(kernel)] = _measure(kernel, machine[_name(number)], weights)
+        found[str(kernel)] = _measure(kernel, machine[kernel.function], weights)
     return found
-
-
-def _name(number: int) -> str:
-    return f"kernel_{number}"
 
 
 def _array(ty: relax.TensorType, stored: StoredTensor) -> NDArray[Any]:
     array = np.empty([int(extent) for extent in ty.shape], str(ty.dtype))
     stored.copy_to(array)
     return array
-
-
-def _compile(
-    kernels: Sequence[_Kernel], types: Mapping[str, relax.TensorType], target: Target
-) -> relax.VirtualMachine:
-    """A function for each kernel: its arguments, then its weights -> the result."""
-    builder = relax.BlockBuilder()
-    for number, kernel in enumerate(kernels):
-        extents = [tirx.Var(f"n{axis}", "int64") for axis in range(3)]
-        inputs = [
-            relax.Var(name, relax.TensorType(_symbolic(spec["shape"], extents), spec["dtype"]))
-            for name, spec in kernel.arguments.items()
-        ]
-        weights = [relax.Var(f"w{at}", types[name]) for at, name in enumerate(kernel.parameters.values())]
-        with builder.function(_name(number), [*inputs, *weights]):
-            with builder.dataflow():
-                call = _BUILDERS[kernel.operator](*inputs, *weights, **kernel.attributes)
-                lower = LOWERINGS[target.schedules][kernel.operator]
-                result = builder.emit_output(lower(builder, builder.normalize(call), target))
-            builder.emit_func_output(result)
-    scheduled = Schedule()(builder.get(), PassContext(target=target))
-    executable = tvm.compile(scheduled, tvm.target.Target(target.tvm))
-    return relax.VirtualMachine(executable, tvm.cpu())
-
-
-def _symbolic(shape: Sequence[int], extents: Sequence[tirx.Var]) -> list[Any]:
-    return [extents[axis] if extent < 0 else extent for axis, extent in enumerate(shape)]
 
 
 def _measure(kernel: _Kernel, run: Callable[..., Any], weights: Arrays) -> KernelNumerics:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from tvm import IRModule, relax, tirx
+from tvm import IRModule, relax
 from tvm.relax.expr_functor import PyExprMutator, mutator
 
 from moqc.errors import TargetError
 from moqc.ir import ops
 from moqc.ir.annotations import KERNELS, Key
-from moqc.ir.sites import bindings, weight_names
+from moqc.ir.sites import bindings
 from moqc.passes.base import Pass, PassContext
+from moqc.passes.packed_kernels import Lowering, add_functions, packed_kernels
 from moqc.passes.patterns import is_top, match_linear, match_rms_norm
 from moqc.schedules.cpu.lower import lower_embedding, lower_linear, lower_mixed_experts
 from moqc.schedules.cpu.lower_dense import (
@@ -24,8 +24,6 @@ from moqc.schedules.cpu.lower_dense import (
     lower_topk,
 )
 from moqc.targets import Target
-
-Lowering = Callable[[relax.BlockBuilder, relax.Call, Target], relax.Expr]
 
 LOWERINGS: dict[str, dict[str, Lowering]] = {
     "cpu": {
@@ -42,7 +40,10 @@ LOWERINGS: dict[str, dict[str, Lowering]] = {
 
 @dataclass(frozen=True)
 class Legalize(Pass):
-    """Replace the operators that moqc has kernels for by calls of these kernels."""
+    """Replace the operators that moqc has kernels for by calls of these kernels.
+
+    Of each packed kernel there is also a function of its own, for `moqc.certificate` to run.
+    """
 
     name: ClassVar[str] = "legalize"
     writes: ClassVar[tuple[Key[Any], ...]] = (KERNELS,)
@@ -55,44 +56,13 @@ class Legalize(Pass):
         lowering = _Lowering(mod.clone(), target)
         main = lowering.visit_expr(mod["main"])
         lowering.builder_.update_func(mod.get_global_var("main"), relax.analysis.remove_all_unused(main))
-        result = lowering.builder_.get()
+        kernels = packed_kernels(mod)
+        builder = relax.BlockBuilder(lowering.builder_.get())
+        add_functions(builder, kernels, mod, LOWERINGS[target.schedules], target)
+        result = builder.get()
         # The builder's module starts without attributes.
         result = result if mod.attrs is None else result.with_attrs(dict(mod.attrs.items()))
-        return KERNELS.put(result, packed_kernels(mod))
-
-
-def packed_kernels(mod: IRModule) -> list[dict[str, Any]]:
-    """One call of each kind of packed operator in main, for the value of KERNELS.
-
-    Calls are of one kind when the same code serves them: all is equal but the site and its weights.
-    """
-    found: dict[str, dict[str, Any]] = {}
-    for _, call in bindings(mod["main"]):
-        if not ops.is_call(call, ops.MIXED_EXPERTS, ops.LINEAR, ops.EMBEDDING):
-            continue
-        named, attrs, names = ops.operands(call), ops.attributes(call), weight_names(mod)
-        inputs = ops.FIXED_ARGUMENTS[str(call.op.name)]
-        entry = {
-            "operator": str(call.op.name),
-            "attributes": attrs,
-            "arguments": {
-                name: {
-                    "shape": [_extent(e) for e in named[name].ty.shape],
-                    "dtype": str(named[name].ty.dtype),
-                }
-                for name in inputs
-            },
-            "parameters": {name: names[value] for name, value in named.items() if name not in inputs},
-        }
-        experts = _extent(named["table"].ty.shape[1]) if "table" in named else 0
-        kind = {**entry, "attributes": {**attrs, "site": ""}, "parameters": experts}
-        found.setdefault(repr(kind), entry)
-    return list(found.values())
-
-
-def _extent(extent: Any) -> int:
-    """An extent as an integer, -1 where it is symbolic."""
-    return int(extent) if isinstance(extent, tirx.IntImm) else -1
+        return KERNELS.put(result, kernels)
 
 
 @mutator

@@ -8,7 +8,7 @@ import pytest
 import torch
 from tvm import relax
 
-from moqc import certificate
+from moqc import certificate, codegen
 from moqc.calibrate.workspace import ParamStore
 from moqc.certificate import TOLERANCES, certify
 from moqc.errors import InternalError
@@ -116,11 +116,12 @@ def lowered(weights, folder, activations):
     mod = rewrite_experts(mod, weights, params, activations)
     mod = QuantizeLinears(linears="int4-g64", activations=activations)(mod, ctx)
     mod = Schedule()(Legalize()(mod, ctx), ctx)
+    executable = codegen.build(mod, ctx.target)
 
     def load(name):
         return StoredTensor.of(params.get(name)) if name in params else from_torch(weights.load(name))
 
-    return mod, load
+    return executable, mod, load
 
 
 EXPERTS = (
@@ -131,8 +132,8 @@ EXPERTS = (
 
 @pytest.mark.parametrize("mode", ["float", "int8"])
 def test_every_packed_kernel_is_measured_once(weights, tmp_path, mode):
-    mod, load = lowered(weights, tmp_path, mode)
-    found = certify(mod, find_target("native"), load)
+    executable, mod, load = lowered(weights, tmp_path, mode)
+    found = certify(executable, mod, find_target("native"), load)
     assert {name: record.site for name, record in found.items()} == {
         "embedding int8-g64-sym 64 columns of (n, n)": "embed",
         f"{EXPERTS} {mode}": "experts",
@@ -140,6 +141,11 @@ def test_every_packed_kernel_is_measured_once(weights, tmp_path, mode):
         f"linear int4-g64 64 rows of (n, 64) {mode}": "o",  # and of k: the same code
         f"linear int8-g64-sym 40 rows of (n, 64) {mode}": "embed",
     }
+    kernels = [
+        dict(f.attrs["moqc.kernel"])["kind"] for f in mod.functions.values() if "moqc.kernel" in f.attrs
+    ]
+    assert kernels.count("linear") == 3  # the certificate runs the code of main, not a copy
+    assert kernels.count("gate_up") == kernels.count("embedding") == 1
     for name, record in found.items():
         assert record.not_run is None
         tolerance = TOLERANCES["float" if name.startswith("embedding") else mode]
@@ -154,20 +160,21 @@ def test_a_wrong_kernel_is_refused(weights, tmp_path, monkeypatch, factor):
         result = builder.emit(lower_linear(builder, call, target))
         return relax.op.multiply(result, relax.const(factor, "float32"))
 
-    mod, load = lowered(weights, tmp_path, "float")
     monkeypatch.setitem(LOWERINGS["cpu"], ops.LINEAR, wrong)
+    executable, mod, load = lowered(weights, tmp_path, "float")
     with pytest.raises(InternalError, match=r"q: the compiled kernel 'linear int4-g64 .* relative error"):
-        certify(mod, find_target("native"), load)
+        certify(executable, mod, find_target("native"), load)
 
 
 def test_a_host_without_the_instructions_says_so(weights, tmp_path, monkeypatch):
-    mod, load = lowered(weights, tmp_path, "float")
+    executable, mod, load = lowered(weights, tmp_path, "float")
     monkeypatch.setattr(certificate, "host_features", lambda: find_target("x86-64-v3").features - {"fma"})
-    found = certify(mod, find_target("x86-64-v3"), load)
+    found = certify(executable, mod, find_target("x86-64-v3"), load)
     assert {record.not_run for record in found.values()} == {"host lacks fma"}
     assert {record.max_relative_error for record in found.values()} == {None}
 
 
 def test_nothing_packed_is_nothing_certified(tmp_path):
     ctx = PassContext(target=find_target("native"))
-    assert certify(Legalize()(parse_module(MOE), ctx), ctx.target, lambda name: pytest.fail(name)) == {}
+    mod = Schedule()(Legalize()(parse_module(MOE), ctx), ctx)
+    assert certify(codegen.build(mod, ctx.target), mod, ctx.target, lambda name: pytest.fail(name)) == {}
