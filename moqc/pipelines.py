@@ -12,18 +12,25 @@ from moqc.errors import BudgetError, UserError
 from moqc.log import logger
 from moqc.passes.allocate_bits import MOST_BITS
 from moqc.passes.base import PassContext
+from moqc.passes.measure_costs import FORMATS
 from moqc.passes.pipeline import Pipeline
 from moqc.quant.allocators.table import find_allocator
 from moqc.quant.formats import Format
 
 DEFAULT_QUANTIZER = "gptq"
+WIDEST_BITS = 4.0
+"""Budget up to which 8-bit candidates are not worth their measurement."""
 MCMOE_EXTRA_BITS = (32 - 24) / 128
-"""Bits a weight by which MC-MoE's storage (float16 scale and zero) exceeds the formats its plans are made of."""
+"""Bits a weight by which MC-MoE's storage (float16 scale and zero) exceeds that of its plans' formats."""
 ANALYSES = {
     "uniform": (),
     "frequency": ("profile-activation",),
     "pmq": ("profile-activation", "measure-block-errors"),
-    "global": ("profile-channels", "measure-sensitivity", "measure-costs{{quantizer={quantizer}}}"),
+    "global": (
+        "profile-channels",
+        "measure-sensitivity",
+        "measure-costs{{quantizer={quantizer} formats={formats}}}",
+    ),
 }
 """What an allocator reads is measured by these passes; any other allocator gets all of them."""
 
@@ -69,7 +76,8 @@ def allocation_pipeline(plan: Plan, bits: float) -> Pipeline:
     # What is measured with a simulated quantizer is measured with the one whose formats are real.
     quantizer = plan.quantizer if plan.quantizer in ("rtn", "gptq") else DEFAULT_QUANTIZER
     analyses = ANALYSES.get(plan.allocator, (*ANALYSES["pmq"], *ANALYSES["global"]))
-    texts = [text.format(quantizer=quantizer) for text in analyses]
+    formats = FORMATS if bits <= WIDEST_BITS else (*FORMATS, "int8-g128")
+    texts = [text.format(quantizer=quantizer, formats="+".join(formats)) for text in analyses]
     if plan.quantizer == "mcmoe":
         bits -= MCMOE_EXTRA_BITS
     texts.append(f"allocate-bits{{bits={bits:g} allocator={plan.allocator}}}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
+import shutil
 import sys
 
 import typer
@@ -59,6 +60,16 @@ def diagnose() -> tuple[dict[str, str], list[str]]:
         found["native target"] = find_target("native").name
     except TargetError as error:
         problems.append(str(error))
+    try:
+        from moqc.codegen import LINKERS
+    except (ImportError, OSError) as error:
+        problems.append(f"the compiler does not load: {error}")
+    else:
+        linker = next((path for name in LINKERS if (path := shutil.which(name))), None)
+        if linker is None:
+            problems.append(f"no C compiler to link libraries with; install one of {', '.join(LINKERS)}")
+        else:
+            found["linker"] = linker
     found["cores"] = str(available_cores())
     found["cache"] = str(default_root())
     return found, problems
