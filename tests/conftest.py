@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,9 @@ import pytest
 from moqc.manifest import CacheSpec, Generation, Manifest, Parameter, Sizes, Source, TargetRecord, Versions
 from moqc.package import WeightCounts, write_artifact
 from moqc.tensorfile import StoredTensor
+
+# Tests run in one process a core (pytest-xdist); more threads would only wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 TEXT = "Il était une fois — 🦊 naïve fox. The end."
 CONTEXT, BATCH, CHUNK = 64, 2, 8
