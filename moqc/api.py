@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +20,7 @@ from moqc.inputs import (
     resolve_model,
 )
 from moqc.log import logger
-from moqc.manifest import Manifest, read_manifest
+from moqc.manifest import LIBRARY, Manifest, read_manifest
 from moqc.package import check_output, from_torch, write_artifact
 from moqc.targets import find_target
 from moqc.tensorfile import StoredTensor
@@ -163,17 +165,25 @@ def _package(
     def load(name: str) -> StoredTensor:
         return StoredTensor.of(params.get(name)) if name in params else from_torch(checkpoint.load(name))
 
-    logger.info("certifying kernels")
-    numerics = certify(executable, mod, ctx.target, load)
-    return write_artifact(
-        out,
-        draft.model_copy(update={"numerics": numerics}),
-        export_library=lambda path: export(executable, path),
-        load=load,
-        counts=count_weights(mod, checkpoint),
-        source=checkpoint.path,
-        force=force,
-    )
+    # The certificate is of the very file that is shipped, and machine code is generated when it is written.
+    with tempfile.TemporaryDirectory(prefix="moqc-") as folder:
+        library = Path(folder) / LIBRARY
+        export(executable, library)
+
+        def place(path: Path) -> None:
+            shutil.move(library, path)
+
+        logger.info("certifying kernels")
+        numerics = certify(library, mod, ctx.target, load)
+        return write_artifact(
+            out,
+            draft.model_copy(update={"numerics": numerics}),
+            export_library=place,
+            load=load,
+            counts=count_weights(mod, checkpoint),
+            source=checkpoint.path,
+            force=force,
+        )
 
 
 def opt(

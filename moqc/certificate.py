@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,6 @@ import torch
 import tvm
 from numpy.typing import NDArray
 from tvm import IRModule, relax
-from tvm.relax.vm_build import VMExecutable
 
 from moqc.errors import InternalError
 from moqc.ir import ops
@@ -83,9 +83,9 @@ class _Kernel:
 
 
 def certify(
-    executable: VMExecutable, mod: IRModule, target: Target, load: Callable[[str], StoredTensor]
+    library: Path, mod: IRModule, target: Target, load: Callable[[str], StoredTensor]
 ) -> dict[str, KernelNumerics]:
-    """Measure every packed kernel of `executable`, built from `mod`; description -> what was found.
+    """Measure every packed kernel of the compiled `library`, built from `mod`; description -> what was found.
 
     `load` gives the stored form of a parameter of main. Where this machine lacks a feature of `target`
     nothing is run, and the entries say so. Raises InternalError when an error is over its tolerance.
@@ -100,7 +100,7 @@ def certify(
     if not kernels:
         return {}
     types = {name: variable.ty for variable, name in weight_names(mod).items()}
-    machine = relax.VirtualMachine(executable, tvm.cpu())
+    machine = relax.VirtualMachine(tvm.runtime.load_module(str(library)), tvm.cpu())
     found = {}
     for kernel in track(kernels, "certifying kernels"):
         weights = {

@@ -116,12 +116,13 @@ def lowered(weights, folder, activations):
     mod = rewrite_experts(mod, weights, params, activations)
     mod = QuantizeLinears(linears="int4-g64", activations=activations)(mod, ctx)
     mod = Schedule()(Legalize()(mod, ctx), ctx)
-    executable = codegen.build(mod, ctx.target)
+    library = folder / "model.so"
+    codegen.export(codegen.build(mod, ctx.target), library)
 
     def load(name):
         return StoredTensor.of(params.get(name)) if name in params else from_torch(weights.load(name))
 
-    return executable, mod, load
+    return library, mod, load
 
 
 EXPERTS = (
@@ -132,8 +133,8 @@ EXPERTS = (
 
 @pytest.mark.parametrize("mode", ["float", "int8"])
 def test_every_packed_kernel_is_measured_once(weights, tmp_path, mode):
-    executable, mod, load = lowered(weights, tmp_path, mode)
-    found = certify(executable, mod, find_target("native"), load)
+    library, mod, load = lowered(weights, tmp_path, mode)
+    found = certify(library, mod, find_target("native"), load)
     assert {name: record.site for name, record in found.items()} == {
         "embedding int8-g64-sym 64 columns of (n, n)": "embed",
         f"{EXPERTS} {mode}": "experts",
@@ -161,15 +162,15 @@ def test_a_wrong_kernel_is_refused(weights, tmp_path, monkeypatch, factor):
         return relax.op.multiply(result, relax.const(factor, "float32"))
 
     monkeypatch.setitem(LOWERINGS["cpu"], ops.LINEAR, wrong)
-    executable, mod, load = lowered(weights, tmp_path, "float")
+    library, mod, load = lowered(weights, tmp_path, "float")
     with pytest.raises(InternalError, match=r"q: the compiled kernel 'linear int4-g64 .* relative error"):
-        certify(executable, mod, find_target("native"), load)
+        certify(library, mod, find_target("native"), load)
 
 
 def test_a_host_without_the_instructions_says_so(weights, tmp_path, monkeypatch):
-    executable, mod, load = lowered(weights, tmp_path, "float")
+    library, mod, load = lowered(weights, tmp_path, "float")
     monkeypatch.setattr(certificate, "host_features", lambda: find_target("x86-64-v3").features - {"fma"})
-    found = certify(executable, mod, find_target("x86-64-v3"), load)
+    found = certify(library, mod, find_target("x86-64-v3"), load)
     assert {record.not_run for record in found.values()} == {"host lacks fma"}
     assert {record.max_relative_error for record in found.values()} == {None}
 
@@ -177,4 +178,4 @@ def test_a_host_without_the_instructions_says_so(weights, tmp_path, monkeypatch)
 def test_nothing_packed_is_nothing_certified(tmp_path):
     ctx = PassContext(target=find_target("native"))
     mod = Schedule()(Legalize()(parse_module(MOE), ctx), ctx)
-    assert certify(codegen.build(mod, ctx.target), mod, ctx.target, lambda name: pytest.fail(name)) == {}
+    assert certify(tmp_path / "absent.so", mod, ctx.target, lambda name: pytest.fail(name)) == {}
