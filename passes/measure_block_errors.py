@@ -7,10 +7,11 @@ from typing import Any, ClassVar
 
 from tvm import IRModule
 
-from moqc.calibrate.costs import BLOCK_ERROR_BITS, measure_block_errors
+from moqc.calibrate.costs import measure_block_errors
 from moqc.ir.annotations import BLOCK_ERRORS, Key
 from moqc.passes.base import Pass, PassContext
 from moqc.passes.scaling import to_integers
+from moqc.quant.problem import MCMOE_BITS
 
 LARGEST = 10**9
 
@@ -40,6 +41,4 @@ def _site(by_expert: list[list[float]]) -> dict[str, list[int]]:
     largest = max(max(errors) for errors in by_expert)
     scale = LARGEST / largest if largest > 0 else 0.0
     columns = zip(*by_expert, strict=True)
-    return {
-        str(bits): to_integers(column, scale) for bits, column in zip(BLOCK_ERROR_BITS, columns, strict=True)
-    }
+    return {str(bits): to_integers(column, scale) for bits, column in zip(MCMOE_BITS, columns, strict=True)}

@@ -28,13 +28,12 @@ from moqc.log import track
 from moqc.quant.formats import Format
 from moqc.quant.gptq import quantize_gptq
 from moqc.quant.mcmoe import mcmoe_rtn
+from moqc.quant.problem import MCMOE_BITS
 from moqc.quant.rtn import quantize_rtn
+from moqc.quant.versions import QUANTIZER_VERSIONS
 
 VERSION = 1
-"""Of what is measured here; part of every cache key."""
-
-BLOCK_ERROR_BITS = (1, 2, 3)
-"""Widths that MC-MoE allots."""
+"""Of what is measured here; part of every cache key, as are the versions of the quantizers."""
 
 NOISE = 0.1
 """Norm of the noise that probes a block, relative to its output of the same token.
@@ -57,11 +56,14 @@ def measure_costs(
     from the sample of `SiteStatistics`: the squared error in the block's output when this unit alone is
     quantized with `quantizer` ("gptq" or "rtn"). Cached by site and format in the statistics' workspace.
     """
-    workspace = statistics.workspace
+    workspace, version = statistics.workspace, QUANTIZER_VERSIONS[quantizer]
     model = LayeredModel(checkpoint)
     costs: dict[str, SiteCosts] = {}
     for site in track(statistics.sites, "measuring costs"):
-        keys = {fmt: digest("costs", VERSION, statistics.keys[site], quantizer, str(fmt)) for fmt in formats}
+        keys = {
+            fmt: digest("costs", VERSION, version, statistics.keys[site], quantizer, str(fmt))
+            for fmt in formats
+        }
         missing = [fmt for fmt in formats if not workspace.has(keys[fmt])]
         if missing:
             weights, measured = model.experts(site), statistics.of(site)
@@ -102,19 +104,20 @@ def measure_block_errors(
 
     ``Σ_batches ‖block(x) - block(x; expert quantized)‖_F`` with full-precision inputs, groups of 128.
     """
-    key = digest("block-errors", VERSION, STATISTICS_VERSION, checkpoint.fingerprint, calibration.fingerprint)
+    versions = [VERSION, STATISTICS_VERSION, QUANTIZER_VERSIONS["mcmoe"]]
+    key = digest("block-errors", versions, checkpoint.fingerprint, calibration.fingerprint)
     model = LayeredModel(checkpoint)
     keys = analyze_sites(model, calibration, workspace, key, _block_errors, "measuring block errors")
     return {site: workspace.load_tensors(keys[site])["errors"].tolist() for site in keys}
 
 
 def _block_errors(site: str, captured: Captured, weights: ExpertWeights) -> dict[str, Tensor]:
-    errors = torch.zeros(weights.expert_count, len(BLOCK_ERROR_BITS), dtype=torch.float64)
+    errors = torch.zeros(weights.expert_count, len(MCMOE_BITS), dtype=torch.float64)
     batch_of = torch.arange(len(captured.batches)).repeat_interleave(torch.tensor(captured.batches))
     for expert, tokens, gates in captured.routed(weights.expert_count):
         x = captured.x[tokens]
         exact = weights.output(expert, x)
-        for column, bits in enumerate(BLOCK_ERROR_BITS):
+        for column, bits in enumerate(MCMOE_BITS):
             one = slice(expert, expert + 1)
             changed = {name: mcmoe_rtn(weights.matrices(name)[one], bits) for name in weights.projections}
             difference = weights.only(expert).substitute(**changed).output(0, x) - exact

@@ -24,9 +24,10 @@ from moqc.quant.mcmoe import quantize_mcmoe
 from moqc.quant.reference import Activations
 from moqc.quant.rtn import quantize_rtn
 from moqc.quant.tensor import Quantized
+from moqc.quant.versions import QUANTIZER_VERSIONS
 
 VERSION = 1
-"""Of the quantization procedure; part of every cache key."""
+"""Of the procedure around the quantizers; part of every cache key, as are the versions of the quantizers."""
 
 QUANTIZERS = ("rtn", "gptq", "mcmoe")
 """``rtn``: rounding with clip search, no data. ``gptq``: on the inputs that the quantized layers before give.
@@ -58,7 +59,7 @@ def quantize_experts(
         raise PipelineError(f"quantizer {quantizer} needs calibration text; rtn works without")
     model = LayeredModel(checkpoint)
     _check(plan, model)
-    keys = _keys(model, plan, quantizer, calibration, workspace)
+    keys = _keys(model, plan, quantizer, calibration)
     missing = [index for index in range(model.layer_count) if not _cached(model, index, keys, workspace)]
     if missing and (quantizer == "rtn" or calibration is None):
         _round_sites(model, plan, keys, workspace)
@@ -83,10 +84,11 @@ def _check(plan: Plan, model: LayeredModel) -> None:
 
 
 def _keys(
-    model: LayeredModel, plan: Plan, quantizer: str, calibration: CalibrationSet | None, workspace: Workspace
+    model: LayeredModel, plan: Plan, quantizer: str, calibration: CalibrationSet | None
 ) -> dict[str, str]:
     source = None if quantizer == "rtn" or calibration is None else calibration.fingerprint
-    base = digest("quantized", VERSION, model.checkpoint.fingerprint, quantizer, source)
+    versions = [VERSION, QUANTIZER_VERSIONS[quantizer]]
+    base = digest("quantized", versions, model.checkpoint.fingerprint, quantizer, source)
     keys: dict[str, str] = {}
     chain = base
     for index in range(model.layer_count):

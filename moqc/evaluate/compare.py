@@ -35,6 +35,7 @@ from moqc.pipelines import Debug, Plan, allocation_pipeline, run_passes
 from moqc.quant.formats import Format
 from moqc.quant.rtn import quantize_rtn
 from moqc.quant.tensor import Quantized
+from moqc.quant.versions import QUANTIZER_VERSIONS
 
 VERSION = 1
 """Of the evaluation; part of the key of cached scores."""
@@ -144,7 +145,8 @@ class _Bench:
         formats = {} if store is None else {site: str(fmt) for site, fmt in self.linear_formats.items()}
         keys = [] if store is None else list(store.keys.values())
         names, arrays = list(self.windows), list(self.windows.values())
-        key = digest("scores", VERSION, self.checkpoint.fingerprint, keys, formats, names, arrays)
+        versions = [VERSION, QUANTIZER_VERSIONS["rtn"]]  # of the linears; the experts' keys have their own
+        key = digest("scores", versions, self.checkpoint.fingerprint, keys, formats, names, arrays)
         if not self.workspace.has(key):
             linears = {} if store is None else self._quantized_linears()
             logits = reference_forward(

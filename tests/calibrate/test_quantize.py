@@ -7,7 +7,7 @@ from torch import Tensor
 
 from moqc.calibrate.experts import ExpertWeights
 from moqc.calibrate.layers import LayeredModel
-from moqc.calibrate.quantize import quantize_experts, reference_forward
+from moqc.calibrate.quantize import QUANTIZERS, quantize_experts, reference_forward
 from moqc.calibrate.statistics import collect_statistics, shrink
 from moqc.calibrate.store import ExpertStore
 from moqc.calibrate.text import CalibrationSet
@@ -19,6 +19,7 @@ from moqc.quant.gptq import quantize_gptq
 from moqc.quant.mcmoe import quantize_mcmoe
 from moqc.quant.reference import experts
 from moqc.quant.rtn import quantize_rtn
+from moqc.quant.versions import QUANTIZER_VERSIONS
 
 MIXED = ["int2-g32", "int4-g32", "int2-g32", "int3-g32-sym", "int2-g32", "int8-g32", "int1-g32", "int4-g32"]
 
@@ -196,6 +197,18 @@ def test_results_are_cached_and_shared_by_plans_that_begin_alike(
     monkeypatch.setattr(LayeredModel, "start", None)  # all there: nothing runs any more
     again = quantize_experts(checkpoint, other, "gptq", calibration, workspace)
     assert torch.equal(again.dense(second, "down"), changed.dense(second, "down"))
+
+
+def test_results_of_another_version_of_the_quantizer_are_not_taken(
+    small: Any, workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert set(QUANTIZER_VERSIONS) == set(QUANTIZERS)
+    checkpoint = small().checkpoint
+    plan = plan_for(checkpoint, ["int2-g32"] * 8)
+    before = quantize_experts(checkpoint, plan, "rtn", None, workspace).keys
+    monkeypatch.setitem(QUANTIZER_VERSIONS, "rtn", 1000)
+    after = quantize_experts(checkpoint, plan, "rtn", None, workspace).keys
+    assert not set(before.values()) & set(after.values())
 
 
 def test_a_changed_earlier_layer_changes_the_later_ones(
