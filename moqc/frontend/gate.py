@@ -24,10 +24,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import transformers
+import tvm
 from tvm import IRModule
 
 import moqc
-from moqc.errors import ModelError
+from moqc.errors import ModelError, UserError
 from moqc.frontend.hf import export, import_program
 from moqc.frontend.hooks import hook
 from moqc.frontend.shrink import shrink
@@ -65,7 +66,7 @@ def verify_architecture(
     """Verify the architecture of `config` on a tiny model, or return the cached verdict.
 
     `target` names what `compile_and_run` compiles for. A verdict is kept in ``cache_dir/gate`` by the target,
-    the versions of moqc, transformers and torch, and the tiny configuration. Only passes are kept.
+    the versions of moqc, transformers, torch and TVM, and the tiny configuration. Only passes are kept.
 
     Raises:
         ModelError: naming the model type, the stage and the reason.
@@ -81,17 +82,22 @@ def verify_architecture(
 
 
 def _key(small: transformers.PretrainedConfig, target: str) -> str:
-    versions = (moqc.__version__, transformers.__version__, torch.__version__)
+    versions = (moqc.__version__, transformers.__version__, torch.__version__, tvm.__version__)
     text = json.dumps([versions, target, type(small).__name__, small.to_dict()], sort_keys=True, default=str)
     return f"{small.model_type}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
 
 def _write(file: Path, text: str) -> None:
-    """Write atomically: a cache is read by other processes."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False, encoding="utf-8") as stream:
-        stream.write(text)
-    os.replace(stream.name, file)
+    """Write atomically: a cache is read by other processes. Raises UserError where it cannot write."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False, encoding="utf-8") as stream:
+            stream.write(text)
+        os.replace(stream.name, file)
+    except OSError as error:
+        raise UserError(
+            f"{file.parent}: cannot write there ({error.strerror}); give another --cache"
+        ) from error
 
 
 def _measure(small: transformers.PretrainedConfig, compile_and_run: CompileAndRun) -> Verdict:
