@@ -36,5 +36,6 @@ class MeasureSensitivity(Pass):
             tokens=self.tokens,
             seed=ctx.seed,
         )
-        scaled = to_integers(list(found.values()), LARGEST / max(found.values()))
+        largest = max(found.values())
+        scaled = to_integers(found.values(), LARGEST / largest if largest > 0 else 0.0)
         return SENSITIVITY.put(mod, dict(zip(found, scaled, strict=True)))

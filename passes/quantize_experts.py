@@ -24,6 +24,8 @@ from moqc.quant.pack import Packed, pack
 from moqc.quant.tensor import Quantized
 
 ACTIVATIONS = ("float", "int8")
+QUANTIZERS = ("gptq", "rtn")
+"""Those of `moqc.calibrate.quantize` whose results moqc's formats can store."""
 
 
 class ExpertProvider(Protocol):
@@ -37,8 +39,8 @@ class ExpertProvider(Protocol):
 class QuantizeExperts(Pass):
     """Quantize the routed experts as moqc.bits says and group them into bit classes.
 
-    `quantizer` is a name of `moqc.calibrate.quantize`; `activations` tells whether the kernels read their
-    inputs as floats or quantize them to int8 by groups of 32.
+    `quantizer` is "gptq" or "rtn"; `activations` tells whether the kernels read their inputs as floats or
+    quantize them to int8 by groups of 32.
     """
 
     name: ClassVar[str] = "quantize-experts"
@@ -53,6 +55,10 @@ class QuantizeExperts(Pass):
 
         checkpoint, workspace = ctx.need("checkpoint", self.name), ctx.need("workspace", self.name)
         params = ctx.need("params", self.name)
+        if self.quantizer not in QUANTIZERS:
+            raise PipelineError(
+                f"{self.name}: quantizer={self.quantizer} is not one of {', '.join(QUANTIZERS)}"
+            )
         sites = check_plan(mod, self.activations)
         if not sites:
             return mod

@@ -240,3 +240,8 @@ def test_refuses_a_provider_that_ignores_the_plan(moe: IRModule, checkpoint, tmp
 def test_needs_a_checkpoint(moe: IRModule) -> None:
     with pytest.raises(PipelineError, match="quantize-experts needs a checkpoint"):
         QuantizeExperts()(BITS.put(moe, PLAN), PassContext())
+
+
+def test_refuses_a_quantizer_that_only_simulates(moe: IRModule) -> None:
+    with pytest.raises(PipelineError, match="quantizer=mcmoe is not one of gptq, rtn"):
+        QuantizeExperts(quantizer="mcmoe").run(BITS.put(moe, PLAN), PassContext(*[object()] * 5))
