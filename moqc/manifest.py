@@ -138,7 +138,7 @@ class Manifest(Record):
     vocabulary: int
     generation: Generation
     numerics: dict[str, KernelNumerics]
-    """The certificate: description of a kernel -> its largest relative error against the reference."""
+    """The certificate: description of a kernel -> its errors against the reference."""
     quality: dict[str, float] | None = None
     """Metrics against the source model where they were measured."""
     files: dict[str, FileRecord]

@@ -138,8 +138,6 @@ def activation_expr(name: str, gate: tirx.Expr | None, up: tirx.Expr) -> tirx.Ex
         raise InternalError(f"activation {name} needs a gate projection")
     if kind in _GATED:
         return _GATED[kind](gate) * up
-    if limit is None:
-        raise InternalError(f"activation {name} has no limit")
     capped, clamped = tirx.min(gate, _constant(limit, gate)), _clamp(up, -limit, limit)
     if kind == "oai_swiglu":
         return capped * sigmoid(capped * alpha) * (clamped + 1.0)

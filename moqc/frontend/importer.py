@@ -25,7 +25,6 @@ Piece = tuple[relax.Expr, int, int]
 """A part of a concatenation, and its first and last + 1 position along the axis."""
 Pieces = tuple[int, list[Piece]]
 """The axis of a concatenation, and its parts."""
-_OPERANDS = ops.EXPERT_OPERANDS
 
 
 class Importer(ExportedProgramImporter):  # type: ignore[misc]  # tvm ships no types
@@ -104,9 +103,8 @@ class Importer(ExportedProgramImporter):  # type: ignore[misc]  # tvm ships no t
 
     def _experts(self, node: Node) -> relax.Var:
         x, ids, weights, *tensors, site, activation = self._all_arguments(node)
-        names = ("gate", "up", "down", "gate_bias", "up_bias", "down_bias")
-        given = dict(zip(names, tensors, strict=True))
-        present = [name for name in _OPERANDS if given[name] is not None]
+        given = dict(zip(ops.EXPERT_OPERANDS, tensors, strict=True))
+        present = [name for name, tensor in given.items() if tensor is not None]
         call = ops.experts(
             x, ids, weights, *(given[n] for n in present), site=site, activation=activation, operands=present
         )

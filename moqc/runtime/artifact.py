@@ -23,7 +23,7 @@ from moqc.targets import host_features
 from moqc.tensorfile import StoredTensor, open_tensors
 
 HASHED_AT_LOAD = 1 << 30
-"""Parameter files up to this many bytes together are hashed whenever they are loaded (under a second)."""
+"""An artifact of up to this many bytes is hashed whenever it is loaded (under a second)."""
 
 
 class Artifact:
