@@ -8,6 +8,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+import hypothesis
 import numpy as np
 import pytest
 
@@ -17,6 +18,10 @@ from moqc.tensorfile import StoredTensor
 
 # Tests run in one process a core (pytest-xdist); more threads would only wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# How long an example takes depends on what else runs on the machine.
+hypothesis.settings.register_profile("moqc", deadline=None)
+hypothesis.settings.load_profile("moqc")
 
 TEXT = "Il était une fois — 🦊 naïve fox. The end."
 CONTEXT, BATCH, CHUNK = 64, 2, 8

@@ -2,10 +2,10 @@
 
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -39,14 +39,13 @@ def test_help_is_quick_and_loads_no_heavy_library():
         "heavy = {'tvm', 'tvm_ffi', 'torch', 'transformers', 'numpy', 'scipy', 'rich', 'pydantic'}\n"
         "print(sorted(heavy & set(sys.modules)), file=sys.stderr)\n"
     )
-    seconds = []
-    for _ in range(3):
-        start = time.perf_counter()
-        run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-        seconds.append(time.perf_counter() - start)
-        assert run.stderr == "[]\n"
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert run.stderr == "[]\n"
     assert "compile" in run.stdout
-    assert min(seconds) < 1.0  # 0.25 s alone; the bound leaves room for a busy machine
+    # Processor time: what else runs on the machine does not count.
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.5
 
 
 def test_version(moqc):

@@ -1,4 +1,4 @@
-"""measure-costs, measure-sensitivity and measure-block-errors: encodings, and what reads them."""
+"""measure-costs: encoding, and what it reads."""
 
 from typing import Any
 
@@ -8,10 +8,8 @@ from tvm import IRModule
 from moqc.calibrate import costs
 from moqc.calibrate.statistics import collect_statistics
 from moqc.errors import PipelineError
-from moqc.ir.annotations import BLOCK_ERRORS, COSTS, SENSITIVITY
-from moqc.passes.measure_block_errors import MeasureBlockErrors
+from moqc.ir.annotations import COSTS, SENSITIVITY
 from moqc.passes.measure_costs import MeasureCosts
-from moqc.passes.measure_sensitivity import MeasureSensitivity
 from moqc.passes.pipeline import Pipeline
 from moqc.passes.profile_channels import ProfileChannels
 from moqc.passes.scaling import to_integers
@@ -51,27 +49,6 @@ def test_sensitivity_multiplies_costs(moe: IRModule, calibrated: Any) -> None:
         weighted[site]["up"]["int1-g32"][4] / plain[site]["up"]["int1-g32"][4] for site in (FIRST, SECOND)
     ]
     assert ratios[1] / ratios[0] == pytest.approx(4, rel=1e-6)
-
-
-def test_sensitivity_is_scaled_to_the_largest(moe: IRModule, calibrated: Any) -> None:
-    found = SENSITIVITY.of(MeasureSensitivity()(moe, calibrated))
-    expected = costs.measure_sensitivity(
-        calibrated.checkpoint, calibrated.calibration, calibrated.workspace, tokens=2048
-    )
-    largest = max(expected.values())
-    assert max(found.values()) == 10**9
-    assert found == pytest.approx({site: value / largest * 1e9 for site, value in expected.items()}, abs=1)
-
-
-def test_block_errors_are_scaled_by_site(moe: IRModule, calibrated: Any) -> None:
-    found = BLOCK_ERRORS.of(MeasureBlockErrors()(moe, calibrated))
-    expected = costs.measure_block_errors(calibrated.checkpoint, calibrated.calibration, calibrated.workspace)
-    for site, by_expert in expected.items():
-        largest = max(map(max, by_expert))
-        assert list(found[site]) == ["1", "2", "3"]
-        for column, bits in enumerate(("1", "2", "3")):
-            values = [errors[column] / largest * 1e9 for errors in by_expert]
-            assert found[site][bits] == pytest.approx(values, abs=1)
 
 
 @pytest.mark.parametrize(
