@@ -9,6 +9,7 @@ from tvm import IRModule
 
 from moqc.calibrate.costs import measure_sensitivity
 from moqc.ir.annotations import SENSITIVITY, Key
+from moqc.log import logger
 from moqc.passes.base import Pass, PassContext
 from moqc.passes.scaling import to_integers
 
@@ -36,6 +37,8 @@ class MeasureSensitivity(Pass):
             tokens=self.tokens,
             seed=ctx.seed,
         )
-        largest = max(found.values())
-        scaled = to_integers(found.values(), LARGEST / largest if largest > 0 else 0.0)
+        if not any(found.values()):
+            logger.warning("no block's noise changed the output: all blocks count the same")
+            found = dict.fromkeys(found, 1.0)
+        scaled = to_integers(found.values(), LARGEST / max(found.values()))
         return SENSITIVITY.put(mod, dict(zip(found, scaled, strict=True)))
