@@ -67,9 +67,8 @@ def main() -> None:
         ours.append(measure(MOQC, options.artifact, options.tokens, options.threads))
         theirs.append(measure(TRANSFORMERS, options.model, options.tokens, options.threads))
     for name, values in (("moqc", ours), ("transformers eager float32", theirs)):
-        print(
-            f"{name}: median {statistics.median(values):.1f} tokens/s (of {sorted(round(v, 1) for v in values)})"
-        )
+        spread = ", ".join(f"{value:.0f}" for value in sorted(values))
+        print(f"{name}: median {statistics.median(values):.1f} tokens/s (of {spread})")
     print(f"ratio of medians: {statistics.median(ours) / statistics.median(theirs):.2f}")
 
 

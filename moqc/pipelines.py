@@ -80,7 +80,7 @@ def allocation_pipeline(plan: Plan, bits: float) -> Pipeline:
     texts = [text.format(quantizer=quantizer, formats="+".join(formats)) for text in analyses]
     if plan.quantizer == "mcmoe":
         bits -= MCMOE_EXTRA_BITS
-    texts.append(f"allocate-bits{{bits={bits:g} allocator={plan.allocator}}}")
+    texts.append(f"allocate-bits{{bits={bits!r} allocator={plan.allocator}}}")
     return Pipeline.parse(",".join(texts))
 
 

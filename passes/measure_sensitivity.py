@@ -14,6 +14,8 @@ from moqc.passes.base import Pass, PassContext
 from moqc.passes.scaling import to_integers
 
 LARGEST = 10**9
+FLOOR = 1e-3
+"""Least sensitivity, as a share of the largest: a divergence lost in rounding must not make errors free."""
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,8 @@ class MeasureSensitivity(Pass):
     """Measure the KL divergence that a squared error in the output of each experts block causes.
 
     Noise is added to one block's output at a time, on `tokens` calibration tokens. Writes SENSITIVITY:
-    ``{site: int}``, KL divergence over squared error, scaled so that the largest is 1e9.
+    ``{site: int}``, KL divergence over squared error, scaled so that the largest is 1e9
+    and at least `FLOOR` of that.
     """
 
     name: ClassVar[str] = "measure-sensitivity"
@@ -40,5 +43,6 @@ class MeasureSensitivity(Pass):
         if not any(found.values()):
             logger.warning("no block's noise changed the output: all blocks count the same")
             found = dict.fromkeys(found, 1.0)
-        scaled = to_integers(found.values(), LARGEST / max(found.values()))
+        largest = max(found.values())
+        scaled = to_integers((max(value, FLOOR * largest) for value in found.values()), LARGEST / largest)
         return SENSITIVITY.put(mod, dict(zip(found, scaled, strict=True)))

@@ -18,3 +18,13 @@ def test_sensitivity_is_scaled_to_the_largest(moe: IRModule, calibrated: Any) ->
     largest = max(expected.values())
     assert max(found.values()) == 10**9
     assert found == pytest.approx({site: value / largest * 1e9 for site, value in expected.items()}, abs=1)
+
+
+def test_no_block_is_free(moe: IRModule, calibrated: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    sites = ["model.layers.0.mlp.experts", "model.layers.1.mlp.experts"]
+    monkeypatch.setattr(
+        "moqc.passes.measure_sensitivity.measure_sensitivity",
+        lambda *arguments, **options: dict(zip(sites, (0.5, 0.0), strict=True)),
+    )
+    found = SENSITIVITY.of(MeasureSensitivity()(moe, calibrated))
+    assert found == dict(zip(sites, (10**9, 10**6), strict=True))
