@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moqc.errors import InternalError, UserError
+from moqc.errors import InternalError, PipelineError, UserError
 from moqc.inputs import (
     check_architecture,
+    check_metadata,
     context_length,
     open_workspace,
     param_store,
@@ -114,10 +115,14 @@ def compile(
         if pipeline is None
         else Pipeline.parse(pipeline)
     )
+    if debug.stop_after is None:
+        check_metadata(checkpoint)
+        if start_from is None:
+            _check_buildable(passes)
     workspace = open_workspace(cache)
-    check_architecture(checkpoint, workspace, machine)
     calibrating = pipeline is not None or plan.needs_calibration
     texts = read_calibration(checkpoint, calibration, calibration_tokens, seed) if calibrating else None
+    check_architecture(checkpoint, workspace, machine)
     with param_store(workspace.root, debug.dump_ir, start_from) as params:
         ctx = PassContext(machine, checkpoint, texts, workspace, params, seed)
         chunk = min(MAX_CHUNK, length)
@@ -126,6 +131,19 @@ def compile(
         if debug.stop_after is not None:
             return print_module(mod)
         return _package(mod, ctx, passes, chunk, Path(out or ""), force=force)
+
+
+def _check_buildable(passes: Pipeline) -> None:
+    """PipelineError where no pass writes what packaging needs: say so before hours of work."""
+    from moqc.ir.annotations import CACHE, KERNELS
+
+    written = {key.name for item in passes.passes for key in item.writes}
+    for key in (CACHE, KERNELS):
+        if key.name not in written:
+            raise PipelineError(
+                f"the pipeline has no {key.writer}, without which there is nothing to build: "
+                "add it, or stop with --stop-after"
+            )
 
 
 def _input_module(

@@ -5,17 +5,22 @@ Exit codes: 0 done, 1 moqc failed, 2 the input is wrong (one line says how), 130
 
 from __future__ import annotations
 
+import signal
 import sys
 import traceback
-from collections.abc import Callable
-from typing import Annotated
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Annotated, Any, NoReturn
 
 import typer
 
 import moqc
 from moqc import log
 from moqc.commands import compare, compile, doctor, evaluate, inspect, lists, opt, run, verify
-from moqc.errors import InternalError, MoqcError
+from moqc.errors import InternalError, MoqcError, UserError
+
+INTERRUPTED = 130
 
 app = typer.Typer(
     name="moqc",
@@ -23,25 +28,39 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # rich would double the time of --help
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
 
-COMMANDS: dict[str, Callable[..., None]] = {
-    "compile": compile.command,
-    "run": run.command,
-    "eval": evaluate.command,
-    "compare": compare.command,
-    "inspect": inspect.command,
-    "verify": verify.command,
-    "opt": opt.command,
-    "passes": lists.passes,
-    "targets": lists.targets,
-    "allocators": lists.allocators,
-    "formats": lists.formats,
-    "doctor": doctor.command,
+# The base of typer's usage errors has no public name: newer versions bring a copy of click along.
+UsageError: type[Exception] = typer.BadParameter.__bases__[0]
+
+COMMANDS: dict[str, tuple[Callable[..., None], str]] = {
+    "compile": (compile.command, "moqc compile examples/models/tiny-moe -o out/tiny --bits 2.5"),
+    "run": (run.command, 'moqc run out/tiny --prompt "Il était une" --max-tokens 64'),
+    "eval": (
+        evaluate.command,
+        "moqc eval out/tiny --text examples/data/test.txt --reference examples/models/tiny-moe",
+    ),
+    "compare": (
+        compare.command,
+        "moqc compare examples/models/tiny-moe --text examples/data/test.txt --bits 2,2.5 "
+        "--allocators uniform:rtn,global",
+    ),
+    "inspect": (inspect.command, "moqc inspect out/tiny"),
+    "verify": (verify.command, "moqc verify out/tiny"),
+    "opt": (
+        opt.command,
+        'moqc opt ir/003_allocate-bits.py --pipeline "allocate-bits{bits=2.2}"',
+    ),
+    "passes": (lists.passes, "moqc passes --json"),
+    "targets": (lists.targets, "moqc targets --json"),
+    "allocators": (lists.allocators, "moqc allocators --json"),
+    "formats": (lists.formats, "moqc formats --json"),
+    "doctor": (doctor.command, "moqc doctor --json"),
 }
-for name, function in COMMANDS.items():
-    app.command(name)(function)
+"""Name -> what it does, and an example for its help."""
+for name, (function, example) in COMMANDS.items():
+    app.command(name, epilog=f"Example: {example}")(function)
 
 
 def _version(wanted: bool) -> None:
@@ -58,31 +77,69 @@ def _options(
     ] = False,
 ) -> None:
     """Ahead-of-time compiler for low-bit Mixture-of-Experts language models."""
-    if verbose:
-        log.setup(verbose=True)
+    log.setup(verbose=verbose)
 
 
 def main() -> None:
     """Run the command line and exit. Errors become one line on stderr, unless they are bugs."""
+    with _noted_interrupts() as interrupts:
+        try:
+            code = app(standalone_mode=False) or 0
+        except KeyboardInterrupt:
+            code = INTERRUPTED
+        except Exception as error:
+            # An interrupt inside of a call of TVM comes out as an error of TVM's, and so of a pass.
+            code = INTERRUPTED if interrupts else _report(error)
+        if code == INTERRUPTED:
+            typer.echo("interrupted", err=True)
+    sys.exit(code)
+
+
+@contextmanager
+def _noted_interrupts() -> Iterator[list[int]]:
+    """Interrupts raise KeyboardInterrupt as ever, and are noted in the list."""
+    noted: list[int] = []
+
+    def note(number: int, _frame: FrameType | None) -> NoReturn:
+        noted.append(number)
+        raise KeyboardInterrupt
+
+    before = signal.getsignal(signal.SIGINT)
+    if before is signal.default_int_handler:  # not where a shell made background jobs ignore it
+        signal.signal(signal.SIGINT, note)
     try:
-        app()
-    except InternalError as error:
-        _report_bug(error)
-    except MoqcError as error:
+        yield noted
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _report(error: Exception) -> int:
+    """Say on stderr what went wrong; the exit code."""
+    if isinstance(error, UsageError):
+        return _report_usage(error)
+    if isinstance(error, MoqcError) and not isinstance(error, InternalError):
         typer.echo(f"error: {' '.join(str(error).splitlines())}", err=True)
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        typer.echo("interrupted", err=True)
-        sys.exit(130)
-    except Exception as error:  # the last resort of a process: say that it is our fault, and how to report it
-        _report_bug(error)
+        return error.exit_code
+    return _report_bug(error)
 
 
-def _report_bug(error: BaseException) -> None:
+def _report_usage(error: Any) -> int:
+    """One line for a wrong command line; the whole help for an empty one."""
+    message = str(error.format_message()).strip()
+    if "\n" in message:
+        typer.echo(message, err=True)
+    else:
+        command = error.ctx.command_path if error.ctx else "moqc"
+        typer.echo(f"error: {message.rstrip('.')}; see `{command} -h`", err=True)
+    return UserError.exit_code
+
+
+def _report_bug(error: Exception) -> int:
+    """The last resort of a process: say that it is our fault, and how to report it."""
     traceback.print_exception(error)
     typer.echo(
         f"error: this is a bug in moqc {moqc.__version__}; please report it with the lines above "
         "and the output of `moqc doctor`",
         err=True,
     )
-    sys.exit(1)
+    return 1

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import math
 from pathlib import Path
 from typing import Any
 
 import tvm
+from pydantic import ValidationError
 from tvm import IRModule
 
 import moqc
 from moqc.errors import ModelError
 from moqc.frontend.checkpoint import Checkpoint
-from moqc.ir.annotations import BITS, CACHE, LINEAR_BITS, PARAMS
+from moqc.frontend.shards import read_json
+from moqc.ir.annotations import BITS, CACHE, KERNELS, LINEAR_BITS, PARAMS
 from moqc.ir.sites import weight_names
 from moqc.manifest import (
     Activations,
@@ -29,7 +30,6 @@ from moqc.manifest import (
 )
 from moqc.package import WeightCounts
 from moqc.passes.pipeline import Pipeline
-from moqc.passes.quantize_experts import QuantizeExperts
 from moqc.targets import Target
 
 _NO_SIZES = Sizes(
@@ -60,7 +60,7 @@ def describe(
             for site, projections in (BITS.get(mod) or {}).items()
         },
         linear_bits=LINEAR_BITS.get(mod) or {},
-        activations=_activations(pipeline),
+        activations=_activations(mod),
         sizes=_NO_SIZES,
         parameters=parameters(mod),
         cache=CacheSpec(
@@ -73,9 +73,9 @@ def describe(
     )
 
 
-def _activations(pipeline: Pipeline) -> Activations:
-    """What the kernels of the routed experts read."""
-    chosen = [item.activations for item in pipeline.passes if isinstance(item, QuantizeExperts)]
+def _activations(mod: IRModule) -> Activations:
+    """What the kernels do with the inputs of quantized matrices: float where all are exact."""
+    chosen = [kernel["attributes"].get("activations") for kernel in KERNELS.of(mod)]
     return "int8" if "int8" in chosen else "float"
 
 
@@ -122,21 +122,23 @@ def count_weights(mod: IRModule, checkpoint: Checkpoint) -> WeightCounts:
 def read_generation(folder: Path) -> Generation:
     """Token ids for generation, from generation_config.json or else config.json.
 
-    Raises ModelError when a file is not JSON.
+    Raises ModelError when a file is not a JSON object, or holds something else than token ids.
     """
     content: dict[str, Any] = {}
     for name in ("config.json", "generation_config.json"):  # the second wins
         path = folder / name
         if not path.is_file():
             continue
-        try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ModelError(f"{path}: not valid JSON ({error})") from error
-        content |= {key: value for key, value in found.items() if value is not None}
+        content |= {key: value for key, value in read_json(path).items() if value is not None}
     ends = content.get("eos_token_id", [])
-    return Generation(
-        eos_token_ids=tuple(ends) if isinstance(ends, list) else (ends,),
-        bos_token_id=content.get("bos_token_id"),
-        pad_token_id=content.get("pad_token_id"),
-    )
+    try:
+        return Generation(
+            eos_token_ids=tuple(ends) if isinstance(ends, list) else (ends,),
+            bos_token_id=content.get("bos_token_id"),
+            pad_token_id=content.get("pad_token_id"),
+        )
+    except ValidationError as error:
+        where = error.errors()[0]["loc"][0]
+        raise ModelError(
+            f"{folder}: {where} of generation_config.json or config.json: not token ids"
+        ) from error

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moqc.errors import ModelError, UserError
+from moqc.manifest import MANIFEST
 
 if TYPE_CHECKING:
     from tvm import IRModule
@@ -39,6 +40,8 @@ def resolve_model(model: str | Path) -> Path:
     Raises ModelError when it is neither.
     """
     path = Path(model)
+    if (path / MANIFEST).is_file():
+        raise ModelError(f"{path}: is a compiled artifact; give the checkpoint it was made from")
     if path.exists() or str(model).count("/") != 1 or str(model).startswith((".", "/", "~")):
         return path
     import huggingface_hub
@@ -67,6 +70,15 @@ def context_length(checkpoint: Checkpoint, wanted: int | None) -> int:
     if wanted < 1 or (limit is not None and wanted > limit):
         raise UserError(f"context {wanted}: this model does 1 to {limit} tokens")
     return wanted
+
+
+def check_metadata(checkpoint: Checkpoint) -> None:
+    """Raise ModelError where the files that are copied into an artifact are missing or damaged."""
+    from moqc.calibrate.text import tokenize
+    from moqc.describe import read_generation
+
+    tokenize(checkpoint.path / "tokenizer.json", "")
+    read_generation(checkpoint.path)
 
 
 def check_architecture(checkpoint: Checkpoint, workspace: Workspace, target: Target) -> None:
@@ -99,6 +111,9 @@ def read_calibration(
 ) -> CalibrationSet:
     """Calibration text in the model's tokens, from `files` or the built-in text."""
     from moqc.calibrate.text import load_calibration
+
+    if seed < 0:
+        raise UserError(f"seed {seed}: must not be negative")
 
     tokenizer = checkpoint.path / "tokenizer.json"
     limit = getattr(checkpoint.config.get_text_config(), "max_position_embeddings", None) or 512

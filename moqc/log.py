@@ -15,11 +15,16 @@ logger = logging.getLogger("moqc")
 T = TypeVar("T")
 
 
-def setup(*, quiet: bool = False, verbose: bool = False) -> None:
+def setup(*, verbose: bool = False) -> None:
     """Send moqc's log to stderr. Called once by the CLI; a library user configures `logging` instead."""
     logger.handlers[:] = [_handler()]
-    logger.setLevel(logging.WARNING if quiet else logging.DEBUG if verbose else logging.INFO)
+    logger.setLevel(logging.DEBUG if verbose else logging.INFO)
     logger.propagate = False
+
+
+def be_quiet() -> None:
+    """Show no progress and no notes, only warnings."""
+    logger.setLevel(logging.WARNING)
 
 
 def _handler() -> logging.Handler:

@@ -198,11 +198,16 @@ def read_manifest(folder: Path) -> Manifest:
     or when a byte of it was changed.
     """
     path = folder / MANIFEST
-    if not path.is_file():
-        raise ArtifactError(f"{folder}: not a moqc artifact, it has no {MANIFEST}; `moqc compile` makes one")
     try:
         text = path.read_text(encoding="utf-8")
         content = json.loads(text)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        if not folder.is_dir():
+            raise ArtifactError(f"{folder}: no such folder; `moqc compile` makes an artifact") from error
+        made = "compile it first" if (folder / "config.json").is_file() else "`moqc compile` makes one"
+        raise ArtifactError(f"{folder}: not a moqc artifact, it has no {MANIFEST}; {made}") from error
+    except OSError as error:
+        raise ArtifactError(f"{path}: cannot be read ({error.strerror}); check rights") from error
     except ValueError as error:
         raise ArtifactError(f"{path}: damaged, not valid JSON ({error}); compile the model again") from error
     version = content.get("schema_version") if isinstance(content, dict) else None

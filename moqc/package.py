@@ -36,13 +36,18 @@ class WeightCounts:
 def check_output(out: Path, *, force: bool) -> None:
     """Raise UserError unless an artifact may be written to `out`.
 
-    An existing folder must be empty, or an artifact and `force` given: no other folder is ever replaced.
+    An existing folder must be empty, or an artifact and `force` given: no other folder is ever replaced, nor
+    one that holds files besides.
     """
     if out.is_symlink() or (out.exists() and not out.is_dir()):
         raise UserError(f"{out}: is not a folder; give another output")
     if out.exists() and any(out.iterdir()):
         if not (out / MANIFEST).is_file():
             raise UserError(f"{out}: holds files that are not a moqc artifact; give another output")
+        if foreign := sorted(path.name for path in out.iterdir() if not _is_ours(path)):
+            raise UserError(
+                f"{out}: {foreign[0]} is not part of the artifact there and would be lost: move it away"
+            )
         if not force:
             raise UserError(f"{out}: exists; use --force to replace it")
     parent = out.absolute().parent
@@ -53,6 +58,12 @@ def check_output(out: Path, *, force: bool) -> None:
         tempfile.TemporaryDirectory(prefix=".moqc-", dir=parent).cleanup()
     except OSError as error:
         raise UserError(f"{out}: cannot write in {parent} ({error.strerror}); give another output") from error
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether an artifact may have a file of this name."""
+    known = path.name in (MANIFEST, LIBRARY, "tokenizer.json", *_COPIED) or path.match("params-*.safetensors")
+    return known and path.is_file()
 
 
 @contextmanager

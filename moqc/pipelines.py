@@ -71,6 +71,12 @@ class Debug:
     stop_after: str | None = None
 
 
+def check_bits(bits: float) -> None:
+    """Raise BudgetError for a number that no model's file bits per expert weight can be."""
+    if not 0 < bits <= MOST_BITS:
+        raise BudgetError(f"bits {bits:g}: file bits per expert weight are above 0, at most {MOST_BITS:g}")
+
+
 def allocation_pipeline(plan: Plan, bits: float) -> Pipeline:
     """The passes that end with moqc.bits: measure what the allocator reads, then allocate."""
     # What is measured with a simulated quantizer is measured with the one whose formats are real.
@@ -102,8 +108,7 @@ def default_pipeline(
         raise UserError("quantizer mcmoe is simulated, for `moqc compare` only; compile with gptq or rtn")
     if activations not in ("int8", "float"):
         raise UserError(f"activations {activations!r}: one of int8, float")
-    if not 0 < bits <= MOST_BITS:
-        raise BudgetError(f"bits {bits:g}: file bits per expert weight are above 0, at most {MOST_BITS:g}")
+    check_bits(bits)
     if linears != "none":
         linears = str(Format.parse(linears))
     lowering = [

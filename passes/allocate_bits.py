@@ -3,7 +3,7 @@
 Encoding of the annotations it reads; E experts a site, lists are by expert:
 
 * COSTS: ``{site: {projection: {format name: [int] * E}}}``. Harm of storing that unit in the format, additive
-  over units, in units of 1e-9 of the module's total; only ratios matter here.
+  over units; scaled so that the largest is 1e12, and only ratios matter.
 * PROFILE: ``{site: {"tokens": int, "pairs": [int] * E, "weight_ppm": [int] * E, ...}}``: tokens seen, (token,
   chosen expert) pairs, mean routing weight of an expert's pairs in parts per million.
 * BLOCK_ERRORS: ``{site: {"1": [int] * E, "2": ..., "3": ...}}``: change of the block's output with one expert
@@ -53,7 +53,8 @@ class AllocateBits(Pass):
 
     `bits` counts codes, scales, zeros, padding and tables. `allocator` is a name of
     `moqc.quant.allocators.table`; `formats` the candidates, by default those whose costs were measured (pmq:
-    its own three). Raises BudgetError, with the reachable range, when no plan is small enough.
+    its own three). Raises BudgetError, with the reachable range, when no plan is small enough, or when the
+    default candidates cannot spend the budget.
     """
 
     name: ClassVar[str] = "allocate-bits"
@@ -78,6 +79,8 @@ class AllocateBits(Pass):
         if not sites:
             raise PipelineError(f"{self.name}: the module has no R.moqc.experts left to allocate bits for")
         problem = self._problem(mod, sites)
+        if not self.formats:
+            problem.require_spendable()
         solution = find_allocator(self.allocator)(problem)
         _report(self.allocator, problem, solution)
         return BITS.put(mod, plan_of(problem, solution))

@@ -172,6 +172,7 @@ def test_an_artifact_is_not_replaced_without_force(compiled, model):
     ("options", "error", "says"),
     [
         ({"bits": 0.5}, BudgetError, "reach"),
+        ({"bits": 12.0}, BudgetError, "reach"),
         ({"bits": -1.0}, BudgetError, "bits"),
         ({"bits": 17.0}, BudgetError, "bits"),
         ({"linears": "int5-g64"}, UserError, "int5-g64|no format"),
@@ -186,6 +187,8 @@ def test_an_artifact_is_not_replaced_without_force(compiled, model):
             UserError,
             "expected",
         ),
+        ({"pipeline": "plan-cache"}, UserError, "no legalize"),
+        ({"seed": -1, "quantizer": "gptq"}, UserError, "seed"),
         ({"calibration": ["/nowhere"], "quantizer": "gptq"}, UserError, "/nowhere"),
     ],
 )
@@ -212,7 +215,9 @@ def test_dumped_ir_can_be_continued_to_the_same_artifact(model, compiled, tmp_pa
     last = sorted(dump.glob("*.py"))[-1]
     assert last.name == "002_quantize-linears.py"
     assert last.read_text() == text
-    manifest = model.compile(tmp_path / "out", start_from=last)
+    # What the kernels read was decided by the passes that ran before.
+    manifest = model.compile(tmp_path / "out", start_from=last, activations="int8")
+    assert manifest.activations == "float"
     assert (
         manifest.files["params-00001.safetensors"]
         == read_manifest(compiled).files["params-00001.safetensors"]
@@ -253,3 +258,14 @@ def test_compare_prints_comparable_rows(model):
         assert row["model_file_bits_per_weight"] > row["expert_file_bits_per_weight"]
         assert row["loss_increase"] == pytest.approx(row["loss"] - content["reference_loss"])
     assert moqc.compare(model.folder, [model.text], **options) == result
+
+
+def test_compare_without_a_plan_in_reach_says_why(model, caplog):
+    options = {"calibration": [model.text], "calibration_tokens": 512, "cache": model.cache, "window": 64}
+    plans = ["uniform:rtn", "global:rtn"]
+    with pytest.raises(BudgetError, match=r"uniform:rtn at 12 bits: .* reach .*; global:rtn at 12 bits: "):
+        moqc.compare(model.folder, [model.text], bits=[12.0], plans=plans, tokens=64, **options)
+    with pytest.raises(BudgetError, match="above 0"):
+        moqc.compare(model.folder, [model.text], bits=[3.0, float("nan")], plans=plans, tokens=64, **options)
+    result = moqc.compare(model.folder, [model.text], bits=[12.0, 3.0], plans=plans[:1], tokens=64, **options)
+    assert [row.target_bits for row in result.rows] == [3.0]

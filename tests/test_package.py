@@ -1,4 +1,5 @@
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -64,6 +65,10 @@ def test_existing_outputs(toy, tmp_path):
     with pytest.raises(UserError, match="--force"):
         check_output(toy.folder, force=False)
     (tmp_path / "thesis.tex").write_text("years of work")
+    beside = shutil.copytree(toy.folder, tmp_path / "artifact")
+    shutil.copy(tmp_path / "thesis.tex", beside)
+    with pytest.raises(UserError, match=r"thesis\.tex is not part of the artifact"):
+        check_output(beside, force=True)
     with pytest.raises(UserError, match="not a moqc artifact"):
         check_output(tmp_path, force=True)
     with pytest.raises(UserError, match="not a folder"):

@@ -46,10 +46,11 @@ def command(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Evaluate plans side by side on the same text: size, loss, and loss over the unquantized model."""
+    """Evaluate plans side by side: their sizes, and their losses on the same text."""
     from moqc.api import compare
 
-    log.setup(quiet=quiet or as_json)
+    if quiet or as_json:
+        log.be_quiet()
     result = compare(
         model,
         text,

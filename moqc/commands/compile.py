@@ -32,20 +32,30 @@ def command(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", metavar="DIR", help="Artifact folder to write.")
     ] = None,
-    bits: Annotated[float, typer.Option(help="Expert file bits per weight, scales and all.")] = 3.0,
+    bits: Annotated[
+        float, typer.Option(metavar="N", help="Expert file bits per weight, scales and all.")
+    ] = 3.0,
     linears: Annotated[
         str, typer.Option(metavar="FORMAT", help="Format of the other matrices, or none: as they are.")
     ] = "int8-g64-sym",
-    allocator: Annotated[str, typer.Option(help="Who gets how many bits; see `moqc allocators`.")] = "global",
-    quantizer: Annotated[str, typer.Option(help="How matrices are rounded: rtn or gptq.")] = "gptq",
+    allocator: Annotated[
+        str, typer.Option(metavar="NAME", help="Who decides on bits; see `moqc allocators`.")
+    ] = "global",
+    quantizer: Annotated[
+        str, typer.Option(metavar="NAME", help="How experts are rounded: gptq or rtn.")
+    ] = "gptq",
     activations: Annotated[
-        str, typer.Option(help="int8: kernels quantize activations by group; float: exact.")
+        str,
+        typer.Option(
+            metavar="MODE", help="int8: kernels quantize the inputs of quantized matrices; float: exact."
+        ),
     ] = "int8",
     target: TargetName = "native",
     calib: Calibration = None,
     calib_tokens: CalibrationTokens = 32_768,
     context: Annotated[
-        int | None, typer.Option(metavar="N", help="Tokens a sequence may have. [the model's, at most 4096]")
+        int | None,
+        typer.Option(metavar="N", help="Tokens a sequence may have. [default: the model's, at most 4096]"),
     ] = None,
     max_batch: Annotated[int, typer.Option("--max-batch", metavar="N", help="Sequences at once.")] = 4,
     cache: Cache = None,
@@ -63,11 +73,12 @@ def command(
     pipeline: PipelineText = None,
     quiet: Quiet = False,
 ) -> None:
-    """Compile a Hugging Face MoE checkpoint into an artifact that `moqc run` runs."""
+    """Compile a checkpoint into an artifact."""
     from moqc.api import compile
     from moqc.pipelines import Debug
 
-    log.setup(quiet=quiet)
+    if quiet:
+        log.be_quiet()
     manifest = compile(
         model,
         output,
@@ -96,7 +107,7 @@ def command(
     )
     if isinstance(manifest, str):  # the IR after --stop-after
         typer.echo(manifest, nl=False)
-    elif not quiet:
+    else:
         sizes = manifest.sizes
         log.logger.info(
             "%s: %s bytes, experts %.3f and model %.3f file bits per weight",

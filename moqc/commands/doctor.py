@@ -26,7 +26,7 @@ PACKAGES = (
 
 
 def command(as_json: Json = False) -> None:
-    """Check the installation and this machine. Exit code 1 when something is missing."""
+    """Check the installation and this machine."""
     found, problems = diagnose()
     if as_json:
         print_json({"found": found, "problems": problems})

@@ -26,15 +26,19 @@ def command(
     ] = None,
     tokens: Tokens = None,
     window: Annotated[
-        int | None, typer.Option(metavar="N", help="Tokens of context a prediction may see. [512]")
+        int | None,
+        typer.Option(
+            metavar="N", help="Tokens of context a prediction may see. [default: 512, or the context]"
+        ),
     ] = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Score a compiled model on text: loss in nats, perplexity, and divergence from a reference."""
+    """Score an artifact on text: loss, perplexity, and divergence from a reference."""
     from moqc.api import evaluate
 
-    log.setup(quiet=quiet or as_json)
+    if quiet or as_json:
+        log.be_quiet()
     result = evaluate(artifact, text, reference=reference, tokens=tokens, window=window)
     if as_json:
         print_json(result.to_dict())

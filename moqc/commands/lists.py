@@ -8,7 +8,7 @@ from moqc.commands.options import Json, print_json, print_table
 
 
 def passes(as_json: Json = False) -> None:
-    """List the passes, their options, and the annotations they read and write."""
+    """List the passes, their options, what they read and write."""
     from dataclasses import fields
 
     from moqc.passes.registry import find_pass, pass_names
@@ -77,7 +77,7 @@ def allocators(as_json: Json = False) -> None:
 
 
 def formats(as_json: Json = False) -> None:
-    """List the formats a matrix may be stored in, with their bits per weight."""
+    """List the formats of matrices, with their bits per weight."""
     from moqc.quant.formats import BITS, GROUPS, Format
 
     size = 4096

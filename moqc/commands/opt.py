@@ -30,7 +30,8 @@ def command(
     module: Annotated[Path, typer.Argument(metavar="FILE", help="IR text, as --dump-ir writes it.")],
     pipeline: PipelineText = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", metavar="FILE", help="[default: stdout]")
+        Path | None,
+        typer.Option("--output", "-o", metavar="FILE", help="Where the IR goes. [default: stdout]"),
     ] = None,
     model: Annotated[
         str | None, typer.Option(metavar="MODEL", help="Checkpoint, for passes that read weights.")
@@ -47,11 +48,12 @@ def command(
     stop_after: StopAfter = None,
     quiet: Quiet = False,
 ) -> None:
-    """Run a pipeline on IR text and print the IR; without --pipeline, check and print it."""
+    """Run a pipeline on IR text and print the IR."""
     from moqc.api import opt
     from moqc.pipelines import Debug
 
-    log.setup(quiet=quiet)
+    if quiet:
+        log.be_quiet()
     text = opt(
         module,
         pipeline_text(pipeline) or "",

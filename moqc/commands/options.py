@@ -28,13 +28,14 @@ Calibration = Annotated[
 CalibrationTokens = Annotated[
     int, typer.Option("--calib-tokens", metavar="N", help="Calibration tokens, all files together.")
 ]
-Seed = Annotated[int, typer.Option("--seed", help="For what is drawn at random.")]
+Seed = Annotated[int, typer.Option("--seed", metavar="N", help="For what is drawn at random.")]
 TargetName = Annotated[
     str, typer.Option("--target", metavar="NAME", help="Machine to compile for; see `moqc targets`.")
 ]
 Text = Annotated[list[Path], typer.Option("--text", metavar="FILE", help="Text to score, UTF-8; repeatable.")]
 Tokens = Annotated[
-    int | None, typer.Option("--tokens", metavar="N", help="Score the first N tokens of each file. [all]")
+    int | None,
+    typer.Option("--tokens", metavar="N", help="Score the first N tokens of each file. [default: all]"),
 ]
 Window = Annotated[int, typer.Option("--window", metavar="N", help="Tokens of context a prediction may see.")]
 DumpIr = Annotated[

@@ -26,21 +26,30 @@ def command(
     prompt: Annotated[str, typer.Option("--prompt", "-p", metavar="TEXT", help="Text to continue.")],
     max_tokens: Annotated[
         int | None,
-        typer.Option("--max-tokens", "-n", metavar="N", help=f"[default: {DEFAULT_TOKENS} or what fits]"),
+        typer.Option(
+            "--max-tokens",
+            "-n",
+            metavar="N",
+            help=f"Tokens to produce at most. [default: {DEFAULT_TOKENS}, or what fits]",
+        ),
     ] = None,
-    temperature: Annotated[float, typer.Option(help="0 takes the most likely token.")] = 0.0,
-    top_p: Annotated[float, typer.Option("--top-p", help="Draw from the likeliest tokens only.")] = 1.0,
-    seed: Annotated[int | None, typer.Option(help="Makes drawing repeatable.")] = None,
+    temperature: Annotated[float, typer.Option(metavar="X", help="0 takes the most likely token.")] = 0.0,
+    top_p: Annotated[
+        float, typer.Option("--top-p", metavar="X", help="Draw from the fewest tokens of this probability.")
+    ] = 1.0,
+    seed: Annotated[int | None, typer.Option(metavar="N", help="Makes drawing repeatable.")] = None,
     stop: Annotated[list[str] | None, typer.Option(metavar="TEXT", help="End before it; repeatable.")] = None,
     verify: Annotated[bool, typer.Option("--verify", help="Check the hash of every file first.")] = False,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Continue a prompt with a compiled model. The text goes to stdout as it comes."""
+    """Continue a prompt; the text goes to stdout as it comes."""
     from moqc.runtime.artifact import load
     from moqc.runtime.generate import generate_text
     from moqc.runtime.sampling import Sampling
 
+    if quiet or as_json:
+        log.be_quiet()
     model = load(artifact, verify=verify)
     ids = model.encode(prompt)
     room = model.manifest.cache.context - len(ids)
@@ -66,6 +75,4 @@ def command(
         )
         return
     typer.echo()
-    if not quiet:
-        log.setup()
-        log.logger.info("%d + %d tokens in %.2f s", len(ids), len(produced), seconds)
+    log.logger.info("%d + %d tokens in %.2f s", len(ids), len(produced), seconds)

@@ -8,7 +8,7 @@ from moqc.commands.options import ArtifactArgument, Json, print_json
 
 
 def command(artifact: ArtifactArgument, as_json: Json = False) -> None:
-    """Check the hash of every file of an artifact, TVM's version and this machine."""
+    """Check that an artifact is whole and that it runs here."""
     from moqc.manifest import read_manifest
     from moqc.runtime.artifact import check_files, check_machine
 

@@ -58,6 +58,8 @@ def evaluate_artifact(
     `window` is 512 or the artifact's context if that is shorter. Raises UserError for unusable text, a window
     longer than the context, or a reference with another vocabulary.
     """
+    if reference is not None:
+        _check_vocabulary(artifact, reference)
     context = artifact.manifest.cache.context
     window = min(DEFAULT_WINDOW, context) if window is None else window
     if window > context:
@@ -72,7 +74,6 @@ def evaluate_artifact(
         for ids, expected in zip(
             track(batches, f"scoring {name}"), _reference_logits(reference, batches), strict=True
         ):
-            _check_vocabulary(artifact, expected)
             accumulator.add(ids, artifact.forward(ids), expected)
         scores[name] = accumulator.scores()
     return Evaluation(scores)
@@ -101,9 +102,10 @@ def _reference_logits(
         yield logits.numpy()
 
 
-def _check_vocabulary(artifact: Artifact, expected: NDArray[np.float32] | None) -> None:
-    if expected is not None and expected.shape[-1] != artifact.manifest.vocabulary:
+def _check_vocabulary(artifact: Artifact, reference: Checkpoint) -> None:
+    size = reference.config.get_text_config().vocab_size
+    if size != artifact.manifest.vocabulary:
         raise UserError(
-            f"the reference has {expected.shape[-1]} tokens, the artifact {artifact.manifest.vocabulary}: "
-            "they are different models"
+            f"{reference.path}: has {size} tokens, the artifact {artifact.manifest.vocabulary}: "
+            f"it is another model; give {artifact.manifest.source.path}"
         )

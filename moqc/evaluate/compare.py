@@ -20,7 +20,7 @@ from moqc.calibrate.quantize import quantize_experts, reference_forward
 from moqc.calibrate.store import ExpertStore
 from moqc.calibrate.workspace import Workspace, digest
 from moqc.describe import count_weights
-from moqc.errors import BudgetError, UserError
+from moqc.errors import BudgetError
 from moqc.evaluate.metrics import Accumulator, Scores, mean_scores
 from moqc.frontend.checkpoint import Checkpoint
 from moqc.frontend.hf import import_model
@@ -31,7 +31,7 @@ from moqc.package import WeightCounts
 from moqc.passes.allocate_bits import TABLE_BITS
 from moqc.passes.base import PassContext
 from moqc.passes.quantize_linears import QuantizeLinears
-from moqc.pipelines import Debug, Plan, allocation_pipeline, run_passes
+from moqc.pipelines import Debug, Plan, allocation_pipeline, check_bits, run_passes
 from moqc.quant.formats import Format
 from moqc.quant.rtn import quantize_rtn
 from moqc.quant.tensor import Quantized
@@ -80,18 +80,26 @@ def compare_plans(
     """Evaluate each of `plans` (its text and itself) at each number of `bits` on the same windows.
 
     `windows`: file name -> int64 [n, window]. `linears`: format of the other matrices, or "none": as stored.
-    A pair of plan and bits that is out of reach is left out with a warning; UserError when none is left.
+    A pair of plan and bits that is out of reach is left out with a warning; BudgetError when none is left.
     """
+    for target in bits:
+        check_bits(target)
     bench = _Bench.open(ctx, windows, linears)
+    planned: list[tuple[str, Plan, float, IRModule]] = []
+    unreachable: list[str] = []
+    for target in bits:
+        for text, plan in plans:
+            logger.info("planning %s at %g bits", text, target)
+            try:
+                planned.append((text, plan, target, bench.plan(plan, target)))
+            except BudgetError as error:
+                unreachable.append(f"{text} at {target:g} bits: {error}")
+    if not planned:
+        raise BudgetError("; ".join(unreachable))
+    for reason in unreachable:
+        logger.warning("left out: %s", reason)
     reference = bench.score(None)
-    rows = [
-        row
-        for target in bits
-        for text, plan in plans
-        if (row := bench.row(text, plan, target, reference.loss)) is not None
-    ]
-    if not rows:
-        raise UserError("none of these plans reaches the bits asked for; raise --bits")
+    rows = [bench.row(text, plan, target, mod, reference.loss) for text, plan, target, mod in planned]
     return Comparison(reference.loss, reference.tokens, tuple(windows), tuple(rows))
 
 
@@ -116,14 +124,13 @@ class _Bench:
         formats = QuantizeLinears(linears=linears, embeddings=linears).plan(mod)
         return cls(ctx, mod, checkpoint, workspace, windows, formats, count_weights(mod, checkpoint))
 
-    def row(self, text: str, plan: Plan, target: float, reference: float) -> Row | None:
-        """Evaluate one plan; None where it cannot reach the budget."""
-        logger.info("%s at %g bits", text, target)
-        try:
-            planned = run_passes(allocation_pipeline(plan, target), self.mod, self.ctx, Debug())
-        except BudgetError as error:
-            logger.warning("%s at %g bits left out: %s", text, target, error)
-            return None
+    def plan(self, plan: Plan, target: float) -> IRModule:
+        """The module with the bits of `plan`. Raises BudgetError where it cannot reach the budget."""
+        return run_passes(allocation_pipeline(plan, target), self.mod, self.ctx, Debug())
+
+    def row(self, text: str, plan: Plan, target: float, planned: IRModule, reference: float) -> Row:
+        """Quantize and evaluate one plan."""
+        logger.info("evaluating %s at %g bits", text, target)
         store = quantize_experts(
             self.checkpoint, BITS.of(planned), plan.quantizer, self.ctx.calibration, self.workspace
         )

@@ -29,7 +29,7 @@ class Checkpoint:
         self.path, self.config = path, config
         self._shards = Shards(path)
         self._model = build_skeleton(config)
-        self.layouts: tuple[ExpertLayout, ...] = find_layouts(self._model, config.model_type)
+        self.layouts: tuple[ExpertLayout, ...] = find_layouts(self._model, f"{path}: {config.model_type}")
         self._shapes = {name: tuple(tensor.shape) for name, tensor in self._model.state_dict().items()}
         self.names: tuple[str, ...] = tuple(self._shapes)
         self._operands = {
@@ -128,11 +128,20 @@ class Checkpoint:
 
 def _read_config(path: Path) -> transformers.PretrainedConfig:
     """The configuration of a model folder. Raises ModelError."""
+    if path.suffix == ".gguf" or (
+        path.is_dir() and not list(path.glob("*.safetensors")) and list(path.glob("*.gguf"))
+    ):
+        raise ModelError(
+            f"{path}: GGUF files are not read; give the folder with the safetensors files they were made from"
+        )
     if not path.is_dir():
-        raise ModelError(f"{path}: not a folder; a model is a folder with config.json and safetensors files")
+        what = "not a folder" if path.exists() else "no such folder"
+        raise ModelError(f"{path}: {what}; a model is a folder with config.json and safetensors files")
     file = path / "config.json"
     if not file.is_file():
-        raise ModelError(f"{path}: no config.json: this is not a Hugging Face model folder")
+        raise ModelError(
+            f"{path}: no config.json; a model is a folder with config.json and safetensors files"
+        )
     declared = read_json(file)
     if "quantization_config" in declared:
         method = dict(declared["quantization_config"] or {}).get("quant_method", "an unnamed method")
@@ -154,8 +163,8 @@ def _read_config(path: Path) -> transformers.PretrainedConfig:
         ImportError,
         StrictDataclassError,
     ) as error:
-        kind = declared.get("model_type", "(no model_type)")
+        kind = declared.get("model_type", "an unnamed model_type")
         raise ModelError(
-            f"{file}: transformers {transformers.__version__} does not know this model ({kind}): "
+            f"{file}: transformers {transformers.__version__} cannot read this configuration of {kind}: "
             f"{first_line(error)}"
         ) from error

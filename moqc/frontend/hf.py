@@ -11,6 +11,7 @@ operands such as ``model.layers.0.mlp.experts.gate``.
 
 from __future__ import annotations
 
+import logging
 import operator
 import warnings
 from collections.abc import Iterator
@@ -199,7 +200,13 @@ def _decompositions() -> dict[Any, Any]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence a deprecation that torch 2.13 raises against itself whenever it copies a program."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
-        yield
+    """Silence torch: a deprecation that 2.13 raises against itself, and the log of errors it raises too."""
+    tracer = logging.getLogger("torch._subclasses.fake_tensor")
+    level = tracer.level
+    tracer.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
+            yield
+    finally:
+        tracer.setLevel(level)

@@ -62,7 +62,10 @@ class Shards:
         return DTYPES[stored.dtype]
 
     def read(self, name: str, row: int | None = None) -> torch.Tensor:
-        """The tensor called `name`, or its slice `row` along the first axis, in its stored dtype."""
+        """The tensor called `name`, or its slice `row` along the first axis, in its stored dtype.
+
+        Raises ModelError for a dtype moqc does not read, a file that changed, and for numbers that are none.
+        """
         stored, dtype = self.tensors[name], self.dtype(name)
         offset, shape = stored.offset, stored.shape
         if row is not None:
@@ -75,7 +78,10 @@ class Shards:
                 raise ModelError(
                     f"{stored.file}: ends inside {name}: the file changed while it was being read"
                 )
-        return data.view(dtype).reshape(shape)
+        tensor = data.view(dtype).reshape(shape)
+        if not torch.isfinite(tensor).all():
+            raise ModelError(f"{stored.file}: {name} holds NaN or infinity: download it again")
+        return tensor
 
     def digest(self, extra: Iterable[Path]) -> str:
         """sha256 (hex) over the names and bytes of `extra` and of all weight files."""
@@ -92,9 +98,7 @@ def _weight_files(folder: Path) -> list[Path]:
     """The files of the index, or the only safetensors file."""
     index = folder / _INDEX
     if index.is_file():
-        files = [folder / name for name in sorted(set(read_json(index).get("weight_map", {}).values()))]
-        if not files:
-            raise ModelError(f"{index}: has no weight_map")
+        files = [folder / name for name in sorted(set(_weight_map(index).values()))]
         for file in files:
             if not file.is_file():
                 raise ModelError(
@@ -109,17 +113,28 @@ def _weight_files(folder: Path) -> list[Path]:
         hint = (
             f"; {pickled[0]} is a pickle, which moqc never loads: convert it to safetensors"
             if pickled
-            else ""
+            else ": download them too"
         )
         raise ModelError(f"{folder}: no safetensors files{hint}")
     return found
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """Tensor -> name of its file, as the index says. Raises ModelError."""
+    names = read_json(index).get("weight_map")
+    if not isinstance(names, dict) or not names:
+        raise ModelError(f"{index}: has no weight_map: download it again")
+    for file in names.values():
+        if not isinstance(file, str) or Path(file).name != file:
+            raise ModelError(f"{index}: {file!r} is not the name of a file in its folder")
+    return names
 
 
 def _check_index(folder: Path, tensors: dict[str, Stored]) -> None:
     """Every tensor of the index is in the file the index names."""
     if not (folder / _INDEX).is_file():
         return
-    for name, file in read_json(folder / _INDEX)["weight_map"].items():
+    for name, file in _weight_map(folder / _INDEX).items():
         if name not in tensors or tensors[name].file.name != file:
             raise ModelError(f"{folder}: {_INDEX} says that {name} is in {file}, but it is not")
 
@@ -130,25 +145,33 @@ def _header(file: Path) -> Iterator[tuple[str, Stored]]:
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         if size < 8 or length > min(_MAX_HEADER, size - 8):
-            raise ModelError(f"{file}: truncated or not a safetensors file")
+            raise ModelError(f"{file}: truncated or not a safetensors file: download it again")
         try:
             header: dict[str, Any] = json.loads(stream.read(length))
-        except ValueError as error:
-            raise ModelError(f"{file}: truncated or not a safetensors file: {error}") from error
-    header.pop("__metadata__", None)
-    expected = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+            header.pop("__metadata__", None)
+            entries = {name: _entry(file, 8 + length, entry) for name, entry in header.items()}
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise ModelError(
+                f"{file}: truncated or not a safetensors file ({reason}): download it again"
+            ) from error
+    expected = max((stored.offset + bytes for stored, bytes in entries.values()), default=8 + length)
     if size != expected:
         what = "truncated" if size < expected else "longer than its header says"
         raise ModelError(f"{file}: {what} ({size} bytes of {expected}): download it again")
-    for name, entry in header.items():
-        begin, end = entry["data_offsets"]
-        stored = Stored(file, entry["dtype"], tuple(entry["shape"]), 8 + length + begin)
+    for name, (stored, bytes) in entries.items():
         dtype = DTYPES.get(stored.dtype)
-        if dtype is not None and math.prod(stored.shape) * dtype.itemsize != end - begin:
-            raise ModelError(
-                f"{file}: {name} has {end - begin} bytes, too many or too few for {stored.shape}"
-            )
+        if dtype is not None and math.prod(stored.shape) * dtype.itemsize != bytes:
+            raise ModelError(f"{file}: {name} has {bytes} bytes, too many or too few for {stored.shape}")
         yield name, stored
+
+
+def _entry(file: Path, start: int, entry: Any) -> tuple[Stored, int]:
+    """A tensor's entry in a header, and its number of bytes; `start` is where the data begin."""
+    begin, end = map(int, entry["data_offsets"])
+    if not 0 <= begin <= end:
+        raise ValueError(f"data_offsets {begin}, {end}")
+    return Stored(file, str(entry["dtype"]), tuple(map(int, entry["shape"])), start + begin), end - begin
 
 
 def read_json(file: Path) -> dict[str, Any]:

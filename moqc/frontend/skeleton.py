@@ -41,9 +41,10 @@ def build_eager(config: transformers.PretrainedConfig) -> transformers.PreTraine
 
 
 def first_line(error: BaseException) -> str:
-    """Type and first line of an error's text: enough for a one-line message."""
-    text = str(error).strip()
-    return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__
+    """Type and first line of an error's text, and the second where the first only announces it."""
+    lines = str(error).strip().splitlines()
+    text = " ".join(line.strip() for line in lines[: 2 if lines and lines[0].endswith(":") else 1])
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 @torch.no_grad()

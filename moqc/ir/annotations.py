@@ -91,9 +91,6 @@ CHANNELS: Key[dict[str, Any]] = Key(
     "profile-channels",
     "site -> the second moments in the workspace and what they were made of",
 )
-IMPORTANCE: Key[dict[str, list[int]]] = Key(
-    "moqc.importance", "score-experts", "site -> importance of each expert in parts per million"
-)
 SENSITIVITY: Key[dict[str, int]] = Key(
     "moqc.sensitivity",
     "measure-sensitivity",
@@ -129,7 +126,6 @@ KEYS: dict[str, Key[Any]] = {
         PARAMS,
         PROFILE,
         CHANNELS,
-        IMPORTANCE,
         SENSITIVITY,
         COSTS,
         BLOCK_ERRORS,

@@ -6,6 +6,7 @@ S sites, E experts of a site.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -73,11 +74,23 @@ class Problem:
     def require(self, smallest: int, largest: int, family: str) -> None:
         """BudgetError when the `smallest` plan (stored bits) of a `family` of plans exceeds the budget."""
         if smallest > self.available_bits:
-            raise BudgetError(
-                f"{self.bits_per_weight(self.available_bits):.4g} bits per weight are out of reach: {family} "
-                f"reach {self.bits_per_weight(smallest):.4g} to {self.bits_per_weight(largest):.4g}; "
-                "raise the bits or allow smaller formats"
-            )
+            raise self._out_of_reach(smallest, largest, family)
+
+    def require_spendable(self) -> None:
+        """BudgetError when the budget exceeds the largest plan, which then would not be what its bits say."""
+        smallest, largest = (int(extreme(axis=1).sum()) for extreme in (self.sizes.min, self.sizes.max))
+        if largest < self.available_bits:
+            raise self._out_of_reach(smallest, largest, "these formats")
+
+    def _out_of_reach(self, smallest: int, largest: int, family: str) -> BudgetError:
+        # Rounded inward: what the message names can be asked for.
+        least = math.ceil(1000 * self.bits_per_weight(smallest)) / 1000
+        most = math.floor(1000 * self.bits_per_weight(largest)) / 1000
+        way = "raise" if self.available_bits < smallest else "lower"
+        return BudgetError(
+            f"{self.bits_per_weight(self.available_bits):.4g} bits per weight are out of reach: {family} "
+            f"reach {least:.3f} to {most:.3f}; {way} the bits or allow other formats"
+        )
 
     def solution(self, choice: NDArray[np.int64], gap: float | None = None) -> Solution:
         """The outcome of `choice` (int64 [U], index of each unit's format); InternalError over budget."""

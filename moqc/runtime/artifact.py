@@ -108,7 +108,7 @@ class Artifact:
     def encode(self, prompt: str | Sequence[int]) -> list[int]:
         """Token ids of a prompt. Raises UserError where there are none."""
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else [int(token) for token in prompt]
-        if not ids:
+        if not ids or not prompt:  # a tokenizer may add a BOS to nothing
             raise UserError("the prompt is empty: give at least one token to continue")
         return ids
 

@@ -23,6 +23,8 @@ class Sampling:
             raise UserError(f"temperature {self.temperature}: must be 0 (greedy) or a positive number")
         if not 0.0 < self.top_p <= 1.0:
             raise UserError(f"top-p {self.top_p}: must be above 0 and at most 1")
+        if self.seed is not None and self.seed < 0:
+            raise UserError(f"seed {self.seed}: must not be negative")
 
 
 class Sampler:

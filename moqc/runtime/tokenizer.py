@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from moqc.errors import ArtifactError
+from moqc.errors import ArtifactError, UserError
 
 _PRIMING = 6
 """Prompt tokens a `Detokenizer` sees first: enough for decoders that look at the piece before."""
@@ -18,9 +18,8 @@ class Tokenizer:
         import tokenizers
 
         try:
-            # A file of bytes that are not UTF-8 raises UnicodeDecodeError, a ValueError.
             self._tokenizer = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except Exception as error:  # the library has no type for its errors
             raise ArtifactError(f"{path}: cannot be read as a tokenizer ({error})") from error
 
     @property
@@ -29,7 +28,14 @@ class Tokenizer:
         return int(self._tokenizer.get_vocab_size(with_added_tokens=True))
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
-        """Token ids of `text`; `special` adds what the tokenizer's post-processor adds (such as a BOS)."""
+        """Token ids of `text`; `special` adds what the tokenizer's post-processor adds (such as a BOS).
+
+        Raises UserError for text that is not Unicode: bytes of a command line that were not UTF-8.
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(f"the text is not UTF-8 (character {error.start}): {error.reason}") from error
         return list(self._tokenizer.encode(text, add_special_tokens=special).ids)
 
     def decode(self, ids: Sequence[int]) -> str:

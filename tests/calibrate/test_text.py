@@ -67,7 +67,7 @@ def test_tokenizer_file_is_checked(tmp_path: Path) -> None:
         tokenize(tmp_path / "absent.json", "x")
     broken = tmp_path / "broken.json"
     broken.write_text('{"model"')
-    with pytest.raises(ModelError, match="not valid JSON"):
+    with pytest.raises(ModelError, match="not a tokenizer"):
         tokenize(broken, "x")
 
 

@@ -4,28 +4,15 @@ import json
 import os
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 
 import pytest
 
-from moqc import cli
+from moqc.cli import COMMANDS
 
 SCRIPT = [sys.executable, "-m", "moqc"]
-
-
-@pytest.fixture
-def moqc(capsys, monkeypatch):
-    """Run the command line in this process; returns (exit code, stdout, stderr)."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["moqc", *map(str, arguments)])
-        with pytest.raises(SystemExit) as error:
-            cli.main()
-        captured = capsys.readouterr()
-        return error.value.code or 0, captured.out, captured.err
-
-    return run
 
 
 def one_line(error):
@@ -120,7 +107,7 @@ def test_eval(moqc, toy, tmp_path):
     ("arguments", "says"),
     [
         (["run", "{toy}", "--prompt", ""], "empty"),
-        (["run", "/nowhere", "--prompt", "a"], "not a moqc artifact"),
+        (["run", "/nowhere", "--prompt", "a"], "no such folder"),
         (["run", "{toy}", "--prompt", "a", "--max-tokens", "100"], "context of 64"),
         (["run", "{toy}", "--prompt", "a", "--temperature", "-1"], "temperature"),
         (["eval", "{toy}", "--text", "{binary}"], "not UTF-8"),
@@ -160,13 +147,51 @@ def test_wrong_input_is_one_line_and_code_2(moqc, toy, tmp_path, arguments, says
 
 
 @pytest.mark.parametrize(
-    "arguments", [["run"], ["frobnicate"], ["run", "x", "--prompt", "a", "--seed", "pi"]]
+    ("arguments", "says"),
+    [
+        (["run"], "'ARTIFACT'; see `moqc run -h`"),
+        (["frobnicate"], "'frobnicate'; see `moqc -h`"),
+        (["run", "x", "--prompt", "a", "--seed", "pi"], "'--seed'"),
+        (["compile", "x", "--bits", "few"], "'--bits'"),
+        (["eval", "x"], "'--text'"),
+        (["passes", "x"], "(x); see `moqc passes -h`"),
+    ],
 )
-def test_wrong_usage_is_code_2(moqc, arguments):
+def test_wrong_usage_is_one_line_and_code_2(moqc, arguments, says):
     code, out, err = moqc(*arguments)
     assert code == 2
     assert out == ""
-    assert "moqc" in err
+    assert one_line(err), err
+    assert says in err
+
+
+def test_nothing_at_all_shows_the_help(moqc):
+    code, out, err = moqc()
+    assert code == 2
+    assert out == ""
+    assert "compile" in err
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_has_an_example_with_options_that_exist(moqc, command):
+    code, out, err = moqc(command, "--help")
+    assert (code, err) == (0, "")
+    description, _, example = out.partition("Example: ")
+    assert example.startswith(f"moqc {command} ")
+    assert all(word in description for word in example.split() if word.startswith("-"))
+
+
+@pytest.mark.parametrize(
+    ("options", "shown"), [([], False), (["-q"], False), (["-v"], True), (["-v", "-q"], False)]
+)
+def test_verbose_and_quiet(moqc, toy, tmp_path, options, shown):
+    text = tmp_path / "a.txt"
+    text.write_text("abcdefgh" * 8)
+    before = [option for option in options if option == "-v"]
+    after = [option for option in options if option == "-q"]
+    code, _, err = moqc(*before, "eval", toy.folder, "--text", text, *after)
+    assert code == 0
+    assert ("loading" in err) == shown
 
 
 def test_bugs_ask_for_a_report(moqc, toy, monkeypatch):
@@ -182,10 +207,22 @@ def test_bugs_ask_for_a_report(moqc, toy, monkeypatch):
 
 def test_interrupt_is_130(moqc, toy, monkeypatch):
     def interrupt(*_, **__):
-        raise KeyboardInterrupt
+        signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr("moqc.api.inspect", interrupt)
-    assert moqc("inspect", toy.folder)[0] == 130
+    assert moqc("inspect", toy.folder) == (130, "", "interrupted\n")
+
+
+def test_an_interrupt_that_tvm_swallows_is_one_all_the_same(moqc, toy, monkeypatch):
+    def interrupt(*_, **__):
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt:
+            raise RuntimeError from None
+
+    monkeypatch.setattr("moqc.api.inspect", interrupt)
+    assert moqc("inspect", toy.folder) == (130, "", "interrupted\n")
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_a_closed_pipe_is_no_bug(toy):

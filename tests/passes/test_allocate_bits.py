@@ -170,6 +170,16 @@ def test_unreachable_bits_name_the_range(allocator: str) -> None:
         AllocateBits(bits=1.0, allocator=allocator)(annotated(), PassContext())
 
 
+@pytest.mark.parametrize("allocator", ["uniform", "frequency", "pmq", "global"])
+def test_bits_that_cannot_be_spent_name_the_range(allocator: str) -> None:
+    with pytest.raises(BudgetError, match=r"reach 1\.\d+ to \d\.\d+; lower") as error:
+        AllocateBits(bits=12.0, allocator=allocator)(annotated(), PassContext())
+    most = float(str(error.value).partition(" to ")[2].partition(";")[0])
+    AllocateBits(bits=most, allocator=allocator)(annotated(), PassContext())
+    with pytest.raises(BudgetError):
+        AllocateBits(bits=most + 0.01, allocator=allocator)(annotated(), PassContext())
+
+
 @pytest.mark.parametrize("bits", [0.0, -1.0, 16.5, float("nan")])
 def test_senseless_bits_are_refused(bits: float) -> None:
     with pytest.raises(BudgetError, match="above 0 and at most 16"):

@@ -9,10 +9,14 @@ import pytest
 from tvm import IRModule
 
 from moqc.errors import InternalError, PipelineError
-from moqc.ir.annotations import BITS, IMPORTANCE
+from moqc.ir.annotations import BITS, Key
 from moqc.passes.base import Pass, PassContext
 from moqc.passes.pipeline import Pipeline
 from moqc.passes.registry import BUILTIN, find_pass, pass_names, register_pass
+
+IMPORTANCE: Key[dict[str, list[int]]] = Key(
+    "test.importance", "test-score", "site -> importance of each expert"
+)
 
 
 @dataclass(frozen=True)
@@ -29,7 +33,7 @@ def test_reads_are_checked_before(moe: IRModule) -> None:
     class Reads(Base):
         reads: ClassVar = (IMPORTANCE,)
 
-    with pytest.raises(PipelineError, match=r"base-test reads moqc\.importance, .* run score-experts before"):
+    with pytest.raises(PipelineError, match=r"base-test reads test\.importance, .* run test-score before"):
         Reads()(moe, PassContext())
     Reads()(IMPORTANCE.put(moe, {"a": [1]}), PassContext())
 

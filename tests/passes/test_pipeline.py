@@ -11,12 +11,15 @@ from hypothesis import strategies as st
 from tvm import IRModule, relax
 
 from moqc.errors import ModelError, PassError, PipelineError, UserError, VerifyError
-from moqc.ir.annotations import BITS, IMPORTANCE, PARAMS, SCHEMA, Key
+from moqc.ir.annotations import BITS, PARAMS, SCHEMA, Key
 from moqc.ir.text import parse_module
 from moqc.passes.base import Pass, PassContext
 from moqc.passes.pipeline import Pipeline
 from moqc.passes.registry import register_pass
 
+IMPORTANCE: Key[dict[str, list[int]]] = Key(
+    "test.importance", "test-score", "site -> importance of each expert"
+)
 NOTE: Key[list[str]] = Key("note", "test-note", "words left by passes of this test")
 
 
@@ -178,16 +181,14 @@ def test_refuses_with_this_message(text: str, message: str) -> None:
 
 def test_describe() -> None:
     assert Pipeline.parse("test-score,test-bits-by-rank{high=8}").describe() == (
-        " 1 test-score                 - -> moqc.importance\n"
-        " 2 test-bits-by-rank{high=8}  moqc.importance -> moqc.bits"
+        " 1 test-score                 - -> test.importance\n"
+        " 2 test-bits-by-rank{high=8}  test.importance -> moqc.bits"
     )
 
 
 def test_check_refuses_a_read_nothing_writes() -> None:
     pipeline = Pipeline.parse("test-bits-by-rank,test-score")
-    with pytest.raises(
-        PipelineError, match=r"pass 1, test-bits-by-rank, reads moqc\.importance.*score-experts"
-    ):
+    with pytest.raises(PipelineError, match=r"pass 1, test-bits-by-rank, reads test\.importance.*test-score"):
         pipeline.check()
     pipeline.check([IMPORTANCE])
     Pipeline.parse("test-score,test-bits-by-rank").check()

@@ -128,8 +128,11 @@ def test_large_weights_are_hashed_on_request(copy, monkeypatch):
 def test_incomplete_folders(copy, tmp_path):
     with pytest.raises(ArtifactError, match="not a moqc artifact"):
         load(tmp_path)
-    with pytest.raises(ArtifactError, match="not a moqc artifact"):
+    with pytest.raises(ArtifactError, match="no such folder"):
         load(tmp_path / "nowhere")
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ArtifactError, match="compile it first"):
+        load(tmp_path)
     with (copy / LIBRARY).open("ab") as stream:
         stream.write(b"x")
     with pytest.raises(ArtifactError, match="bytes where"):
