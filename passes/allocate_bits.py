@@ -54,7 +54,7 @@ class AllocateBits(Pass):
     `bits` counts codes, scales, zeros, padding and tables. `allocator` is a name of
     `moqc.quant.allocators.table`; `formats` the candidates, by default those whose costs were measured (pmq:
     its own three). Raises BudgetError, with the reachable range, when no plan is small enough, or when the
-    default candidates cannot spend the budget.
+    default candidates leave more than a tenth of the budget unspent.
     """
 
     name: ClassVar[str] = "allocate-bits"

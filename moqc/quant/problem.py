@@ -19,6 +19,9 @@ PROJECTIONS = ("gate", "up", "down")
 MCMOE_BITS = (1, 2, 3)
 """Code widths MC-MoE chooses from; the columns of `Problem.block_errors`."""
 
+SPENT_SHARE = 0.9
+"""Share of a budget that the largest plan must spend."""
+
 
 @dataclass(frozen=True, eq=False)
 class Problem:
@@ -77,9 +80,13 @@ class Problem:
             raise self._out_of_reach(smallest, largest, family)
 
     def require_spendable(self) -> None:
-        """BudgetError when the budget exceeds the largest plan, which then would not be what its bits say."""
+        """BudgetError when even the largest plan leaves more than a tenth of the budget unspent.
+
+        A family that ends a little below the budget (PMQ's, at 3 bits) gives its largest plan; one that ends
+        far below would not be what its bits say.
+        """
         smallest, largest = (int(extreme(axis=1).sum()) for extreme in (self.sizes.min, self.sizes.max))
-        if largest < self.available_bits:
+        if largest < SPENT_SHARE * self.available_bits:
             raise self._out_of_reach(smallest, largest, "these formats")
 
     def _out_of_reach(self, smallest: int, largest: int, family: str) -> BudgetError:
