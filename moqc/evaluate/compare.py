@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -142,7 +143,7 @@ class _Bench:
             quantizer=plan.quantizer,
             target_bits=target,
             expert_file_bits_per_weight=expert_bits / self.counts.expert_weights,
-            model_file_bits_per_weight=(expert_bits + self._other_bits()) / self.counts.model_weights,
+            model_file_bits_per_weight=(expert_bits + self._other_bits) / self.counts.model_weights,
             loss=loss,
             loss_increase=loss - reference,
         )
@@ -173,6 +174,7 @@ class _Bench:
                     self._linears[name.removesuffix(".weight")] = self._linears[origin]
         return self._linears
 
+    @cached_property
     def _other_bits(self) -> int:
         """Stored bits of everything but the matrices of routed experts."""
         experts = {

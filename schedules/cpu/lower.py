@@ -20,7 +20,7 @@ from moqc.schedules.cpu.packed_embedding import embedding_kernel
 from moqc.schedules.cpu.packed_experts import ExpertsShape, down_kernel, gate_up_kernel
 from moqc.schedules.cpu.packed_linear import linear_kernel
 from moqc.schedules.cpu.quantize_activations import activations_kernel
-from moqc.schedules.cpu.route import route_kernel
+from moqc.schedules.cpu.route import lower_route
 from moqc.targets import Target
 
 Types = Sequence[tuple[Sequence[Any], str]]
@@ -33,9 +33,7 @@ def lower_mixed_experts(bb: relax.BlockBuilder, call: relax.Call, target: Target
     x, ids, weights = (named[name] for name in ("x", "ids", "weights"))
     shape = _experts_shape(call)
     tokens, pairs = x.ty.shape[0], x.ty.shape[0] * shape.top_k
-    integers = [[pairs], [shape.experts + 1], [shape.experts + 1]]
-    sort = route_kernel(shape.experts, shape.top_k, str(ids.ty.dtype))
-    order, starts, active = _emit(bb, sort, "route", [ids], [(extent, "int32") for extent in integers])
+    order, starts, active = lower_route(bb, ids, shape.experts)
 
     gather = activations_kernel(family, shape.hidden, mode=shape.mode, top_k=shape.top_k)
     inputs = _emit(bb, gather, "gather", [x, order], _activation_types(pairs, shape.hidden, shape.mode))

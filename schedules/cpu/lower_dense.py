@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from tvm import relax, tirx
@@ -12,7 +11,7 @@ from moqc.schedules.cpu.attention import AttentionShape, attention_kernel
 from moqc.schedules.cpu.dense_experts import DenseExpertsShape, dense_down_kernel, dense_up_kernel
 from moqc.schedules.cpu.dense_linear import dense_linear_kernel
 from moqc.schedules.cpu.rms_norm import rms_norm_kernel
-from moqc.schedules.cpu.route import route_kernel
+from moqc.schedules.cpu.route import lower_route
 from moqc.schedules.cpu.topk import topk_kernel
 from moqc.targets import Target
 
@@ -63,7 +62,7 @@ def lower_experts(bb: relax.BlockBuilder, call: relax.Call, target: Target) -> r
     names = tuple(name for name in EXPERT_OPERANDS if name in named)
     activation = attributes(call)["activation"]
     shape = DenseExpertsShape(experts, top_k, hidden, intermediate, activation, names, target.vector_lanes)
-    routing = _route(bb, ids, experts)
+    routing = lower_route(bb, ids, experts)
     first = [named[name] for name in ("gate", "up", "gate_bias", "up_bias") if name in named]
     up = bb.add_func(dense_up_kernel(shape), "moqc_dense_up")
     inner = relax.TensorType([tokens * top_k, intermediate], "float32")
@@ -71,15 +70,6 @@ def lower_experts(bb: relax.BlockBuilder, call: relax.Call, target: Target) -> r
     last = [named[name] for name in ("down", "down_bias") if name in named]
     function = bb.add_func(dense_down_kernel(shape), "moqc_dense_down")
     return relax.call_tir(function, [inner, *routing, weights, *last], call.ty)
-
-
-def _route(bb: relax.BlockBuilder, ids: relax.Expr, experts: int) -> Sequence[relax.Expr]:
-    """Emit the sort of the pairs: order, starts, active."""
-    tokens, top_k = ids.ty.shape[0], int(ids.ty.shape[1])
-    function = bb.add_func(route_kernel(experts, top_k, str(ids.ty.dtype)), "moqc_route")
-    shapes = [[tokens * top_k], [experts + 1], [experts + 1]]
-    sorted_pairs = bb.emit(relax.call_tir(function, [ids], [relax.TensorType(s, "int32") for s in shapes]))
-    return [bb.emit(relax.TupleGetItem(sorted_pairs, number)) for number in range(3)]
 
 
 def lower_dense_linear(

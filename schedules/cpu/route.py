@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-from tvm import tirx
+from tvm import relax, tirx
 from tvm.tirx.script import builder as T
 
 from moqc.schedules.cpu.emit import bind, int64, kernel, load, loop, scratch, store, symbol, when
@@ -64,3 +65,12 @@ def _scan(experts: int, position: Any, starts: Any, active: Any) -> None:
             store(hit, [0], number)
             store(active, [number], e.astype("int32"))
     store(active, [0], load(hit, [0]))
+
+
+def lower_route(bb: relax.BlockBuilder, ids: relax.Expr, experts: int) -> Sequence[relax.Expr]:
+    """Emit the sort of the pairs of ``ids [T, top_k]``: order, starts, active."""
+    tokens, top_k = ids.ty.shape[0], int(ids.ty.shape[1])
+    function = bb.add_func(route_kernel(experts, top_k, str(ids.ty.dtype)), "moqc_route")
+    shapes = [[tokens * top_k], [experts + 1], [experts + 1]]
+    sorted_pairs = bb.emit(relax.call_tir(function, [ids], [relax.TensorType(s, "int32") for s in shapes]))
+    return [bb.emit(relax.TupleGetItem(sorted_pairs, number)) for number in range(3)]
