@@ -114,6 +114,7 @@ def measure_block_errors(
 def _block_errors(site: str, captured: Captured, weights: ExpertWeights) -> dict[str, Tensor]:
     errors = torch.zeros(weights.expert_count, len(MCMOE_BITS), dtype=torch.float64)
     batch_of = torch.arange(len(captured.batches)).repeat_interleave(torch.tensor(captured.batches))
+    batch_of = batch_of.to(captured.x.device)
     for expert, tokens, gates in captured.routed(weights.expert_count):
         x = captured.x[tokens]
         exact = weights.output(expert, x)
@@ -183,7 +184,7 @@ class _Noise:
         output = self._original(call)
         if call.site != self._site:
             return output
-        disturbance = torch.randn(output.shape, generator=self._generator)
+        disturbance = torch.randn(output.shape, generator=self._generator).to(output.device)
         disturbance *= self._size * output.norm(dim=1, keepdim=True) / math.sqrt(output.shape[1])
         self._squares += float(disturbance.double().square().sum())
         self._tokens += len(output)

@@ -36,9 +36,11 @@ class ExpertWeights:
     down_bias: Tensor | None = None
 
     @classmethod
-    def load(cls, checkpoint: Checkpoint, layout: ExpertLayout) -> ExpertWeights:
+    def load(cls, checkpoint: Checkpoint, layout: ExpertLayout, device: torch.device) -> ExpertWeights:
         """Read all experts of a site from the checkpoint."""
-        found: dict[str, Any] = {name: canonical(layout, checkpoint, name) for name in layout.operands}
+        found: dict[str, Any] = {
+            name: canonical(layout, checkpoint, name).to(device) for name in layout.operands
+        }
         return cls(activation=layout.activation, **{"gate": None, **found})
 
     @property

@@ -28,6 +28,7 @@ from moqc.errors import ModelError
 from moqc.frontend.checkpoint import Checkpoint
 from moqc.frontend.skeleton import build_skeleton
 from moqc.quant import reference
+from moqc.quant.device import compute_device
 from moqc.quant.reference import Activations
 
 BATCH_TOKENS = 4096
@@ -81,7 +82,7 @@ def split_batches(windows: Tensor, batch_tokens: int = BATCH_TOKENS) -> list[Ten
 
 
 class LayeredModel:
-    """A checkpoint's model, layer by layer, in float32 on the CPU.
+    """A checkpoint's model, layer by layer, in float32, on `compute_device()`.
 
     `override` substitutes weights of anything but the experts, by parameter name. A substituted `nn.Linear`
     is computed by `quant.reference.linear`, with its input quantized too if `activations` is "int8".
@@ -93,9 +94,11 @@ class LayeredModel:
     ) -> None:
         self.checkpoint = checkpoint
         self.activations = activations
+        self.device = compute_device()
         self._override = override or (lambda name: None)
         # Not `checkpoint.meta_model()`: its hooks are for export, the model's own attention is the reference.
         self._model = build_skeleton(checkpoint.config)
+        _place_buffers(self._model, self.device)
         self.layouts = {layout.site: layout for layout in checkpoint.layouts}
         self._prefix, self._layers = _decoder_layers(self._model, list(self.layouts))
         self._call: ExpertsFunction | None = None
@@ -117,17 +120,17 @@ class LayeredModel:
         return [site for site in self.layouts if site.startswith(prefix)]
 
     def experts(self, site: str) -> ExpertWeights:
-        """The original weights of one experts block, canonical, float32."""
-        return ExpertWeights.load(self.checkpoint, self.layouts[site])
+        """The original weights of one experts block, canonical, float32, on `device`."""
+        return ExpertWeights.load(self.checkpoint, self.layouts[site], self.device)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def start(self, batches: Sequence[Tensor]) -> Stream:
         """Embed the token batches (int64 [n, window] each)."""
         stubs = self._stub_layers()
-        stream = Stream(list(batches), [], [])
+        stream = Stream([tokens.to(self.device) for tokens in batches], [], [])
         base = self._model.base_model
         with self._outer(base):
-            for tokens in batches:
+            for tokens in stream.tokens:
                 base(**_inputs(tokens))
                 stream.hidden.append(stubs[0].hidden)
                 stream.arguments.append([stub.arguments for stub in stubs])
@@ -140,7 +143,7 @@ class LayeredModel:
         with self._materialized(f"{self._prefix}.{index}", module):
             yield LoadedLayer(self, index, module)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def logits(self, stream: Stream) -> Iterator[Tensor]:
         """Logits float32 [n, window, vocabulary] of each batch, after all layers have run."""
         stubs = self._stub_layers()
@@ -196,7 +199,7 @@ class LayeredModel:
         before = table[name]
         substitute = self._override(full)
         tensor = self.checkpoint.load(full) if substitute is None else substitute
-        tensor = tensor.float() if tensor.is_floating_point() else tensor
+        tensor = (tensor.float() if tensor.is_floating_point() else tensor).to(self.device)
         is_parameter = table is module._parameters
         table[name] = nn.Parameter(tensor, requires_grad=False) if is_parameter else tensor
         if substitute is not None and name == "weight" and isinstance(module, nn.Linear):
@@ -217,7 +220,7 @@ class LoadedLayer:
     index: int
     module: nn.Module
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def run(self, stream: Stream, experts: ExpertsFunction, *, keep: bool = True) -> None:
         """Run all batches of `stream`, experts blocks computed by `experts`.
 
@@ -293,8 +296,16 @@ class _Experts(_Forwarding):
 
 
 def _inputs(tokens: Tensor) -> dict[str, Any]:
-    positions = torch.arange(tokens.shape[1]).expand(tokens.shape[0], -1)
+    positions = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape[0], -1)
     return {"input_ids": tokens, "position_ids": positions, "use_cache": False}
+
+
+def _place_buffers(model: nn.Module, device: torch.device) -> None:
+    """Move the buffers that are computed, not loaded, to `device`; parameters stay on the meta device."""
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and not buffer.is_meta:
+                module._buffers[name] = buffer.to(device)
 
 
 def _stored(module: nn.Module) -> list[str]:

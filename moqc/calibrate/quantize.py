@@ -159,7 +159,8 @@ def _inputs_of(site: str, layer: LoadedLayer, stream: Stream, done: dict[str, Ex
 
 
 def _substituted(weights: ExpertWeights, result: SiteResult) -> ExpertWeights:
-    return weights.substitute(**{name: projection.dense() for name, projection in result.items()})
+    device = weights.down.device
+    return weights.substitute(**{name: part.dense().to(device) for name, part in result.items()})
 
 
 def _gptq_site(site: _Site) -> SiteResult:
@@ -218,7 +219,7 @@ def reference_forward(
     activations: Activations = "float",
     linears: Mapping[str, Quantized] | None = None,
 ) -> Iterator[Tensor]:
-    """Logits float32 [n, window, vocabulary] of batches of `tokens` int64 [N, window], in order.
+    """Logits float32 [n, window, vocabulary] of batches of `tokens` int64 [N, window], in order, on the CPU.
 
     Experts come from `store` (None: the original ones), other linears and embeddings from `linears` (site ->
     matrix) where given. `activations` "int8" quantizes the inputs of what is quantized, and of nothing else.
@@ -234,7 +235,8 @@ def reference_forward(
         experts = _experts_function(model, index, store, activations)
         with model.layer(index) as layer:
             layer.run(stream, experts)
-    yield from model.logits(stream)
+    for logits in model.logits(stream):
+        yield logits.cpu()
 
 
 def _experts_function(

@@ -24,6 +24,7 @@ from moqc.calibrate.layers import LayeredModel
 from moqc.calibrate.text import CalibrationSet
 from moqc.calibrate.workspace import Workspace, digest
 from moqc.frontend.checkpoint import Checkpoint
+from moqc.quant.device import compute_device
 
 VERSION = 1
 """Of what is measured and how it is stored; part of the cache key."""
@@ -82,8 +83,11 @@ class Statistics:
         return list(self.keys)
 
     def of(self, site: str) -> SiteStatistics:
-        """Read the statistics of one site."""
-        tensors = self.workspace.load_tensors(self.keys[site])
+        """Read the statistics of one site, onto `compute_device()`."""
+        device = compute_device()
+        tensors = {
+            name: tensor.to(device) for name, tensor in self.workspace.load_tensors(self.keys[site]).items()
+        }
         return SiteStatistics(tokens=int(tensors.pop("tokens")), **tensors)
 
 
@@ -109,7 +113,8 @@ def _measure(
     captured: Captured, weights: ExpertWeights, dataset: list[int], datasets: int, exponent: int
 ) -> dict[str, Tensor]:
     experts, columns = weights.expert_count, captured.x.shape[1]
-    of_token = torch.tensor(dataset).repeat_interleave(torch.tensor(captured.batches))
+    device = captured.x.device
+    of_token = torch.tensor(dataset).repeat_interleave(torch.tensor(captured.batches)).to(device)
     pairs = torch.zeros(datasets, experts, dtype=torch.int64)
     mass = torch.zeros(datasets, experts, dtype=torch.float64)
     sample_x = torch.zeros(experts, SAMPLE, columns)
@@ -118,7 +123,7 @@ def _measure(
     for expert, tokens, gates in captured.routed(experts):
         pairs[:, expert] = torch.bincount(of_token[tokens], minlength=datasets)
         mass[:, expert] = torch.bincount(of_token[tokens], gates.double(), minlength=datasets)
-        chosen = torch.randperm(len(tokens), generator=generator)[:SAMPLE]
+        chosen = torch.randperm(len(tokens), generator=generator)[:SAMPLE].to(device)
         sample_x[expert, : len(chosen)] = captured.x[tokens[chosen]]
         sample_weights[expert, : len(chosen)] = gates[chosen]
     return {
@@ -135,7 +140,7 @@ def _measure(
 def input_moments(captured: Captured, experts: int, exponent: int = 2) -> Tensor:
     """Gate-weighted second moments float32 [E, H, H] of the block's inputs."""
     columns = captured.x.shape[1]
-    moments = torch.zeros(experts, columns, columns)
+    moments = torch.zeros(experts, columns, columns, device=captured.x.device)
     for expert, tokens, gates in captured.routed(experts):
         moments[expert] = _moment(captured.x[tokens], gates, exponent)
     return moments
@@ -144,7 +149,7 @@ def input_moments(captured: Captured, experts: int, exponent: int = 2) -> Tensor
 def hidden_moments(captured: Captured, weights: ExpertWeights, exponent: int = 2) -> Tensor:
     """Gate-weighted second moments float32 [E, I, I] of the input of down, given the weights before it."""
     columns = weights.down.shape[2]
-    moments = torch.zeros(weights.expert_count, columns, columns)
+    moments = torch.zeros(weights.expert_count, columns, columns, device=captured.x.device)
     for expert, tokens, gates in captured.routed(weights.expert_count):
         moments[expert] = _moment(weights.hidden(expert, captured.x[tokens]), gates, exponent)
     return moments

@@ -129,7 +129,7 @@ class Workspace:
 
         path = self._path(key, ".safetensors")
         # Tensors that share memory are refused by safetensors; a copy is what the file holds anyway.
-        owned = {name: tensor.detach().contiguous().clone() for name, tensor in tensors.items()}
+        owned = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
         with _atomic(path) as temporary:
             try:
                 save_file(owned, temporary)

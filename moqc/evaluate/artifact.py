@@ -99,7 +99,7 @@ def _reference_logits(
     model = LayeredModel(reference)
     stream = model.forward([torch.from_numpy(np.ascontiguousarray(ids)) for ids in batches])
     for logits in model.logits(stream):
-        yield logits.numpy()
+        yield logits.cpu().numpy()
 
 
 def _check_vocabulary(artifact: Artifact, reference: Checkpoint) -> None:

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 
 from moqc.quant import grid
+from moqc.quant.device import chunk
 from moqc.quant.formats import Format
 from moqc.quant.hessian import damped, inverse_factor, output_error
 from moqc.quant.rtn import assemble, importance_groups
@@ -53,7 +54,7 @@ def quantize_gptq(
         The quantized matrices and ``tr(D H D^T)``, ``D = w - dequantized``, H not damped: float64 ``[B]``.
 
     """
-    count = max(1, _CHUNK // w[0].numel())
+    count = max(1, chunk(w.device, _CHUNK) // w[0].numel())
     parts = [
         _quantize(w[i : i + count].float(), hessian[i : i + count], fmt, damping, act_order)
         for i in range(0, w.shape[0], count)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional
 
+from moqc.quant.device import chunk
 from moqc.quant.formats import Format
 
 SHRINK = (0.3, 1.0)
@@ -65,7 +66,7 @@ def search(w: torch.Tensor, importance: torch.Tensor, fmt: Format) -> Grid:
         Grids ``[M]``.
 
     """
-    rows = max(1, _CHUNK // w.shape[1])
+    rows = max(1, chunk(w.device, _CHUNK) // w.shape[1])
     starts = range(0, max(1, w.shape[0]), rows)
     parts = [_search(w[i : i + rows], importance[i : i + rows], fmt) for i in starts]
     return Grid(torch.cat([part.scale for part in parts]), torch.cat([part.zero for part in parts]))
