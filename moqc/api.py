@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moqc.errors import InternalError, PipelineError, UserError
+from moqc.errors import PipelineError, UserError
 from moqc.inputs import (
     check_architecture,
     check_metadata,
@@ -21,10 +19,9 @@ from moqc.inputs import (
     resolve_model,
 )
 from moqc.log import logger
-from moqc.manifest import LIBRARY, Manifest, read_manifest
-from moqc.package import check_output, from_torch, write_artifact
+from moqc.manifest import Manifest, read_manifest
+from moqc.package import check_output
 from moqc.targets import find_target
-from moqc.tensorfile import StoredTensor
 
 if TYPE_CHECKING:
     from tvm import IRModule
@@ -32,7 +29,6 @@ if TYPE_CHECKING:
     from moqc.evaluate.artifact import Evaluation
     from moqc.evaluate.compare import Comparison
     from moqc.frontend.checkpoint import Checkpoint
-    from moqc.passes.base import PassContext
     from moqc.passes.pipeline import Pipeline
     from moqc.pipelines import Debug
 
@@ -95,6 +91,7 @@ def compile(
     elif debug.stop_after is None:
         raise UserError("no output folder: give one with -o")
     require_compiler()
+    from moqc.assemble import assemble
     from moqc.frontend.checkpoint import Checkpoint
     from moqc.frontend.hf import MAX_CHUNK
     from moqc.ir.text import print_module
@@ -130,7 +127,7 @@ def compile(
         mod = run_passes(rest, mod, ctx, debug)
         if debug.stop_after is not None:
             return print_module(mod)
-        return _package(mod, ctx, passes, chunk, Path(out or ""), force=force)
+        return assemble(mod, ctx, passes, chunk, Path(out or ""), force=force)
 
 
 def _check_buildable(passes: Pipeline) -> None:
@@ -157,51 +154,6 @@ def _input_module(
         return import_model(checkpoint, max_batch=max_batch, max_chunk=chunk), passes
     done = start_from.stem.partition("_")[2]  # 003_allocate-bits.py
     return read_module(start_from), passes.after(done) if done else passes
-
-
-def _package(
-    mod: IRModule,
-    ctx: PassContext,
-    passes: Pipeline,
-    chunk: int,
-    out: Path,
-    *,
-    force: bool,
-) -> Manifest:
-    """Build the library and write the artifact."""
-    from moqc.certificate import certify
-    from moqc.codegen import build, export
-    from moqc.describe import count_weights, describe
-
-    if ctx.target is None or ctx.checkpoint is None or ctx.params is None:
-        raise InternalError("packaging without target, checkpoint or parameters")
-    checkpoint, params = ctx.checkpoint, ctx.params
-    draft = describe(mod, checkpoint, ctx.target, passes, chunk=chunk)
-    logger.info("building for %s", ctx.target.name)
-    executable = build(mod, ctx.target)
-
-    def load(name: str) -> StoredTensor:
-        return StoredTensor.of(params.get(name)) if name in params else from_torch(checkpoint.load(name))
-
-    # The certificate is of the very file that is shipped, and machine code is generated when it is written.
-    with tempfile.TemporaryDirectory(prefix="moqc-") as folder:
-        library = Path(folder) / LIBRARY
-        export(executable, library)
-
-        def place(path: Path) -> None:
-            shutil.move(library, path)
-
-        logger.info("certifying kernels")
-        numerics = certify(library, mod, ctx.target, load)
-        return write_artifact(
-            out,
-            draft.model_copy(update={"numerics": numerics}),
-            export_library=place,
-            load=load,
-            counts=count_weights(mod, checkpoint),
-            source=checkpoint.path,
-            force=force,
-        )
 
 
 def opt(

@@ -96,12 +96,21 @@ def rewrite_experts(
     mod: IRModule, provider: ExpertProvider, params: ParamStore, activations: str
 ) -> IRModule:
     """`mod` with every experts block mixed, its matrices taken from `provider` and packed into `params`."""
-    plan, rewrite = BITS.of(mod), Rewrite()
-    for variable, call in track(list(_experts_calls(mod)), "packing experts"):
-        site, named = expert_site(call), ops.operands(call)
+    plan = BITS.of(mod)
+    for _, call in track(list(_experts_calls(mod)), "packing experts"):
+        site = expert_site(call)
         classes = {name: bit_classes(plan[site.site][name]) for name in site.projections}
         for name, array in pack_site(site, classes, provider):
             params.put(f"{site.site}.{name}", array)
+    return mix_experts(mod, activations)
+
+
+def mix_experts(mod: IRModule, activations: str) -> IRModule:
+    """`mod` with every experts block mixed as BITS says; its packed matrices are new parameters."""
+    plan, rewrite = BITS.of(mod), Rewrite()
+    for variable, call in _experts_calls(mod):
+        site, named = expert_site(call), ops.operands(call)
+        classes = {name: bit_classes(plan[site.site][name]) for name in site.projections}
         packed = _packed_parameters(site, classes)
         rewrite.values[variable] = _mixed_call(call, classes, packed, activations)
         for number, projection in enumerate(site.projections):

@@ -32,6 +32,7 @@ LAYERS = {
     "moqc.manifest": 7,
     "moqc.describe": 7,
     "moqc.tensorfile": 7,
+    "moqc.assemble": 7,
     "moqc.runtime": 8,
     "moqc.evaluate": 9,
     "moqc.inputs": 10,

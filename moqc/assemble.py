@@ -1,0 +1,65 @@
+"""From a lowered module to an artifact: build, certify, package."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from pathlib import Path
+
+from tvm import IRModule
+
+from moqc.certificate import certify
+from moqc.codegen import build, export
+from moqc.describe import count_weights, describe
+from moqc.errors import InternalError
+from moqc.log import logger
+from moqc.manifest import LIBRARY, Manifest
+from moqc.package import from_torch, write_artifact
+from moqc.passes.base import PassContext
+from moqc.passes.pipeline import Pipeline
+from moqc.tensorfile import StoredTensor
+
+
+def assemble(
+    mod: IRModule,
+    ctx: PassContext,
+    passes: Pipeline,
+    chunk: int,
+    out: Path,
+    *,
+    force: bool,
+) -> Manifest:
+    """Build the library of `mod`, certify its kernels, and write the artifact folder `out`.
+
+    Packed weights come from ``ctx.params``, all others from ``ctx.checkpoint``. `passes` is the pipeline that
+    made `mod`; `chunk` the largest number of tokens a row may have in one call.
+    """
+    if ctx.target is None or ctx.checkpoint is None or ctx.params is None:
+        raise InternalError("packaging without target, checkpoint or parameters")
+    checkpoint, params = ctx.checkpoint, ctx.params
+    draft = describe(mod, checkpoint, ctx.target, passes, chunk=chunk)
+    logger.info("building for %s", ctx.target.name)
+    executable = build(mod, ctx.target)
+
+    def load(name: str) -> StoredTensor:
+        return StoredTensor.of(params.get(name)) if name in params else from_torch(checkpoint.load(name))
+
+    # The certificate is of the very file that is shipped, and machine code is generated when it is written.
+    with tempfile.TemporaryDirectory(prefix="moqc-") as folder:
+        library = Path(folder) / LIBRARY
+        export(executable, library)
+
+        def place(path: Path) -> None:
+            shutil.move(library, path)
+
+        logger.info("certifying kernels")
+        numerics = certify(library, mod, ctx.target, load)
+        return write_artifact(
+            out,
+            draft.model_copy(update={"numerics": numerics}),
+            export_library=place,
+            load=load,
+            counts=count_weights(mod, checkpoint),
+            source=checkpoint.path,
+            force=force,
+        )
