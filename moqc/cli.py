@@ -17,7 +17,7 @@ import typer
 
 import moqc
 from moqc import log
-from moqc.commands import compare, compile, doctor, evaluate, inspect, lists, opt, run, verify
+from moqc.commands import bench, compare, compile, doctor, evaluate, inspect, lists, opt, run, verify
 from moqc.errors import InternalError, MoqcError, UserError
 
 INTERRUPTED = 130
@@ -45,6 +45,11 @@ COMMANDS: dict[str, tuple[Callable[..., None], str]] = {
         compare.command,
         "moqc compare examples/models/tiny-moe --text examples/data/test.txt --bits 2,2.5 "
         "--allocators uniform:rtn,global",
+    ),
+    "bench": (bench.command, "moqc bench out/tiny --prompt 128,512 --generate 64"),
+    "bench-kernels": (
+        bench.kernels,
+        "moqc bench-kernels --shape qwen3-30b-a3b --bits 4,2,4/2 --tokens 1,32",
     ),
     "inspect": (inspect.command, "moqc inspect out/tiny"),
     "verify": (verify.command, "moqc verify out/tiny"),

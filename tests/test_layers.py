@@ -35,6 +35,7 @@ LAYERS = {
     "moqc.assemble": 7,
     "moqc.runtime": 8,
     "moqc.evaluate": 9,
+    "moqc.bench": 9,
     "moqc.inputs": 10,
     "moqc.api": 10.5,
     "moqc.commands": 11,

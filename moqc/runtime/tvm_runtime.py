@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
 
+from moqc.errors import UserError
+
 _ABSENT = object()
 
 
@@ -30,6 +32,18 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
+def use_threads(count: int | None) -> int:
+    """Have TVM's pool use `count` threads, or for None what the user set or else all cores; the number.
+
+    Takes effect before the pool starts, with the first parallel kernel. Raises UserError below 1.
+    """
+    if count is not None and count < 1:
+        raise UserError(f"threads {count}: at least 1 is needed")
+    if count is not None:
+        os.environ["TVM_NUM_THREADS"] = str(count)
+    return int(os.environ.setdefault("TVM_NUM_THREADS", str(available_cores())))
+
+
 def import_runtime() -> ModuleType:
     """Import `tvm` as a runtime: without its compiler library and without torch.
 
@@ -40,7 +54,7 @@ def import_runtime() -> ModuleType:
     * ``TVM_USE_RUNTIME_LIB=1`` loads libtvm_runtime only;
     * ``TVM_NUM_THREADS``: TVM's default is half of the machine's threads, whatever the process may use.
     """
-    os.environ.setdefault("TVM_NUM_THREADS", str(available_cores()))
+    use_threads(None)
     if "tvm" in sys.modules:
         return sys.modules["tvm"]
     os.environ.setdefault("TVM_USE_RUNTIME_LIB", "1")

@@ -1,0 +1,1 @@
+"""Speed: kernels on the shapes of real models, and whole artifacts."""
