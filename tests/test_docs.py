@@ -52,7 +52,7 @@ def test_artifact_page_lists_the_manifest():
 
 def test_cli_page_lists_commands_and_options():
     text = (DOCS / "cli.md").read_text()
-    sections = dict(re.findall(r"^## moqc (\w+)[^\n]*\n(.*?)(?=^## |\Z)", text, re.MULTILINE | re.DOTALL))
+    sections = dict(re.findall(r"^## moqc ([\w-]+)[^\n]*\n(.*?)(?=^## |\Z)", text, re.MULTILINE | re.DOTALL))
     assert set(sections) == set(commands())
     common = text.partition("\n## ")[0]
     for name, command in commands().items():
