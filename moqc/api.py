@@ -16,6 +16,7 @@ from moqc.inputs import (
     read_calibration,
     read_module,
     require_compiler,
+    resolve_config,
     resolve_model,
 )
 from moqc.log import logger
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from moqc.frontend.checkpoint import Checkpoint
     from moqc.passes.pipeline import Pipeline
     from moqc.pipelines import Debug
+    from moqc.predict.plan import Plan
 
 _INSPECTED = ("bits", "linear_bits", "pipeline", "versions", "numerics", "quality")
 
@@ -104,7 +106,7 @@ def compile(
         raise UserError(f"max-batch {max_batch}: must be at least 1")
     plan = Plan.parse(f"{allocator}:{quantizer}")
     checkpoint = Checkpoint.open(resolve_model(model))
-    length = context_length(checkpoint, context)
+    length = context_length(checkpoint.config, context)
     passes = (
         default_pipeline(
             plan, bits=bits, linears=linears, activations=activations, context=length, max_batch=max_batch
@@ -154,6 +156,72 @@ def _input_module(
         return import_model(checkpoint, max_batch=max_batch, max_chunk=chunk), passes
     done = start_from.stem.partition("_")[2]  # 003_allocate-bits.py
     return read_module(start_from), passes.after(done) if done else passes
+
+
+def plan(
+    model: str | Path,
+    *,
+    bits: float | None = None,
+    size: int | None = None,
+    latency: float | None = None,
+    linears: str = "int8-g64-sym",
+    allocator: str = "global",
+    target: str = "native",
+    bandwidth: float | None = None,
+    context: int | None = None,
+    max_batch: int = 4,
+    calibration_tokens: int = 32_768,
+) -> Plan:
+    """Predict what `compile` would give, from the model's configuration alone: no weights are read.
+
+    Args:
+        model: a checkpoint folder, of which config.json is enough, or an id of the Hugging Face hub.
+        bits: budget in expert file bits per weight,
+        size: or in bytes of the artifact,
+        latency: or in seconds a decoded token, with an empty cache; give one of the three.
+        linears: format of the other matrices, or "none".
+        allocator: "uniform" stores all experts in one format; any other name spends the whole budget.
+        target: a name of `moqc.targets`, for the speed.
+        bandwidth: of the memory in GB/s, where it is not what the target's roofline says.
+        context: most tokens of a sequence; None: the model's own limit, at most 4096.
+        max_batch: most sequences at once.
+        calibration_tokens: for the time that compilation takes.
+
+    Raises:
+        UserError: for a model moqc cannot read, or a budget out of reach (BudgetError, with the range).
+
+    """
+    from moqc.frontend.checkpoint import read_config
+    from moqc.frontend.trace import outline
+    from moqc.package import copied_bytes
+    from moqc.predict.plan import Deployment, make_plan
+    from moqc.predict.speed import with_bandwidth
+    from moqc.quant.allocators.table import find_allocator
+    from moqc.quant.formats import Format
+
+    find_allocator(allocator)
+    if max_batch < 1:
+        raise UserError(f"max-batch {max_batch}: must be at least 1")
+    machine = find_target(target)
+    folder = resolve_config(model)
+    config = read_config(folder)
+    deployment = Deployment(
+        linears=None if linears == "none" else Format.parse(linears),
+        uniform=allocator == "uniform",
+        context=context_length(config, context),
+        batch=max_batch,
+        copied_bytes=copied_bytes(folder),
+        machine=with_bandwidth(machine.roofline, bandwidth),
+    )
+    return make_plan(
+        outline(config),
+        machine.name,
+        deployment,
+        bits=bits,
+        size=size,
+        latency=latency,
+        calibration_tokens=calibration_tokens,
+    )
 
 
 def opt(

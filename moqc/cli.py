@@ -17,7 +17,19 @@ import typer
 
 import moqc
 from moqc import log
-from moqc.commands import bench, compare, compile, doctor, evaluate, inspect, lists, opt, run, verify
+from moqc.commands import (
+    bench,
+    compare,
+    compile,
+    doctor,
+    evaluate,
+    inspect,
+    lists,
+    opt,
+    plan,
+    run,
+    verify,
+)
 from moqc.errors import InternalError, MoqcError, UserError
 
 INTERRUPTED = 130
@@ -35,6 +47,7 @@ app = typer.Typer(
 UsageError: type[Exception] = typer.BadParameter.__bases__[0]
 
 COMMANDS: dict[str, tuple[Callable[..., None], str]] = {
+    "plan": (plan.command, "moqc plan examples/models/tiny-moe --size 6MB"),
     "compile": (compile.command, "moqc compile examples/models/tiny-moe -o out/tiny --bits 2.5"),
     "run": (run.command, 'moqc run out/tiny --prompt "Il était une" --max-tokens 64'),
     "eval": (

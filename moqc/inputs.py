@@ -14,6 +14,7 @@ from moqc.errors import ModelError, UserError
 from moqc.manifest import MANIFEST
 
 if TYPE_CHECKING:
+    from transformers import PretrainedConfig
     from tvm import IRModule
 
     from moqc.calibrate.text import CalibrationSet
@@ -44,13 +45,16 @@ def resolve_model(model: str | Path) -> Path:
         raise ModelError(f"{path}: is a compiled artifact; give the checkpoint it was made from")
     if path.exists() or str(model).count("/") != 1 or str(model).startswith((".", "/", "~")):
         return path
+    return _download(str(model), ["*.safetensors", "*.json", "*.jinja"])
+
+
+def _download(model: str, patterns: list[str]) -> Path:
+    """The files of a model of the Hugging Face hub that match `patterns`, as a folder."""
     import huggingface_hub
     from huggingface_hub.errors import HFValidationError
 
     try:
-        found = huggingface_hub.snapshot_download(
-            str(model), allow_patterns=["*.safetensors", "*.json", "*.jinja"]
-        )
+        found = huggingface_hub.snapshot_download(model, allow_patterns=patterns)
     except (OSError, HFValidationError, ValueError) as error:
         raise ModelError(
             f"{model}: no such folder, and not available from the Hugging Face hub "
@@ -59,12 +63,25 @@ def resolve_model(model: str | Path) -> Path:
     return Path(found)
 
 
-def context_length(checkpoint: Checkpoint, wanted: int | None) -> int:
+def resolve_config(model: str | Path) -> Path:
+    """A folder with at least the configuration of a model: `model` itself, or from the Hugging Face hub.
+
+    Raises ModelError when it is neither.
+    """
+    path = Path(model)
+    if (path / MANIFEST).is_file():
+        raise ModelError(f"{path}: is a compiled artifact; `moqc inspect` says what it takes")
+    if path.exists() or str(model).count("/") != 1 or str(model).startswith((".", "/", "~")):
+        return path
+    return _download(str(model), ["config.json", "tokenizer*", "generation_config.json"])
+
+
+def context_length(config: PretrainedConfig, wanted: int | None) -> int:
     """Tokens of context to compile for: `wanted`, or the model's own limit, at most 4096.
 
     Raises UserError when the model cannot do `wanted`.
     """
-    limit = getattr(checkpoint.config.get_text_config(), "max_position_embeddings", None)
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
     if wanted is None:
         return min(limit or LONGEST_DEFAULT_CONTEXT, LONGEST_DEFAULT_CONTEXT)
     if wanted < 1 or (limit is not None and wanted > limit):

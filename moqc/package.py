@@ -133,6 +133,12 @@ def write_artifact(
         )
 
 
+def copied_bytes(source: Path) -> int:
+    """Bytes of the files of a checkpoint folder that go into an artifact as they are."""
+    paths = (source / name for name in ("tokenizer.json", *_COPIED))
+    return sum(path.stat().st_size for path in paths if path.is_file())
+
+
 def copy_metadata(source: Path, folder: Path) -> None:
     """Copy tokenizer and configuration. Raises ModelError where there is no tokenizer.json."""
     tokenizer = source / "tokenizer.json"

@@ -77,12 +77,17 @@ def check_bits(bits: float) -> None:
         raise BudgetError(f"bits {bits:g}: file bits per expert weight are above 0, at most {MOST_BITS:g}")
 
 
+def candidate_formats(bits: float) -> tuple[str, ...]:
+    """Formats that an allocation for a budget of `bits` chooses from by default."""
+    return FORMATS if bits <= WIDEST_BITS else (*FORMATS, "int8-g128")
+
+
 def allocation_pipeline(plan: Plan, bits: float) -> Pipeline:
     """The passes that end with moqc.bits: measure what the allocator reads, then allocate."""
     # What is measured with a simulated quantizer is measured with the one whose formats are real.
     quantizer = plan.quantizer if plan.quantizer in ("rtn", "gptq") else DEFAULT_QUANTIZER
     analyses = ANALYSES.get(plan.allocator, (*ANALYSES["pmq"], *ANALYSES["global"]))
-    formats = FORMATS if bits <= WIDEST_BITS else (*FORMATS, "int8-g128")
+    formats = candidate_formats(bits)
     texts = [text.format(quantizer=quantizer, formats="+".join(formats)) for text in analyses]
     if plan.quantizer == "mcmoe":
         bits -= MCMOE_EXTRA_BITS

@@ -11,12 +11,27 @@ from moqc.errors import TargetError
 
 
 @dataclass(frozen=True, slots=True)
+class Roofline:
+    """What a machine sustains while one sequence is decoded; `moqc plan` predicts with it.
+
+    `bandwidth`: bytes a second from memory. `weight_rate`: weights a second that are unpacked and multiplied,
+    whatever their width. `layer_seconds`: time of a decoder layer that does not depend on its weights (norms,
+    attention, router, launches). `source`: the machine and where the numbers are from.
+    """
+
+    bandwidth: float
+    weight_rate: float
+    layer_seconds: float
+    source: str
+
+
+@dataclass(frozen=True, slots=True)
 class Target:
     """One machine family.
 
     `tvm` is the dict `tvm.target.Target` takes. `features` are the CPU flags (Linux names) the generated code
     uses; loading an artifact checks them. `schedules` names the folder under `schedules/`; `layout` the
-    packed weight layout its kernels read (`moqc.quant.pack`).
+    packed weight layout its kernels read (`moqc.quant.pack`). `roofline` is None where nothing was measured.
     """
 
     name: str
@@ -25,6 +40,7 @@ class Target:
     schedules: str = "cpu"
     layout: str = "interleaved16"
     doc: str = ""
+    roofline: Roofline | None = None
 
     @property
     def vector_lanes(self) -> int:

@@ -51,7 +51,7 @@ class Checkpoint:
         dtypes moqc does not read, tensors missing, extra or of a wrong shape, a model without experts.
         """
         path = Path(path)
-        return cls(path, _read_config(path))
+        return cls(path, read_config(path))
 
     @cached_property
     def fingerprint(self) -> str:
@@ -126,7 +126,7 @@ class Checkpoint:
         return {name: stored for name, stored in tied.items() if stored in self._sources}
 
 
-def _read_config(path: Path) -> transformers.PretrainedConfig:
+def read_config(path: Path) -> transformers.PretrainedConfig:
     """The configuration of a model folder. Raises ModelError."""
     if path.suffix == ".gguf" or (
         path.is_dir() and not list(path.glob("*.safetensors")) and list(path.glob("*.gguf"))

@@ -20,13 +20,12 @@ from typing import Any
 
 import torch
 import transformers
-from torch._subclasses.fake_tensor import FakeTensorMode
 from tvm import IRModule, relax
 
 from moqc.errors import InternalError, ModelError
 from moqc.frontend.checkpoint import Checkpoint
 from moqc.frontend.importer import Importer
-from moqc.frontend.skeleton import first_line
+from moqc.frontend.skeleton import fake_parameters, first_line
 from moqc.ir.annotations import PARAMS, SCHEMA, SCHEMA_VERSION
 from moqc.ir.sites import INPUTS, find_experts
 
@@ -89,7 +88,7 @@ def export(
         0: torch.export.Dim("batch", min=1, max=max_batch),
         1: torch.export.Dim("seq", min=1, max=max_chunk),
     }
-    _fake_parameters(model)
+    fake_parameters(model)
     ids = torch.zeros(2, 8, dtype=torch.int64)
     positions = torch.arange(8).repeat(2, 1)
     try:
@@ -175,21 +174,6 @@ def _drop_unused(mod: IRModule, names: list[str]) -> IRModule:
     parameters = [*inputs, *(weight for weight, _ in kept)]
     main = relax.Function(parameters, main.body, main.ret_ty, main.is_pure, main.attrs)
     return PARAMS.put(IRModule({"main": main}), [name for _, name in kept])
-
-
-def _fake_parameters(model: torch.nn.Module) -> None:
-    """Replace meta parameters by fake ones on the CPU: traced code sees ordinary tensors, without memory."""
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    made: dict[torch.nn.Parameter, torch.nn.Parameter] = {}
-    for module in model.modules():
-        for name, parameter in list(module.named_parameters(recurse=False)):
-            if not parameter.is_meta:
-                continue
-            if parameter not in made:  # a tied parameter stays one
-                with mode:
-                    blank = torch.empty(parameter.shape, dtype=parameter.dtype)
-                made[parameter] = torch.nn.Parameter(blank, requires_grad=False)
-            module.register_parameter(name, made[parameter])
 
 
 def _decompositions() -> dict[Any, Any]:

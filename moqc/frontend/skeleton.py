@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import transformers
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from moqc.errors import ModelError
 
@@ -38,6 +39,21 @@ def build_eager(config: transformers.PretrainedConfig) -> transformers.PreTraine
     model.config.use_cache = False
     eager: transformers.PreTrainedModel = model.eval()
     return eager
+
+
+def fake_parameters(model: torch.nn.Module) -> None:
+    """Replace meta parameters by fake ones on the CPU: traced code sees ordinary tensors, without memory."""
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    made: dict[torch.nn.Parameter, torch.nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if not parameter.is_meta:
+                continue
+            if parameter not in made:  # a tied parameter stays one
+                with mode:
+                    blank = torch.empty(parameter.shape, dtype=parameter.dtype)
+                made[parameter] = torch.nn.Parameter(blank, requires_grad=False)
+            module.register_parameter(name, made[parameter])
 
 
 def first_line(error: BaseException) -> str:

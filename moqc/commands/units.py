@@ -1,0 +1,52 @@
+"""Bytes and seconds as people write and read them."""
+
+from __future__ import annotations
+
+import re
+
+from moqc.errors import UserError
+
+_BYTES = {"": 1, "b": 1}
+for _power, _prefix in enumerate("kmgt", start=1):
+    _BYTES |= {f"{_prefix}b": 1000**_power, f"{_prefix}ib": 1024**_power}
+_SECONDS = {"us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0}
+_QUANTITY = re.compile(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([a-zµ]*)\s*", re.IGNORECASE)
+
+
+def parse_bytes(text: str) -> int:
+    """``6GiB``, ``6GB``, ``500 MB`` or a number of bytes; UserError for anything else."""
+    return int(_parse(text, _BYTES, "bytes such as 6GiB or 500MB"))
+
+
+def parse_seconds(text: str) -> float:
+    """``25ms`` or ``0.1s``; UserError for anything else."""
+    return _parse(text, _SECONDS, "a time such as 25ms or 0.1s")
+
+
+def _parse(text: str, units: dict[str, float] | dict[str, int], what: str) -> float:
+    match = _QUANTITY.fullmatch(text)
+    unit = match[2].lower() if match else ""
+    if match is None or unit not in units or float(match[1]) <= 0:
+        raise UserError(f"{text!r}: expected {what}")
+    return float(match[1]) * units[unit]
+
+
+def bytes_text(count: float) -> str:
+    """Three digits and a binary unit: ``4.31 GiB``."""
+    for unit in ("bytes", "KiB", "MiB", "GiB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.3g} {unit}"
+        count /= 1024
+    return f"{count:.3g} TiB"
+
+
+def count_text(count: float) -> str:
+    """Three digits and M or B: ``30.5 B``."""
+    return f"{count / 1e9:.3g} B" if count >= 1e9 else f"{count / 1e6:.3g} M"
+
+
+def seconds_text(seconds: float) -> str:
+    """``0.4 s``, ``12 s``, ``8 min`` or ``2.5 h``."""
+    if seconds < 120:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,1 @@
+"""What a compilation would give, computed from the model's configuration alone."""

@@ -1,0 +1,68 @@
+"""How long calibration and compilation take: work counted from shapes, over rates measured once.
+
+The rates are of this project's 2-core Xeon with one thread busy elsewhere, from ``moqc compile --time-passes`` on
+tiny-moe; elsewhere the seconds scale with the speed of matrix products.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from moqc.frontend.trace import Outline
+from moqc.predict.sizes import expert_weights, projections
+
+MACHINE = "2-core Xeon with AVX-512, torch on the CPU"
+FORWARD_FLOPS = 4.0e10
+"""Floating point operations a second of calibration's forward passes."""
+QUANTIZER_FLOPS = 1.0e10
+"""The same of GPTQ with its descent."""
+QUANTIZER_SWEEPS = 8
+"""Passes over a matrix by its Hessian: factor, propagation, descent."""
+UNIT_SECONDS = 0.015
+"""Of the quantizer for each expert projection and format, whatever its size."""
+ROUNDING_RATE = 2.0e7
+"""Weights a second that are rounded to nearest with clip search."""
+BUILD_SECONDS, BUILD_LAYER_SECONDS = 25.0, 1.0
+"""Gate, export and code generation: fixed, and for each layer."""
+SENSITIVITY_TOKENS = 2048
+FORWARD_PASSES = 3
+"""Over all calibration tokens: statistics, inputs of the quantizer, its outputs."""
+
+
+@dataclass(frozen=True, slots=True)
+class Effort:
+    """Seconds by what they are spent on, on `machine`."""
+
+    calibration_seconds: float
+    quantization_seconds: float
+    build_seconds: float
+    machine: str = MACHINE
+
+
+def estimate_effort(model: Outline, formats: Sequence[str], tokens: int) -> Effort:
+    """Seconds for the default pipeline with `formats` as candidates and `tokens` of calibration text."""
+    active = expert_weights(model, active=True)
+    matrices = sum(matrix.rows * matrix.columns for matrix in model.matrices if matrix.linear)
+    blocks = len(model.experts)
+    forward = 2 * (active + matrices)
+    # Noise in one block forks a stream that goes through all layers after it: half of them on average.
+    sensitivity = forward * SENSITIVITY_TOKENS * (1 + blocks / 2)
+    moments = sum(
+        2 * tokens * use.top_k * sum(columns**2 for _, columns in projections(use.layout))
+        for use in model.experts
+    )
+    quantizer = sum(
+        2 * QUANTIZER_SWEEPS * use.layout.experts * rows * columns**2
+        for use in model.experts
+        for rows, columns in projections(use.layout)
+    )
+    units = sum(use.layout.experts * len(use.layout.projections) for use in model.experts)
+    quantizing = quantizer / QUANTIZER_FLOPS + UNIT_SECONDS * units
+    other = sum(matrix.rows * matrix.columns for matrix in model.matrices)
+    return Effort(
+        calibration_seconds=(FORWARD_PASSES * forward * tokens + sensitivity + moments) / FORWARD_FLOPS
+        + len(formats) * quantizing,
+        quantization_seconds=quantizing + other / ROUNDING_RATE,
+        build_seconds=BUILD_SECONDS + BUILD_LAYER_SECONDS * model.layers,
+    )

@@ -1,0 +1,253 @@
+"""`moqc plan`: from a model's outline and one budget to sizes, memory and speed, with alternatives beside."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from moqc.errors import BudgetError, UserError
+from moqc.frontend.trace import Outline
+from moqc.pipelines import candidate_formats, check_bits
+from moqc.predict.effort import Effort, estimate_effort
+from moqc.predict.sizes import (
+    RUNTIME_BYTES,
+    Footprint,
+    Storage,
+    expert_weights,
+    footprint,
+    uniform_bits,
+    work_bytes,
+)
+from moqc.predict.speed import Speed, decode_speed
+from moqc.quant.formats import Format
+from moqc.quant.problem import SPENT_SHARE
+from moqc.targets import Roofline
+
+ALTERNATIVES = (2.0, 2.5, 3.0, 4.0)
+"""Expert file bits shown beside the plan."""
+UNIFORM = ("int4-g128", "int8-g128")
+"""One format for all experts, as most peers store them, shown beside the plan."""
+_STEPS = 60
+CHUNK = 512
+"""Tokens of a prompt that are run in one call."""
+
+
+@dataclass(frozen=True, slots=True)
+class Deployment:
+    """What does not depend on the budget.
+
+    `linears` is a format or None, `context` and `batch` size the cache, `copied_bytes` is the size of the
+    tokenizer files that go into the artifact, `machine` None where nothing is known about speed.
+    """
+
+    linears: Format | None
+    uniform: bool
+    context: int
+    batch: int
+    copied_bytes: int
+    machine: Roofline | None
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """One way to store a model, and what it takes."""
+
+    name: str
+    bits: float
+    stored: Footprint
+    file_bytes: int
+    peak_bytes: int
+    speed: Speed | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON; speeds are null without a roofline."""
+        return {
+            "name": self.name,
+            "expert_file_bits_per_weight": self.bits,
+            "file_bytes": self.file_bytes,
+            "parameter_bytes": self.stored.parameter_bytes,
+            "peak_bytes": self.peak_bytes,
+            "kv_bytes_per_token": self.stored.kv_bytes_per_token,
+            "bytes_per_token": self.stored.token_bytes,
+            "decode_tokens_per_s": None if self.speed is None else 1 / self.speed.seconds,
+            "bound": None if self.speed is None else self.speed.bound,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The prediction for the budget, what becomes of it as the cache fills, alternatives, effort to make it."""
+
+    model: Outline
+    target: str
+    deployment: Deployment
+    chosen: Prediction
+    contexts: tuple[tuple[int, int, float | None], ...]
+    """(tokens so far, cache bytes of one sequence, tokens a second)."""
+    alternatives: tuple[Prediction, ...]
+    effort: Effort
+
+    @property
+    def total_weights(self) -> int:
+        """Weights of the model, tied ones once."""
+        matrices = sum(matrix.rows * matrix.columns for matrix in self.model.matrices)
+        return expert_weights(self.model) + matrices + self.model.other_weights
+
+    @property
+    def speed_source(self) -> str:
+        """Where the numbers behind the speed are from."""
+        machine = self.deployment.machine
+        return "no roofline is known for this target" if machine is None else machine.source
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {
+            "model_type": self.model.model_type,
+            "weights": self.total_weights,
+            "active_weights": self.chosen.stored.token_weights,
+            "target": self.target,
+            "context": self.deployment.context,
+            "batch": self.deployment.batch,
+            **self.chosen.to_dict(),
+            "speed_source": self.speed_source,
+            "contexts": [
+                {"tokens": tokens, "kv_bytes": cache, "decode_tokens_per_s": rate}
+                for tokens, cache, rate in self.contexts
+            ],
+            "effort": asdict(self.effort),
+            "alternatives": [row.to_dict() for row in self.alternatives],
+        }
+
+
+def make_plan(
+    model: Outline,
+    target: str,
+    deployment: Deployment,
+    *,
+    bits: float | None = None,
+    size: int | None = None,
+    latency: float | None = None,
+    calibration_tokens: int = 32_768,
+) -> Plan:
+    """Plan for exactly one budget: `bits` per expert weight, `size` of the artifact in bytes, or `latency`,
+    seconds a token.
+
+    Raises BudgetError with the reachable range, and UserError for a latency where no roofline is known.
+    """
+    if sum(value is not None for value in (bits, size, latency)) != 1:
+        raise UserError("give one budget: --bits, --size or --latency")
+    predict = _predictor(model, deployment)
+    if bits is not None:
+        chosen = predict(_affordable(model, deployment, bits))
+    elif size is not None:
+        chosen = _largest(model, predict, lambda item: item.file_bytes, size, "bytes")
+    elif deployment.machine is None:
+        raise UserError("no roofline is known for this target: give --bandwidth, or another budget")
+    else:
+        chosen = _largest(model, predict, _milliseconds, 1e3 * (latency or 0), "ms a token")
+    return Plan(
+        model,
+        target,
+        deployment,
+        chosen,
+        tuple(_at_context(model, deployment, chosen, length) for length in _contexts(deployment.context)),
+        _alternatives(model, deployment, predict),
+        estimate_effort(model, candidate_formats(chosen.bits), calibration_tokens),
+    )
+
+
+def _predictor(model: Outline, deployment: Deployment) -> Callable[[float], Prediction]:
+    """Expert file bits -> the prediction."""
+
+    def predict(bits: float) -> Prediction:
+        storage = Storage(bits, deployment.uniform, deployment.linears)
+        stored = footprint(model, storage)
+        machine = deployment.machine
+        speed = None if machine is None else decode_speed(model, stored, machine, context=0)
+        cache = deployment.batch * deployment.context * stored.kv_bytes_per_token
+        work = work_bytes(model, deployment.batch * min(CHUNK, deployment.context))
+        return Prediction(
+            name=f"{'uniform' if deployment.uniform else 'mixed'} {bits:.3g}",
+            bits=bits,
+            stored=stored,
+            file_bytes=stored.file_bytes + deployment.copied_bytes,
+            peak_bytes=RUNTIME_BYTES + stored.weight_bytes + cache + work,
+            speed=speed,
+        )
+
+    return predict
+
+
+def _reach(model: Outline, bits: float) -> tuple[float, float]:
+    """Least and most file bits of a plan for a budget of `bits`."""
+    reached = [uniform_bits(model, Format.parse(name)) for name in candidate_formats(bits)]
+    return min(reached), max(reached)
+
+
+def _affordable(model: Outline, deployment: Deployment, bits: float) -> float:
+    """File bits that a plan of at most `bits` takes. Raises BudgetError as the compilation would."""
+    check_bits(bits)
+    least, most = _reach(model, bits)
+    if bits < least or most < SPENT_SHARE * bits:
+        raise BudgetError(
+            f"{bits:.4g} bits per weight are out of reach: plans take {least:.3f} to {most:.3f}; "
+            f"{'raise' if bits < least else 'lower'} the bits"
+        )
+    if deployment.uniform:
+        reached = (uniform_bits(model, Format.parse(name)) for name in candidate_formats(bits))
+        return max(found for found in reached if found <= bits)
+    return min(bits, most)
+
+
+def _milliseconds(item: Prediction) -> float:
+    return 0.0 if item.speed is None else 1e3 * item.speed.seconds
+
+
+def _largest(
+    model: Outline,
+    predict: Callable[[float], Prediction],
+    measure: Callable[[Prediction], float],
+    budget: float,
+    unit: str,
+) -> Prediction:
+    """The prediction with most bits whose `measure`, which grows with them, is within `budget`."""
+    low, high = _reach(model, bits=16.0)
+    if measure(predict(low)) > budget:
+        raise BudgetError(
+            f"{budget:,.6g} {unit} are out of reach: the smallest plan, {low:.3f} file bits per expert weight, "
+            f"takes {measure(predict(low)):,.6g}; raise the budget, or quantize the other matrices further "
+            "(--linears)"
+        )
+    if measure(predict(high)) <= budget:
+        return predict(high)
+    for _ in range(_STEPS):
+        middle = (low + high) / 2
+        low, high = (middle, high) if measure(predict(middle)) <= budget else (low, middle)
+    return predict(low)
+
+
+def _contexts(longest: int) -> list[int]:
+    """A few lengths up to the longest."""
+    return sorted({length for length in (512, 2048, 8192, 32_768) if length < longest} | {longest})
+
+
+def _at_context(
+    model: Outline, deployment: Deployment, chosen: Prediction, length: int
+) -> tuple[int, int, float | None]:
+    cache = length * chosen.stored.kv_bytes_per_token
+    if deployment.machine is None:
+        return length, cache, None
+    return length, cache, 1 / decode_speed(model, chosen.stored, deployment.machine, length).seconds
+
+
+def _alternatives(
+    model: Outline, deployment: Deployment, predict: Callable[[float], Prediction]
+) -> tuple[Prediction, ...]:
+    """Other budgets, and one format for all experts."""
+    rows = [replace(predict(bits), name=f"mixed, {bits:g} bits") for bits in ALTERNATIVES]
+    uniform = _predictor(model, replace(deployment, uniform=True))
+    for name in UNIFORM:
+        rows.append(replace(uniform(uniform_bits(model, Format.parse(name))), name=f"all {name}"))
+    least, _ = _reach(model, bits=16.0)
+    return tuple(row for row in rows if row.bits >= least)

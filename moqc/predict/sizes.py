@@ -1,0 +1,141 @@
+"""Bytes of an artifact before it is made: its files, the memory to run it, and what one token reads.
+
+The sizes follow the rules of the passes: every expert projection in a format (`Format.stored_bits`), the other
+matrices as `quantize-linears` would leave them, all else in the checkpoint's dtype on disk and float32 in
+memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from moqc.errors import ModelError
+from moqc.frontend.experts import ExpertLayout
+from moqc.frontend.trace import MatrixUse, Outline
+from moqc.passes.allocate_bits import TABLE_BITS
+from moqc.quant.formats import ROW_TILE, Format
+
+STORED_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+FLOAT_BYTES = 4
+"""In memory, of a weight that is not quantized, of an activation, of an element of the key-value cache."""
+LIBRARY_BYTES = {"uniform": 640_000, "mixed": 1_650_000}
+"""Compiled library with one format for all experts, and with several: measured on artifacts of tiny-moe and
+small-moe for x86-64-v4-vnni. It depends on the kernels, hardly on the model."""
+UNIT_BYTES = 12
+"""In the manifest, of the format's name of an expert projection."""
+TENSOR_BYTES = 250
+"""Of manifest and safetensors header for a stored tensor."""
+TENSORS = {"uniform": 3, "mixed": 12}
+"""Stored tensors of a projection of an experts block: codes, scales and zeros of each bit class."""
+RUNTIME_BYTES = 92 << 20
+"""Python, numpy, the tokenizer and TVM's runtime library before a model is loaded; measured."""
+
+
+@dataclass(frozen=True, slots=True)
+class Storage:
+    """How a model would be stored.
+
+    `expert_bits` are file bits per expert weight, tables and all; `uniform` tells that one format serves all
+    experts; `linears` is the format of the other matrices, None to leave them as they are.
+    """
+
+    expert_bits: float
+    uniform: bool
+    linears: Format | None
+
+    @property
+    def kind(self) -> str:
+        """The key of the tables above."""
+        return "uniform" if self.uniform else "mixed"
+
+
+@dataclass(frozen=True, slots=True)
+class Footprint:
+    """What a stored model takes, in bytes.
+
+    `file_bytes` is the whole artifact but for its tokenizer; `weight_bytes` the weights in memory.
+    `token_bytes` are read to decode one token with an empty cache, `token_weights` (a number) are decoded and
+    multiplied; `kv_bytes_per_token` is what the cache of one sequence grows by.
+    """
+
+    parameter_bytes: int
+    file_bytes: int
+    weight_bytes: int
+    token_bytes: int
+    token_weights: int
+    kv_bytes_per_token: int
+
+
+def projections(layout: ExpertLayout) -> Iterator[tuple[int, int]]:
+    """(rows, columns) of each projection of one expert."""
+    for projection in layout.projections:
+        _, rows, columns = layout.shape(projection)
+        yield rows, columns
+
+
+def expert_weights(model: Outline, *, active: bool = False) -> int:
+    """Weights of the routed experts without biases, of all or of those that one token takes."""
+    return sum(
+        (use.top_k if active else use.layout.experts) * rows * columns
+        for use in model.experts
+        for rows, columns in projections(use.layout)
+    )
+
+
+def uniform_bits(model: Outline, format: Format) -> float:
+    """File bits per expert weight when every expert has `format`, tables included."""
+    bits = sum(
+        use.layout.experts
+        * (TABLE_BITS + sum(format.stored_bits(rows, columns) for rows, columns in projections(use.layout)))
+        for use in model.experts
+    )
+    return bits / expert_weights(model)
+
+
+def footprint(model: Outline, storage: Storage) -> Footprint:
+    """The bytes of `model` stored as `storage` says. Raises ModelError for a dtype moqc does not store."""
+    if model.dtype not in STORED_BYTES:
+        raise ModelError(f"{model.model_type}: weights of dtype {model.dtype}; moqc reads float types only")
+    stored = STORED_BYTES[model.dtype]
+    experts = round(expert_weights(model) * storage.expert_bits / 8)
+    active = round(expert_weights(model, active=True) * storage.expert_bits / 8)
+    disk, memory = experts + stored * model.other_weights, experts + FLOAT_BYTES * model.other_weights
+    read, multiplied = active + FLOAT_BYTES * model.other_weights, expert_weights(model, active=True)
+    for matrix in model.matrices:
+        packed = _packed_bytes(matrix, storage.linears)
+        weights = matrix.rows * matrix.columns
+        disk += stored * weights if packed is None else packed
+        held = FLOAT_BYTES * weights if packed is None else packed
+        memory += held
+        read += held if matrix.linear else held // matrix.rows
+        multiplied += weights if matrix.linear else 0
+    return Footprint(
+        parameter_bytes=disk,
+        file_bytes=disk + _overhead_bytes(model, storage),
+        weight_bytes=memory,
+        token_bytes=read,
+        token_weights=multiplied,
+        kv_bytes_per_token=sum(FLOAT_BYTES * use.element_count for use in model.attention),
+    )
+
+
+def _packed_bytes(matrix: MatrixUse, format: Format | None) -> int | None:
+    """Bytes of a quantized matrix, None for one that `quantize-linears` leaves alone."""
+    if format is None or matrix.router or matrix.rows < ROW_TILE:
+        return None
+    return format.stored_bits(matrix.rows, matrix.columns) // 8
+
+
+def _overhead_bytes(model: Outline, storage: Storage) -> int:
+    """Library, manifest and headers."""
+    units = sum(use.layout.experts * len(use.layout.projections) for use in model.experts)
+    blocks = sum(len(use.layout.projections) for use in model.experts)
+    tensors = TENSORS[storage.kind] * blocks + 3 * len(model.matrices)
+    return LIBRARY_BYTES[storage.kind] + UNIT_BYTES * units + TENSOR_BYTES * tensors
+
+
+def work_bytes(model: Outline, rows: int) -> int:
+    """Memory of a call on `rows` tokens in all: logits and hidden states, fitted to measurements."""
+    widest = max(use.top_k * use.layout.intermediate for use in model.experts)
+    return FLOAT_BYTES * rows * (model.vocabulary + 8 * model.hidden + 2 * widest)
