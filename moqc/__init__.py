@@ -12,19 +12,19 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from moqc.api import compare, compile, inspect, opt
+    from moqc.api import compare, compile, inspect, opt, plan
     from moqc.api import evaluate as eval
     from moqc.runtime.artifact import Artifact, load
 
 __version__ = "0.1.0"
 
-__all__ = ["Artifact", "compare", "compile", "eval", "inspect", "load", "opt"]
+__all__ = ["Artifact", "compare", "compile", "eval", "inspect", "load", "opt", "plan"]
 
 _HOMES = {
     "Artifact": ("moqc.runtime.artifact", "Artifact"),
     "load": ("moqc.runtime.artifact", "load"),
     "eval": ("moqc.api", "evaluate"),  # moqc.evaluate is a package
-    **{name: ("moqc.api", name) for name in ("compare", "compile", "inspect", "opt")},
+    **{name: ("moqc.api", name) for name in ("compare", "compile", "inspect", "opt", "plan")},
 }
 
 

@@ -1,7 +1,7 @@
 """How long calibration and compilation take: work counted from shapes, over rates measured once.
 
-The rates are of this project's 2-core Xeon with one thread busy elsewhere, from ``moqc compile --time-passes`` on
-tiny-moe; elsewhere the seconds scale with the speed of matrix products.
+The rates are those of one core of this project's Xeon, from ``moqc compile --time-passes`` on tiny-moe and
+small-moe; elsewhere the seconds scale with the speed of matrix products.
 """
 
 from __future__ import annotations

@@ -77,7 +77,7 @@ class Prediction:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """The prediction for the budget, what becomes of it as the cache fills, alternatives, effort to make it."""
+    """The prediction for a budget, how it fares as the cache fills, alternatives, and the effort."""
 
     model: Outline
     target: str
@@ -130,8 +130,9 @@ def make_plan(
     latency: float | None = None,
     calibration_tokens: int = 32_768,
 ) -> Plan:
-    """Plan for exactly one budget: `bits` per expert weight, `size` of the artifact in bytes, or `latency`,
-    seconds a token.
+    """Plan for one budget: `bits` per expert weight, `size` of the artifact in bytes, or `latency`.
+
+    The latency is in seconds a decoded token, with an empty cache.
 
     Raises BudgetError with the reachable range, and UserError for a latency where no roofline is known.
     """
@@ -215,9 +216,9 @@ def _largest(
     low, high = _reach(model, bits=16.0)
     if measure(predict(low)) > budget:
         raise BudgetError(
-            f"{budget:,.6g} {unit} are out of reach: the smallest plan, {low:.3f} file bits per expert weight, "
-            f"takes {measure(predict(low)):,.6g}; raise the budget, or quantize the other matrices further "
-            "(--linears)"
+            f"{budget:,.6g} {unit} are out of reach: the smallest plan, {low:.3f} file bits per expert "
+            f"weight, takes {measure(predict(low)):,.6g}; raise the budget, or give the other matrices fewer "
+            "bits (--linears)"
         )
     if measure(predict(high)) <= budget:
         return predict(high)

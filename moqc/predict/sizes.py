@@ -1,8 +1,8 @@
 """Bytes of an artifact before it is made: its files, the memory to run it, and what one token reads.
 
-The sizes follow the rules of the passes: every expert projection in a format (`Format.stored_bits`), the other
-matrices as `quantize-linears` would leave them, all else in the checkpoint's dtype on disk and float32 in
-memory.
+The sizes follow the rules of the passes: every expert projection in a format (`Format.stored_bits`), the
+other matrices as `quantize-linears` would leave them, all else in the checkpoint's dtype on disk and float32
+in memory.
 """
 
 from __future__ import annotations

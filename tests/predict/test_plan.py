@@ -1,0 +1,134 @@
+"""Plans from configurations: budgets are kept, ranges named, numbers add up."""
+
+import json
+from pathlib import Path
+
+import pytest
+import transformers
+
+import moqc
+from moqc.errors import BudgetError, ModelError, UserError
+from moqc.frontend.trace import outline
+from moqc.predict.plan import Deployment, make_plan
+from moqc.predict.sizes import Storage, expert_weights, footprint, uniform_bits
+from moqc.predict.speed import decode_speed, with_bandwidth
+from moqc.quant.formats import Format
+from moqc.targets import Roofline
+
+TINY = Path(__file__).parents[2] / "examples" / "models" / "tiny-moe"
+INT8 = Format.parse("int8-g64-sym")
+MACHINE = Roofline(bandwidth=1e11, weight_rate=5e10, layer_seconds=1e-5, source="a test")
+DEPLOYMENT = Deployment(INT8, uniform=False, context=4096, batch=1, copied_bytes=0, machine=MACHINE)
+
+
+@pytest.fixture(scope="module")
+def mixtral():
+    return outline(transformers.AutoConfig.for_model("mixtral"))
+
+
+def test_mixtral_by_hand(mixtral):
+    """46.7 B weights, 12.9 B a token; experts at exactly 2.5 bits, 8.25 for the rest but the routers."""
+    stored = footprint(mixtral, Storage(2.5, uniform=False, linears=INT8))
+    experts = 32 * 8 * 3 * 4096 * 14336
+    attention = 32 * (2 * 4096 * 4096 + 2 * 1024 * 4096)
+    vocabulary = 2 * 32000 * 4096
+    router, norms = 32 * 8 * 4096, (2 * 32 + 1) * 4096
+    assert expert_weights(mixtral) == experts
+    assert stored.parameter_bytes == pytest.approx(
+        experts * 2.5 / 8 + (attention + vocabulary) * 8.25 / 8 + 4 * (router + norms), abs=1
+    )
+    assert stored.kv_bytes_per_token == 32 * 2 * 8 * 128 * 4
+    assert stored.token_weights == experts // 4 + attention + vocabulary // 2 + router
+
+
+@pytest.mark.parametrize("name", ["int2-g64", "int4-g128"])
+def test_uniform_bits_count_tables(mixtral, name):
+    format = Format.parse(name)
+    per_weight = format.bits + 24 / format.group
+    assert uniform_bits(mixtral, format) == pytest.approx(per_weight + 192 / (3 * 4096 * 14336))
+
+
+def test_size_budget_is_spent_and_kept(mixtral):
+    size = 16 << 30
+    chosen = make_plan(mixtral, "x", DEPLOYMENT, size=size).chosen
+    assert size - 1000 < chosen.file_bytes <= size
+    again = make_plan(mixtral, "x", DEPLOYMENT, bits=chosen.bits).chosen
+    assert again.file_bytes == chosen.file_bytes
+
+
+def test_latency_budget_is_spent_and_kept(mixtral):
+    seconds = 0.15
+    memory_bound = Deployment(INT8, False, 4096, 1, 0, Roofline(3e10, 1e12, 1e-5, "a test"))
+    chosen = make_plan(mixtral, "x", memory_bound, latency=seconds).chosen
+    assert chosen.speed.seconds == pytest.approx(seconds, rel=1e-6)
+    assert chosen.speed.bound == "memory"
+    assert chosen.speed.seconds <= seconds
+
+
+def test_bound_names_what_limits(mixtral):
+    stored = footprint(mixtral, Storage(2.5, False, INT8))
+    slow = {
+        "memory": Roofline(1e9, 1e12, 0.0, ""),
+        "compute": Roofline(1e13, 1e9, 0.0, ""),
+        "overhead": Roofline(1e13, 1e13, 1.0, ""),
+    }
+    for bound, machine in slow.items():
+        assert decode_speed(mixtral, stored, machine, 0).bound == bound
+
+
+def test_a_window_limits_what_is_read():
+    model = outline(transformers.GptOssConfig())
+    stored = footprint(model, Storage(4.0, False, INT8))
+    near, far = (decode_speed(model, stored, MACHINE, length).memory for length in (128, 1128))
+    half = stored.kv_bytes_per_token / 2  # every other layer has a window of 128 tokens
+    assert far - near == pytest.approx(1000 * half / MACHINE.bandwidth)
+
+
+@pytest.mark.parametrize(
+    ("budget", "message"),
+    [
+        ({"bits": 0.5}, r"out of reach: plans take 1\.188 to"),
+        ({"bits": 17.0}, "at most 16"),
+        ({"size": 1 << 30}, "smallest plan"),
+        ({"latency": 1e-6}, "smallest plan"),
+    ],
+)
+def test_budgets_out_of_reach(mixtral, budget, message):
+    with pytest.raises(BudgetError, match=message):
+        make_plan(mixtral, "x", DEPLOYMENT, **budget)
+
+
+def test_one_budget_is_needed(mixtral):
+    for budgets in ({}, {"bits": 3.0, "size": 1 << 40}):
+        with pytest.raises(UserError, match="one budget"):
+            make_plan(mixtral, "x", DEPLOYMENT, **budgets)
+
+
+def test_without_a_roofline_there_is_no_speed(mixtral):
+    unknown = Deployment(INT8, False, 4096, 1, 0, None)
+    content = make_plan(mixtral, "x", unknown, bits=3.0).to_dict()
+    assert content["decode_tokens_per_s"] is None
+    assert content["bound"] is None
+    with pytest.raises(UserError, match="--bandwidth"):
+        make_plan(mixtral, "x", unknown, latency=0.1)
+    stated = with_bandwidth(None, 100.0)
+    assert stated.bandwidth == 1e11
+    with pytest.raises(UserError, match="above 0"):
+        with_bandwidth(None, 0.0)
+
+
+def test_configuration_alone_is_enough(tmp_path):
+    (tmp_path / "config.json").write_bytes((TINY / "config.json").read_bytes())
+    with_weights, without = moqc.plan(TINY, bits=2.5), moqc.plan(tmp_path, bits=2.5)
+    copied = with_weights.chosen.file_bytes - without.chosen.file_bytes
+    assert copied == sum(
+        (TINY / name).stat().st_size
+        for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
+    )
+    assert with_weights.chosen.stored == without.chosen.stored
+    json.dumps(without.to_dict())
+
+
+def test_an_artifact_is_no_model(toy):
+    with pytest.raises(ModelError, match="moqc inspect"):
+        moqc.plan(toy.folder, bits=3.0)
