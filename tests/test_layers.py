@@ -35,11 +35,8 @@ LAYERS = {
     "moqc.assemble": 7,
     "moqc.runtime": 8,
     "moqc.evaluate": 9,
-<<<<<<< HEAD
     "moqc.bench": 9,
-=======
     "moqc.predict": 9,
->>>>>>> 26153ee (moqc plan: tests and documentation)
     "moqc.inputs": 10,
     "moqc.api": 10.5,
     "moqc.commands": 11,
