@@ -25,7 +25,8 @@ from moqc.log import track
 from moqc.manifest import KernelNumerics
 from moqc.quant import reference
 from moqc.quant.formats import ROW_TILE, Format
-from moqc.quant.pack import Packed, unpack
+from moqc.quant.layouts import find_layout
+from moqc.quant.pack import Packed
 from moqc.targets import Target, host_features
 from moqc.tensorfile import StoredTensor
 
@@ -171,7 +172,7 @@ def _expected(kernel: _Kernel, inputs: Arrays, weights: Arrays) -> NDArray[Any]:
 def _expected_rows(kernel: _Kernel, ids: NDArray[Any], weights: Arrays) -> NDArray[Any]:
     format, columns = Format.parse(kernel.attributes["format"]), kernel.attributes["columns"]
     tiles, position = np.unique(ids // ROW_TILE, return_inverse=True)
-    matrix = _dense(weights, "", tiles, format, len(tiles) * ROW_TILE, columns)
+    matrix = _dense(kernel, weights, "", tiles, format, len(tiles) * ROW_TILE, columns)
     rows: NDArray[Any] = matrix.numpy()[position.reshape(ids.shape) * ROW_TILE + ids % ROW_TILE]
     return rows
 
@@ -182,7 +183,7 @@ def _expected_product(kernel: _Kernel, x: NDArray[Any], weights: Arrays) -> NDAr
     for start in range(0, rows, SLAB * ROW_TILE):
         count = min(SLAB * ROW_TILE, rows - start)
         tiles = slice(start // ROW_TILE, start // ROW_TILE + SLAB)
-        matrix = _dense(weights, "", tiles, format, count, x.shape[-1])
+        matrix = _dense(kernel, weights, "", tiles, format, count, x.shape[-1])
         bias = torch.from_numpy(weights["bias"][start : start + count]) if "bias" in weights else None
         parts.append(reference.linear(torch.from_numpy(x), matrix, bias, kernel.attributes["activations"]))
     return torch.cat(parts, dim=-1).numpy()
@@ -221,11 +222,18 @@ def _expert(kernel: _Kernel, weights: Arrays, projection: str, expert: int, hidd
     intermediate = kernel.attributes["intermediate"]
     rows, columns = (hidden, intermediate) if projection == "down" else (intermediate, hidden)
     chosen = slice(index, index + 1)
-    return _dense(weights, f"{projection}.{number}.", chosen, Format.parse(classes[number]), rows, columns)
+    format = Format.parse(classes[number])
+    return _dense(kernel, weights, f"{projection}.{number}.", chosen, format, rows, columns)
 
 
 def _dense(
-    weights: Arrays, prefix: str, part: slice | NDArray[Any], format: Format, rows: int, columns: int
+    kernel: _Kernel,
+    weights: Arrays,
+    prefix: str,
+    part: slice | NDArray[Any],
+    format: Format,
+    rows: int,
+    columns: int,
 ) -> torch.Tensor:
     """Dequantize part (along the first axis) of a packed matrix, or of a stack of them."""
     zeros = weights.get(f"{prefix}zeros")
@@ -234,4 +242,4 @@ def _dense(
         scales=weights[f"{prefix}scales"][part],
         zeros=None if zeros is None else zeros[part],
     )
-    return unpack(packed, format, rows, columns).dequantize()
+    return find_layout(kernel.attributes["layout"]).unpack(packed, format, rows, columns).dequantize()

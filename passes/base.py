@@ -28,6 +28,7 @@ from tvm import IRModule
 
 from moqc.errors import InternalError, PipelineError
 from moqc.ir.annotations import Key
+from moqc.quant.layouts import DEFAULT
 
 if TYPE_CHECKING:
     from moqc.calibrate.text import CalibrationSet
@@ -46,6 +47,11 @@ class PassContext:
     workspace: Workspace | None = None
     params: ParamStore | None = None
     seed: int = 0
+
+    @property
+    def layout(self) -> str:
+        """The packed layout of the target's kernels."""
+        return DEFAULT if self.target is None else self.target.layout
 
     def need(self, field: str, reader: str) -> Any:
         """The value of `field`; PipelineError naming the pass `reader` when this compilation has none."""

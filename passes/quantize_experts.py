@@ -20,7 +20,7 @@ from moqc.log import track
 from moqc.passes.base import Pass, PassContext
 from moqc.passes.rewriting import Rewrite, apply_rewrite, new_parameter
 from moqc.quant.formats import Format
-from moqc.quant.pack import Packed, pack
+from moqc.quant.layouts import DEFAULT, Layout, PackedTensors, find_layout
 from moqc.quant.tensor import Quantized
 
 ACTIVATIONS = ("float", "int8")
@@ -64,7 +64,7 @@ class QuantizeExperts(Pass):
             return mod
         plan = BITS.of(mod)
         provider = quantize_experts(checkpoint, plan, self.quantizer, ctx.calibration, workspace)
-        return rewrite_experts(mod, provider, params, self.activations)
+        return rewrite_experts(mod, provider, params, self.activations, ctx.layout)
 
 
 def check_plan(mod: IRModule, activations: str) -> list[ExpertSite]:
@@ -93,26 +93,30 @@ def check_plan(mod: IRModule, activations: str) -> list[ExpertSite]:
 
 
 def rewrite_experts(
-    mod: IRModule, provider: ExpertProvider, params: ParamStore, activations: str
+    mod: IRModule,
+    provider: ExpertProvider,
+    params: ParamStore,
+    activations: str,
+    layout: str = DEFAULT,
 ) -> IRModule:
     """`mod` with every experts block mixed, its matrices taken from `provider` and packed into `params`."""
     plan = BITS.of(mod)
     for _, call in track(list(_experts_calls(mod)), "packing experts"):
         site = expert_site(call)
         classes = {name: bit_classes(plan[site.site][name]) for name in site.projections}
-        for name, array in pack_site(site, classes, provider):
+        for name, array in pack_site(site, classes, provider, find_layout(layout)):
             params.put(f"{site.site}.{name}", array)
-    return mix_experts(mod, activations)
+    return mix_experts(mod, activations, layout)
 
 
-def mix_experts(mod: IRModule, activations: str) -> IRModule:
+def mix_experts(mod: IRModule, activations: str, layout: str = DEFAULT) -> IRModule:
     """`mod` with every experts block mixed as BITS says; its packed matrices are new parameters."""
     plan, rewrite = BITS.of(mod), Rewrite()
     for variable, call in _experts_calls(mod):
         site, named = expert_site(call), ops.operands(call)
         classes = {name: bit_classes(plan[site.site][name]) for name in site.projections}
-        packed = _packed_parameters(site, classes)
-        rewrite.values[variable] = _mixed_call(call, classes, packed, activations)
+        packed = _packed_parameters(site, classes, layout)
+        rewrite.values[variable] = _mixed_call(call, classes, packed, activations, layout)
         for number, projection in enumerate(site.projections):
             prefixes = (f"{projection}.", "table") if number == 0 else (f"{projection}.",)
             rewrite.parameters[named[projection]] = {
@@ -126,6 +130,7 @@ def _mixed_call(
     classes: Mapping[str, Mapping[Format, list[int]]],
     packed: Mapping[str, relax.Var],
     activations: str,
+    layout: str,
 ) -> relax.Call:
     """The mixed_experts call that takes the place of the experts `call`."""
     site, named = expert_site(call), ops.operands(call)
@@ -141,6 +146,7 @@ def _mixed_call(
         operands=mixed_operands(formats, biases),
         classes=[f"{projection}:{format}" for projection, members in formats.items() for format in members],
         intermediate=site.intermediate,
+        layout=layout,
     )
 
 
@@ -163,13 +169,16 @@ def routing_table(classes: Mapping[str, Mapping[Format, list[int]]], experts: in
 
 
 def pack_site(
-    site: ExpertSite, classes: Mapping[str, Mapping[Format, list[int]]], provider: ExpertProvider
+    site: ExpertSite,
+    classes: Mapping[str, Mapping[Format, list[int]]],
+    provider: ExpertProvider,
+    layout: Layout,
 ) -> Iterator[tuple[str, npt.NDArray[Any]]]:
     """(operand name, array) of one site, a class at a time: the most that is in memory."""
     yield "table", routing_table(classes, site.experts)
     for projection, members in classes.items():
         for number, (format, chosen) in enumerate(members.items()):
-            packed = [_pack_one(site, projection, expert, format, provider) for expert in chosen]
+            packed = [_pack_one(site, projection, expert, format, provider, layout) for expert in chosen]
             yield f"{projection}.{number}.codes", np.stack([one.codes for one in packed])
             yield f"{projection}.{number}.scales", np.stack([one.scales for one in packed])
             zeros = [one.zeros for one in packed if one.zeros is not None]
@@ -178,25 +187,30 @@ def pack_site(
 
 
 def _pack_one(
-    site: ExpertSite, projection: str, expert: int, format: Format, provider: ExpertProvider
-) -> Packed:
+    site: ExpertSite,
+    projection: str,
+    expert: int,
+    format: Format,
+    provider: ExpertProvider,
+    layout: Layout,
+) -> PackedTensors:
     matrix = provider.get(site.site, projection, expert)
     if matrix.format != format or matrix.shape != site.shape(projection):
         raise PipelineError(
             f"{site.site}: expert {expert} of {projection} was quantized to {matrix.format} {matrix.shape}, "
             f"{BITS} says {format} {site.shape(projection)}"
         )
-    return pack(matrix)
+    return layout.pack(matrix)
 
 
 def _packed_parameters(
-    site: ExpertSite, classes: Mapping[str, Mapping[Format, list[int]]]
+    site: ExpertSite, classes: Mapping[str, Mapping[Format, list[int]]], layout: str
 ) -> dict[str, relax.Var]:
     """Operand name -> new parameter of main, in the order of the operands."""
     types = {"table": relax.TensorType([len(ops.PROJECTIONS), site.experts, 2], "int32")}
     for projection, members in classes.items():
         for number, (format, chosen) in enumerate(members.items()):
-            parts = packed_types(format, *site.shape(projection), (len(chosen),))
+            parts = packed_types(format, *site.shape(projection), (len(chosen),), layout)
             types |= {f"{projection}.{number}.{part}": ty for part, ty in parts.items()}
     return {name: new_parameter(f"{site.site}.{name}", ty) for name, ty in types.items()}
 

@@ -22,7 +22,8 @@ from moqc.log import track
 from moqc.passes.base import Pass, PassContext
 from moqc.passes.rewriting import Rewrite, apply_rewrite, new_parameter
 from moqc.quant.formats import ROW_TILE, Format
-from moqc.quant.pack import Packed, pack
+from moqc.quant.layouts import DEFAULT, find_layout
+from moqc.quant.pack import Packed
 from moqc.quant.rtn import quantize_rtn
 
 NONE = "none"
@@ -56,8 +57,8 @@ class QuantizeLinears(Pass):
             checkpoint, params = ctx.need("checkpoint", self.name), ctx.need("params", self.name)
             names = {site: name for name in PARAMS.of(mod) if (site := site_of(name)) in chosen}
             for site, format in track(chosen.items(), "quantizing linears", len(chosen)):
-                put_packed(params, site, quantize_by_rows(checkpoint.load(names[site]), format))
-            mod = rewrite_linears(mod, chosen, self.activations)
+                put_packed(params, site, quantize_by_rows(checkpoint.load(names[site]), format, ctx.layout))
+            mod = rewrite_linears(mod, chosen, self.activations, ctx.layout)
         return LINEAR_BITS.put(
             mod, {**(LINEAR_BITS.get(mod) or {}), **{s: str(f) for s, f in chosen.items()}}
         )
@@ -88,8 +89,9 @@ class QuantizeLinears(Pass):
         return skipped or site.router or site.rows < ROW_TILE
 
 
-def quantize_by_rows(weight: torch.Tensor, format: Format) -> Packed:
+def quantize_by_rows(weight: torch.Tensor, format: Format, layout: str = DEFAULT) -> Packed:
     """Quantize ``[N, K]`` to nearest with clip search and pack it, `SLICE` rows at a time."""
+    pack = find_layout(layout).pack
     parts = [pack(quantize_rtn(rows.float(), format)) for rows in torch.split(weight, SLICE)]
     zeros = [part.zeros for part in parts if part.zeros is not None]
     return Packed(
@@ -107,7 +109,9 @@ def put_packed(params: ParamStore, site: str, packed: Packed) -> None:
         params.put(f"{site}.zeros", packed.zeros)
 
 
-def rewrite_linears(mod: IRModule, chosen: Mapping[str, Format], activations: str) -> IRModule:
+def rewrite_linears(
+    mod: IRModule, chosen: Mapping[str, Format], activations: str, layout: str = DEFAULT
+) -> IRModule:
     """`mod` with the uses of the sites in `chosen` packed; a tied table is shared by all its uses."""
     rewrite, biases = Rewrite(), find_biases(mod)
     for use in find_uses(mod):
@@ -116,15 +120,15 @@ def rewrite_linears(mod: IRModule, chosen: Mapping[str, Format], activations: st
         format = chosen[use.site]
         rows, columns = (int(extent) for extent in use.weight.ty.shape)
         if use.weight not in rewrite.parameters:
-            types = packed_types(format, rows, columns)
+            types = packed_types(format, rows, columns, layout=layout)
             rewrite.parameters[use.weight] = {
                 f"{use.site}.{part}": new_parameter(f"{use.site}.{part}", ty) for part, ty in types.items()
             }
         tensors = list(rewrite.parameters[use.weight].values())
         if use.kind == "embedding":
-            rewrite.values[use.output] = _embedding(use, tensors, format, columns)
+            rewrite.values[use.output] = _embedding(use, tensors, format, columns, layout)
             continue
-        build = _linear_builder(use, tensors, format, rows, activations)
+        build = _linear_builder(use, tensors, format, rows, activations, layout)
         rewrite.values[use.output] = build([])
         if use.output in biases:
             total, bias = biases[use.output]
@@ -132,15 +136,22 @@ def rewrite_linears(mod: IRModule, chosen: Mapping[str, Format], activations: st
     return apply_rewrite(mod, rewrite)
 
 
-def _embedding(use: LinearUse, tensors: list[relax.Var], format: Format, columns: int) -> relax.Call:
-    names = list(packed_names(format))
+def _embedding(
+    use: LinearUse, tensors: list[relax.Var], format: Format, columns: int, layout: str
+) -> relax.Call:
     return ops.embedding(
-        use.source, *tensors, site=use.site, format=str(format), columns=columns, operands=names
+        use.source,
+        *tensors,
+        site=use.site,
+        format=str(format),
+        columns=columns,
+        operands=list(packed_names(format)),
+        layout=layout,
     )
 
 
 def _linear_builder(
-    use: LinearUse, tensors: list[relax.Var], format: Format, rows: int, activations: str
+    use: LinearUse, tensors: list[relax.Var], format: Format, rows: int, activations: str, layout: str
 ) -> Callable[[list[relax.Var]], relax.Call]:
     def build(bias: list[relax.Var]) -> relax.Call:
         return ops.linear(
@@ -152,6 +163,7 @@ def _linear_builder(
             rows=rows,
             activations=activations,
             operands=[*packed_names(format), *(["bias"] if bias else [])],
+            layout=layout,
         )
 
     return build

@@ -39,6 +39,7 @@ from moqc.ir.calls import (
     operands,
     plain,
 )
+from moqc.quant.layouts import DEFAULT
 
 __all__ = [
     "ATTENTION",
@@ -111,14 +112,15 @@ def mixed_experts(
     operands: Sequence[str],
     classes: Sequence[str],
     intermediate: int,
+    layout: str = DEFAULT,
 ) -> relax.Call:
     """The routed experts of one layer with packed weights, grouped into bit classes.
 
     `operands` begin with ``table`` (int32 [3,E,2]: projection gate/up/down, expert -> class within the
-    projection, index in the class), then ``gate.0.codes`` (uint8 [n,N16,K32,bits,64]), ``gate.0.scales``
-    (float16 [n,N16,G,16]), ``gate.0.zeros`` (uint8, absent when symmetric), ..., then the biases.
-    `classes` lists ``projection:format`` in the order of the operands, `activations` is ``float`` or
-    ``int8``, `intermediate` the unpadded I.
+    projection, index in the class), then ``gate.0.codes`` (uint8), ``gate.0.scales`` (float16),
+    ``gate.0.zeros`` (uint8, absent when symmetric), ..., then the biases. The packed tensors are stacks of
+    matrices in `layout`, of `moqc.quant.layouts`. `classes` lists ``projection:format`` in the order of the
+    operands, `activations` is ``float`` or ``int8``, `intermediate` the unpadded I.
     """
     return _call(
         MIXED_EXPERTS,
@@ -129,6 +131,7 @@ def mixed_experts(
         operands=list(operands),
         classes=list(classes),
         intermediate=intermediate,
+        layout=layout,
     )
 
 
@@ -140,19 +143,25 @@ def linear(
     rows: int,
     activations: str,
     operands: Sequence[str],
+    layout: str = DEFAULT,
 ) -> relax.Call:
-    """``x @ W.T + bias`` with packed W [rows, K]; operands are codes, scales, zeros?, bias?."""
-    attrs = {"site": site, "format": format, "rows": rows, "activations": activations}
+    """``x @ W.T + bias`` with W [rows, K] packed in `layout`; operands are codes, scales, zeros?, bias?."""
+    attrs = {"site": site, "format": format, "rows": rows, "activations": activations, "layout": layout}
     return _call(LINEAR, (x, *tensors), **attrs, operands=list(operands))
 
 
 def embedding(
-    ids: relax.Expr, *tensors: relax.Expr, site: str, format: str, columns: int, operands: Sequence[str]
+    ids: relax.Expr,
+    *tensors: relax.Expr,
+    site: str,
+    format: str,
+    columns: int,
+    operands: Sequence[str],
+    layout: str = DEFAULT,
 ) -> relax.Call:
-    """``W[ids]`` with packed W [vocabulary, columns]; operands are codes, scales, zeros?."""
-    return _call(
-        EMBEDDING, (ids, *tensors), site=site, format=format, columns=columns, operands=list(operands)
-    )
+    """``W[ids]`` with W [vocabulary, columns] packed in `layout`; operands are codes, scales, zeros?."""
+    attrs = {"site": site, "format": format, "columns": columns, "layout": layout}
+    return _call(EMBEDDING, (ids, *tensors), **attrs, operands=list(operands))
 
 
 def attention(

@@ -1,4 +1,4 @@
-"""Names, shapes and dtypes of the operands that hold packed matrices (layout of `moqc.quant.pack`)."""
+"""Names, shapes and dtypes of the operands that hold packed matrices (layouts of `moqc.quant.layouts`)."""
 
 from __future__ import annotations
 
@@ -7,22 +7,21 @@ from collections.abc import Iterable, Mapping, Sequence
 from tvm import relax
 
 from moqc.ir.calls import PROJECTIONS
-from moqc.quant.formats import COLUMN_TILE, ROW_TILE, Format
-from moqc.quant.pack import LINE
+from moqc.quant.formats import Format
+from moqc.quant.layouts import DEFAULT, find_layout
 
 
 def packed_types(
-    format: Format, rows: int, columns: int, matrices: tuple[int, ...] = ()
+    format: Format, rows: int, columns: int, matrices: tuple[int, ...] = (), layout: str = DEFAULT
 ) -> dict[str, relax.TensorType]:
     """``codes``, ``scales`` and, unless symmetric, ``zeros`` -> tensor type, stacked by `matrices`."""
-    row_tiles, column_tiles = -(-rows // ROW_TILE), -(-columns // COLUMN_TILE)
-    groups = [*matrices, row_tiles, format.groups(columns), ROW_TILE]
+    codes, groups = find_layout(layout).shapes(format, rows, columns)
     types = {
-        "codes": relax.TensorType([*matrices, row_tiles, column_tiles, format.bits, LINE], "uint8"),
-        "scales": relax.TensorType(groups, "float16"),
+        "codes": relax.TensorType([*matrices, *codes], "uint8"),
+        "scales": relax.TensorType([*matrices, *groups], "float16"),
     }
     if not format.symmetric:
-        types["zeros"] = relax.TensorType(groups, "uint8")
+        types["zeros"] = relax.TensorType([*matrices, *groups], "uint8")
     return types
 
 

@@ -235,7 +235,7 @@ def _check_packed(
     call: relax.Call, prefix: str, format: Format, rows: int, columns: int, matrices: tuple[int, ...] = ()
 ) -> None:
     named = operands(call)
-    for part, expected in packed_types(format, rows, columns, matrices).items():
+    for part, expected in packed_types(format, rows, columns, matrices, attributes(call)["layout"]).items():
         _check(call, prefix + part, named[prefix + part].ty, tuple(expected.shape), (str(expected.dtype),))
 
 

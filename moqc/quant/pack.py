@@ -54,6 +54,13 @@ class Packed:
         return self.codes.nbytes + self.scales.nbytes + (0 if self.zeros is None else self.zeros.nbytes)
 
 
+def packed_shapes(format: Format, rows: int, columns: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shapes of the codes, and of the scales (and zeros), of one matrix."""
+    tiles = -(-rows // ROW_TILE)
+    codes = (tiles, -(-columns // COLUMN_TILE), format.bits, LINE)
+    return codes, (tiles, format.groups(columns), ROW_TILE)
+
+
 def pack(quantized: Quantized) -> Packed:
     """Pack matrices of any leading shape; `unpack` is the exact inverse."""
     zeros = quantized.zeros
