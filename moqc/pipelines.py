@@ -25,7 +25,13 @@ MCMOE_EXTRA_BITS = (32 - 24) / 128
 ANALYSES = {
     "uniform": (),
     "frequency": ("profile-activation",),
+    "block-importance": ("measure-similarity",),
+    "outlier-score": ("profile-weights",),
+    "ewq": ("profile-weights",),
+    "moqa": ("profile-activation",),
     "pmq": ("profile-activation", "measure-block-errors"),
+    "gemq": ("measure-gradients",),
+    "mxmoe": ("profile-channels", "measure-costs{{quantizer={quantizer} formats={formats}}}"),
     "global": (
         "profile-channels",
         "measure-sensitivity",

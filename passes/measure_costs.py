@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import numpy as np
 from tvm import IRModule
 
 from moqc.calibrate.costs import SiteCosts, measure_costs
 from moqc.calibrate.statistics import collect_statistics
 from moqc.errors import PipelineError
-from moqc.ir.annotations import CHANNELS, COSTS, SENSITIVITY, Key
+from moqc.ir.annotations import CHANNELS, COSTS, GRADIENTS, SENSITIVITY, Key
 from moqc.passes.base import Pass, PassContext
+from moqc.passes.measure_gradients import run_backward
 from moqc.passes.scaling import to_integers
 from moqc.quant.formats import Format
 
@@ -23,36 +26,63 @@ LARGEST = 10**12
 class MeasureCosts(Pass):
     """Quantize every expert projection alone, in every format, and measure the block's output error.
 
-    `quantizer` is "gptq" or "rtn". The squared error over the calibration tokens is multiplied by the block's
-    SENSITIVITY where that was measured. Writes COSTS: ``{site: {projection: {format: [int] * E}}}``, scaled
-    so that the largest of the module is 1e12; costs of different units add up.
+    `quantizer` is "gptq" or "rtn". A unit's cost on a dataset is the squared error a token, multiplied by the
+    block's SENSITIVITY where that was measured; with ``curvature=token``, every component of the error is
+    weighted by the squared gradient of the loss there instead. The cost is the mean over the datasets plus
+    `robustness` times their standard deviation. Writes COSTS: ``{site: {projection: {format:
+    [int] * E}}}``, scaled so that the largest of the module is 1e12; costs of different units add up.
     """
 
     name: ClassVar[str] = "measure-costs"
-    reads: ClassVar[tuple[Key[Any], ...]] = (CHANNELS, SENSITIVITY)
+    reads: ClassVar[tuple[Key[Any], ...]] = (CHANNELS, SENSITIVITY, GRADIENTS)
     writes: ClassVar[tuple[Key[Any], ...]] = (COSTS,)
     quantizer: str = "gptq"
     formats: tuple[str, ...] = FORMATS
+    curvature: str = "block"
+    robustness: float = 0.0
 
     def required(self) -> tuple[Key[Any], ...]:
         """The sensitivity may be missing: all blocks then count the same."""
-        return (CHANNELS,)
+        return (CHANNELS, GRADIENTS) if self.curvature == "token" else (CHANNELS,)
 
     def run(self, mod: IRModule, ctx: PassContext) -> IRModule:
         """Needs a checkpoint, calibration text and a workspace."""
         if self.quantizer not in ("gptq", "rtn"):
             raise PipelineError(f"{self.name}: quantizer={self.quantizer} is not one of gptq, rtn")
+        if self.curvature not in ("block", "token"):
+            raise PipelineError(f"{self.name}: curvature={self.curvature} is not one of block, token")
+        if self.robustness < 0:
+            raise PipelineError(f"{self.name}: robustness={self.robustness:g} must not be negative")
         if not self.formats:
             raise PipelineError(f"{self.name}: formats= is empty; name at least one, such as int3-g64")
         checkpoint, calibration = ctx.need("checkpoint", self.name), ctx.need("calibration", self.name)
         statistics = collect_statistics(checkpoint, calibration, ctx.need("workspace", self.name))
         formats = [Format.parse(name) for name in self.formats]
-        costs = measure_costs(checkpoint, statistics, formats, quantizer=self.quantizer)
-        return COSTS.put(mod, _scaled(costs, SENSITIVITY.get(mod)))
+        by_token = self.curvature == "token"
+        gradients = run_backward(ctx, self.name, GRADIENTS.of(mod)["tokens"]) if by_token else None
+        costs = measure_costs(checkpoint, statistics, formats, quantizer=self.quantizer, gradients=gradients)
+        factor = {site: 1.0 for site in costs} if by_token else SENSITIVITY.get(mod)
+        return COSTS.put(mod, _scaled(costs, factor, self.robustness))
 
 
-def _scaled(costs: dict[str, SiteCosts], sensitivity: dict[str, int] | None) -> dict[str, Any]:
-    factor = {site: 1.0 if sensitivity is None else float(sensitivity[site]) for site in costs}
+def robust(costs: list[list[float]], robustness: float) -> list[float]:
+    """Mean plus `robustness` standard deviations over datasets: [dataset][expert] -> [expert]."""
+    table = np.array(costs)
+    found: list[float] = (table.mean(axis=0) + robustness * table.std(axis=0)).tolist()
+    return found
+
+
+def _scaled(
+    measured: dict[str, SiteCosts], sensitivity: Mapping[str, float] | None, robustness: float
+) -> dict[str, Any]:
+    factor = {site: 1.0 if sensitivity is None else float(sensitivity[site]) for site in measured}
+    costs = {
+        site: {
+            projection: {name: robust(by_dataset, robustness) for name, by_dataset in by_format.items()}
+            for projection, by_format in projections.items()
+        }
+        for site, projections in measured.items()
+    }
     largest = max(
         factor[site] * max(values)
         for site, projections in costs.items()

@@ -18,8 +18,11 @@ class ProfileActivation(Pass):
     """Count how often and how strongly the router uses each expert on the calibration text.
 
     Writes PROFILE: ``{site: {"tokens": int, "pairs": [int] * E, "weight_ppm": [int] * E, "datasets": {name:
-    [int] * E}}}``: tokens seen; (token, chosen expert) pairs; mean routing weight of an expert's pairs in
-    parts per million, 0 for an expert without any; the pairs of each dataset alone.
+    [int] * E}, "drift_ppm": [int] * E, "significance_ppm": {name: [int] * E}}}``: tokens seen; (token,
+    chosen expert) pairs; mean routing weight of an expert's pairs in parts per million, 0 for an expert
+    without any; the pairs of each dataset alone; standard deviation over mean, across datasets, of the
+    routing weight an expert gets a token; MoQa's significance, an expert's share of the energy of all hidden
+    channels of the site, each multiplied by its routing weight, on each dataset.
     """
 
     name: ClassVar[str] = "profile-activation"
@@ -38,6 +41,30 @@ def _profile(measured: SiteStatistics, datasets: tuple[str, ...]) -> dict[str, A
     return {
         "tokens": measured.tokens,
         "pairs": measured.counts.tolist(),
-        "weight_ppm": (weight * 1e6).round().long().tolist(),
+        "weight_ppm": _parts_per_million(weight),
         "datasets": dict(zip(datasets, measured.pairs.tolist(), strict=True)),
+        "drift_ppm": _parts_per_million(drift(measured)),
+        "significance_ppm": {
+            name: _parts_per_million(row) for name, row in zip(datasets, significance(measured), strict=True)
+        },
     }
+
+
+def drift(measured: SiteStatistics) -> Tensor:
+    """Coefficient of variation over datasets of the routing weight a token gives each expert, float64 [E]."""
+    share = measured.weight_mass / measured.weight_mass.sum(1, keepdim=True)
+    return share.std(0, correction=0) / share.mean(0).clamp(min=1e-30)
+
+
+def significance(measured: SiteStatistics) -> Tensor:
+    """MoQa's expert significance (arXiv 2503.21135, equation 1), float64 [D, E], rows sum to 1.
+
+    The paper leaves the channel's statistic open; here it is the energy, the sum of squares over tokens.
+    """
+    energy = measured.hidden_energy.double().sum(2)
+    return energy / energy.sum(1, keepdim=True).clamp(min=1e-300)
+
+
+def _parts_per_million(values: Tensor) -> list[int]:
+    found: list[int] = (values * 1e6).round().long().tolist()
+    return found

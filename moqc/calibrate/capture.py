@@ -27,6 +27,10 @@ class Captured:
     weights: Tensor
     batches: tuple[int, ...]
 
+    def per_token(self, of_batch: Tensor) -> Tensor:
+        """Values [T] of the tokens, given those of the batches [B]."""
+        return of_batch.repeat_interleave(torch.tensor(self.batches)).to(self.x.device)
+
     def routed(self, experts: int) -> Iterator[tuple[int, Tensor, Tensor]]:
         """(expert, tokens int64 [n], routing weights float32 [n]) of every hit expert."""
         for expert, tokens, slots in routed(self.ids, experts):

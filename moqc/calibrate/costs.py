@@ -16,11 +16,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from moqc.calibrate.capture import Captured, analyze_sites
+from moqc.calibrate.capture import Batches, Captured, analyze_sites
 from moqc.calibrate.experts import ExpertWeights
+from moqc.calibrate.gradients import Gradients
 from moqc.calibrate.layers import ExpertsCall, ExpertsFunction, LayeredModel, Stream
 from moqc.calibrate.statistics import VERSION as STATISTICS_VERSION
-from moqc.calibrate.statistics import SiteStatistics, Statistics
+from moqc.calibrate.statistics import Sample, SiteStatistics, Statistics
 from moqc.calibrate.text import CalibrationSet
 from moqc.calibrate.workspace import Workspace, digest
 from moqc.frontend.checkpoint import Checkpoint
@@ -43,32 +44,38 @@ noise, not like its square. On tiny-moe the first block's is 0.0207 at 0.02, 0.0
 and the last block's, with no router after it, 0.0005 at all of them. 0.1 is near what low-bit formats do.
 """
 
-SiteCosts = dict[str, dict[str, list[float]]]
-"""projection -> format name -> cost of each expert."""
+SiteCosts = dict[str, dict[str, list[list[float]]]]
+"""projection -> format name -> cost by dataset and expert."""
 
 
 def measure_costs(
-    checkpoint: Checkpoint, statistics: Statistics, formats: Sequence[Format], *, quantizer: str = "gptq"
+    checkpoint: Checkpoint,
+    statistics: Statistics,
+    formats: Sequence[Format],
+    *,
+    quantizer: str = "gptq",
+    gradients: Gradients | None = None,
 ) -> dict[str, SiteCosts]:
-    """Costs of all units: site -> projection -> format -> one number an expert.
+    """Costs of all units: site -> projection -> format -> [dataset][expert].
 
-    The number is ``Σ_t g_t² ‖E(x_t) - E_q(x_t)‖²`` over the calibration tokens routed to the expert, taken
-    from the sample of `SiteStatistics`: the squared error in the block's output when this unit alone is
-    quantized with `quantizer` ("gptq" or "rtn"). Cached by site and format in the statistics' workspace.
+    The number is ``Σ_t g_t² ‖E(x_t) - E_q(x_t)‖²`` over the dataset's tokens routed to the expert, per token
+    of the dataset, taken from a `Sample`: the squared error in the block's output when this unit alone is
+    quantized with `quantizer` ("gptq" or "rtn"). With `gradients`, every squared component is multiplied by
+    the squared gradient of the loss there. Cached by site and format in the statistics' workspace.
     """
     workspace, version = statistics.workspace, QUANTIZER_VERSIONS[quantizer]
     model = LayeredModel(checkpoint)
     costs: dict[str, SiteCosts] = {}
     for site in track(statistics.sites, "measuring costs"):
-        keys = {
-            fmt: digest("costs", VERSION, version, statistics.keys[site], quantizer, str(fmt))
-            for fmt in formats
-        }
+        source = [statistics.keys[site], None if gradients is None else gradients.keys[site]]
+        keys = {fmt: digest("costs", VERSION, version, source, quantizer, str(fmt)) for fmt in formats}
         missing = [fmt for fmt in formats if not workspace.has(keys[fmt])]
         if missing:
             weights, measured = model.experts(site), statistics.of(site)
+            sample = measured.sample if gradients is None else gradients.sample(site)
             for fmt in missing:
-                workspace.save_json(keys[fmt], _site_costs(weights, measured, fmt, quantizer))
+                found = _site_costs(weights, measured, sample, fmt, quantizer)
+                workspace.save_json(keys[fmt], found)
         by_format = {str(fmt): workspace.load_json(keys[fmt]) for fmt in formats}
         projections = next(iter(by_format.values())).keys()
         costs[site] = {name: {fmt: by_format[fmt][name] for fmt in by_format} for name in projections}
@@ -77,13 +84,11 @@ def measure_costs(
 
 @torch.inference_mode()
 def _site_costs(
-    weights: ExpertWeights, measured: SiteStatistics, fmt: Format, quantizer: str
-) -> dict[str, list[float]]:
-    """Cost of each expert, by projection, in one format."""
-    exact = weights.output(slice(None), measured.sample_x)
-    kept = (measured.sample_weights != 0).sum(1)
-    scale = measured.counts / kept.clamp(min=1)
-    costs: dict[str, list[float]] = {}
+    weights: ExpertWeights, measured: SiteStatistics, sample: Sample, fmt: Format, quantizer: str
+) -> dict[str, list[list[float]]]:
+    """Cost by dataset and expert of each projection in one format."""
+    exact = weights.output(slice(None), sample.x)
+    costs: dict[str, list[list[float]]] = {}
     for projection in weights.projections:
         original = weights.matrices(projection)
         if quantizer == "rtn":
@@ -91,9 +96,10 @@ def _site_costs(
         else:
             quantized = quantize_gptq(original, measured.hessians(projection).matrices, fmt)[0]
         block = weights.substitute(**{projection: quantized.dequantize()})
-        changed = block.output(slice(None), measured.sample_x)
-        squared = (changed - exact).square().sum(2) * measured.sample_weights.square()
-        costs[projection] = (squared.double().sum(1) * scale).tolist()
+        squared = (block.output(slice(None), sample.x) - exact).square_()
+        if sample.curvature is not None:
+            squared *= sample.curvature
+        costs[projection] = sample.totals(squared.sum(2) * sample.weights.square()).tolist()
     return costs
 
 
@@ -113,8 +119,7 @@ def measure_block_errors(
 
 def _block_errors(site: str, captured: Captured, weights: ExpertWeights) -> dict[str, Tensor]:
     errors = torch.zeros(weights.expert_count, len(MCMOE_BITS), dtype=torch.float64)
-    batch_of = torch.arange(len(captured.batches)).repeat_interleave(torch.tensor(captured.batches))
-    batch_of = batch_of.to(captured.x.device)
+    batch_of = captured.per_token(torch.arange(len(captured.batches)))
     for expert, tokens, gates in captured.routed(weights.expert_count):
         x = captured.x[tokens]
         exact = weights.output(expert, x)
@@ -154,7 +159,7 @@ def _sensitivity(
     checkpoint: Checkpoint, calibration: CalibrationSet, tokens: int, noise: float, seed: int
 ) -> dict[str, float]:
     model = LayeredModel(checkpoint)
-    clean = model.start(_subset(calibration, tokens))
+    clean = model.start(Batches.of(calibration.head(tokens)).tokens)
     noisy: dict[str, tuple[Stream, _Noise]] = {}
     # One pass over the weights: a second stream forks off at every site, and all of them move on together.
     for index in track(range(model.layer_count), "measuring sensitivity"):
@@ -209,10 +214,3 @@ def _divergences(model: LayeredModel, clean: Stream, noisy: dict[str, Stream]) -
             total[name] += float((reference.exp() * (reference - log_probabilities)).sum())
     count = sum(tokens.numel() for tokens in clean.tokens)
     return {name: max(value / count, 0.0) for name, value in total.items()}
-
-
-def _subset(calibration: CalibrationSet, tokens: int) -> list[Tensor]:
-    """Batches of about `tokens` tokens: the first windows of every dataset, at least one of each."""
-    window = calibration.tokens[0].shape[1]
-    share = max(1, tokens // (window * len(calibration.tokens)))
-    return [torch.from_numpy(windows[:share]) for windows in calibration.tokens]

@@ -152,6 +152,19 @@ class LayeredModel:
                 stubs[-1].output = hidden
                 yield self._model(**_inputs(tokens)).logits.float()
 
+    def loss_gradients(self, stream: Stream) -> list[Tensor]:
+        """Gradients of the summed next-token cross entropy with respect to the final `stream.hidden`."""
+        stubs = self._stub_layers()
+        found: list[Tensor] = []
+        with self._outer(self._model), torch.enable_grad():
+            for tokens, hidden in zip(stream.tokens, stream.hidden, strict=True):
+                leaf = hidden.detach().requires_grad_()
+                stubs[-1].output = leaf
+                logits = self._model(**_inputs(tokens)).logits.float()[:, :-1].flatten(0, 1)
+                loss = nn.functional.cross_entropy(logits, tokens[:, 1:].flatten(), reduction="sum")
+                found += torch.autograd.grad(loss, [leaf])
+        return found
+
     def forward(self, batches: Sequence[Tensor], experts: ExpertsFunction | None = None) -> Stream:
         """Run all layers; `experts` defaults to the original weights."""
         stream = self.start(batches)
@@ -226,21 +239,48 @@ class LoadedLayer:
 
         The stream advances to the next layer, unless `keep` is False: then only `experts` sees what happens.
         """
-        self.model._call = experts
+        for batch in range(len(stream.hidden)):
+            before = stream.hidden[batch]
+            self._run_batch(stream, batch, experts)
+            if not keep:
+                stream.hidden[batch] = before
+
+    def _run_batch(self, stream: Stream, batch: int, experts: ExpertsFunction) -> None:
+        self.model._call, self.model._batch = experts, batch
         try:
-            for batch, hidden in enumerate(stream.hidden):
-                self.model._batch = batch
-                args, kwargs = stream.arguments[batch][self.index]
-                output = self.module(hidden, *args, **kwargs)
-                if not isinstance(output, Tensor):
-                    raise ModelError(
-                        f"decoder layer {self.index} ({type(self.module).__name__}) returns "
-                        f"{type(output).__name__}, not one tensor: calibration does not support it"
-                    )
-                if keep:
-                    stream.hidden[batch] = output
+            args, kwargs = stream.arguments[batch][self.index]
+            output = self.module(stream.hidden[batch], *args, **kwargs)
         finally:
             self.model._call = None
+        if not isinstance(output, Tensor):
+            raise ModelError(
+                f"decoder layer {self.index} ({type(self.module).__name__}) returns "
+                f"{type(output).__name__}, not one tensor: calibration does not support it"
+            )
+        stream.hidden[batch] = output
+
+    def pull_back(
+        self, stream: Stream, gradients: Sequence[Tensor], experts: ExpertsFunction
+    ) -> list[Tensor]:
+        """Gradients with respect to the layer's inputs `stream.hidden`, from those of its outputs.
+
+        Tensors that `experts` returns get their gradients too, if they ask for it.
+        """
+        leaves = [hidden.detach().requires_grad_() for hidden in stream.hidden]
+        run = Stream(stream.tokens, list(leaves), stream.arguments)
+        found = []
+        # A batch at a time, so that memory holds the graph of one.
+        for batch, (leaf, gradient) in enumerate(zip(leaves, gradients, strict=True)):
+            with torch.enable_grad():
+                self._run_batch(run, batch, experts)
+            torch.autograd.backward(run.hidden[batch], gradient)
+            run.hidden[batch] = leaf
+            if leaf.grad is None:
+                raise ModelError(
+                    f"decoder layer {self.index} gives no gradient: its output ignores its input"
+                )
+            found.append(leaf.grad)
+        return found
 
 
 class _Forwarding(nn.Module):

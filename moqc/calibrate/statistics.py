@@ -2,7 +2,8 @@
 
 One full-precision run gives for each site
 
-* the pairs (tokens routed to each expert) and the routing weight mass, by dataset;
+* the pairs (tokens routed to each expert), the routing weight mass, and the energy of every channel, by
+  dataset;
 * the gate-weighted second moments, or Hessians, ``Σ g² x xᵀ`` of the input of gate and up [E, H, H] and of
   the input of down [E, I, I]; g is the weight the model applies. The squared error of the block's output is
   exactly quadratic in the error of down with the latter (exponent 2);
@@ -13,6 +14,7 @@ They are kept a site at a time in the workspace: memory holds one layer.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -26,29 +28,84 @@ from moqc.calibrate.workspace import Workspace, digest
 from moqc.frontend.checkpoint import Checkpoint
 from moqc.quant.device import compute_device
 
-VERSION = 1
+VERSION = 2
 """Of what is measured and how it is stored; part of the cache key."""
 
 SAMPLE = 256
 """Routed tokens kept of each expert."""
+
+_MEASURED = (
+    "pairs",
+    "weight_mass",
+    "input_energy",
+    "hidden_energy",
+    "input_moments",
+    "hidden_moments",
+)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """At most S routed tokens of each of E experts, drawn uniformly; zeros where an expert has fewer.
+
+    `x` float32 [E, S, H]; `weights` float32 [E, S], the routing weights, 0 for no token; `datasets` int64
+    [E, S]; `pairs` int64 [D, E], how many there were to draw from; `tokens` seen in all. `curvature` float32
+    [E, S, H]: what a squared error of the block's output costs, None where all count the same.
+    """
+
+    x: Tensor
+    weights: Tensor
+    datasets: Tensor
+    pairs: Tensor
+    tokens: int
+    curvature: Tensor | None = None
+
+    @classmethod
+    def read(cls, tensors: Mapping[str, Tensor]) -> Sample:
+        """From the tensors of `draw_sample`, `count_pairs` and "tokens", onto `compute_device()`."""
+        device = compute_device()
+        parts = {
+            name.removeprefix("sample_"): tensor.to(device)
+            for name, tensor in tensors.items()
+            if name == "pairs" or name.startswith("sample_")
+        }
+        return cls(tokens=int(tensors["tokens"]), **parts)
+
+    def totals(self, errors: Tensor) -> Tensor:
+        """Sums over all routed tokens by dataset, per token of it: float64 [D, E] of errors [E, S].
+
+        An expert that a dataset used, but of which no token of that dataset was drawn, gets its mean error.
+        """
+        kept = self.weights != 0
+        errors = torch.where(kept, errors, 0.0).double()
+        overall = errors.sum(1) / kept.sum(1).clamp(min=1)
+        tokens = self.pairs.sum(1).double() * (self.tokens / max(int(self.pairs.sum()), 1))
+        rows = []
+        for dataset, pairs in enumerate(self.pairs):
+            mine = kept & (self.datasets == dataset)
+            drawn = mine.sum(1)
+            mean = torch.where(drawn > 0, (errors * mine).sum(1) / drawn.clamp(min=1), overall)
+            rows.append(mean * pairs / tokens[dataset].clamp(min=1))
+        return torch.stack(rows)
 
 
 @dataclass(frozen=True)
 class SiteStatistics:
     """Statistics of one site with E experts over D datasets.
 
-    `pairs` int64 [D, E]; `weight_mass` float64 [D, E], the sum of routing weights; `input_moments` float32
-    [E, H, H] and `hidden_moments` float32 [E, I, I]; `sample_x` float32 [E, S, H] and `sample_weights`
-    float32 [E, S]: routed tokens with their routing weights, zero rows where an expert has fewer than S.
+    `pairs` int64 [D, E]; `weight_mass` float64 [D, E], the sum of routing weights; `input_energy` float32
+    [D, E, H] and `hidden_energy` float32 [D, E, I]: ``Σ g² x²`` of every channel; `input_moments` float32
+    [E, H, H] and `hidden_moments` float32 [E, I, I].
     """
 
     tokens: int
     pairs: Tensor
     weight_mass: Tensor
+    input_energy: Tensor
+    hidden_energy: Tensor
     input_moments: Tensor
     hidden_moments: Tensor
-    sample_x: Tensor
-    sample_weights: Tensor
+    sample: Sample
 
     @property
     def counts(self) -> Tensor:
@@ -84,11 +141,9 @@ class Statistics:
 
     def of(self, site: str) -> SiteStatistics:
         """Read the statistics of one site, onto `compute_device()`."""
-        device = compute_device()
-        tensors = {
-            name: tensor.to(device) for name, tensor in self.workspace.load_tensors(self.keys[site]).items()
-        }
-        return SiteStatistics(tokens=int(tensors.pop("tokens")), **tensors)
+        tensors, device = self.workspace.load_tensors(self.keys[site]), compute_device()
+        measured = {name: tensors[name].to(device) for name in _MEASURED}
+        return SiteStatistics(tokens=int(tensors["tokens"]), sample=Sample.read(tensors), **measured)
 
 
 def collect_statistics(
@@ -112,29 +167,54 @@ def collect_statistics(
 def _measure(
     captured: Captured, weights: ExpertWeights, dataset: list[int], datasets: int, exponent: int
 ) -> dict[str, Tensor]:
-    experts, columns = weights.expert_count, captured.x.shape[1]
-    device = captured.x.device
-    of_token = torch.tensor(dataset).repeat_interleave(torch.tensor(captured.batches)).to(device)
-    pairs = torch.zeros(datasets, experts, dtype=torch.int64)
+    experts, device = weights.expert_count, captured.x.device
+    of_token = captured.per_token(torch.tensor(dataset))
     mass = torch.zeros(datasets, experts, dtype=torch.float64)
-    sample_x = torch.zeros(experts, SAMPLE, columns)
-    sample_weights = torch.zeros(experts, SAMPLE)
-    generator = torch.Generator().manual_seed(0)
+    columns = {"input": captured.x.shape[1], "hidden": weights.down.shape[2]}
+    energy = {name: torch.zeros(datasets, experts, size, device=device) for name, size in columns.items()}
+    moments = {name: torch.zeros(experts, size, size, device=device) for name, size in columns.items()}
     for expert, tokens, gates in captured.routed(experts):
-        pairs[:, expert] = torch.bincount(of_token[tokens], minlength=datasets)
-        mass[:, expert] = torch.bincount(of_token[tokens], gates.double(), minlength=datasets)
-        chosen = torch.randperm(len(tokens), generator=generator)[:SAMPLE].to(device)
-        sample_x[expert, : len(chosen)] = captured.x[tokens[chosen]]
-        sample_weights[expert, : len(chosen)] = gates[chosen]
+        owners, x = of_token[tokens], captured.x[tokens]
+        mass[:, expert] = torch.bincount(owners, gates.double(), minlength=datasets)
+        for name, values in (("input", x), ("hidden", weights.hidden(expert, x))):
+            energy[name][:, expert].index_add_(0, owners, (values * gates.unsqueeze(1)).square())
+            moments[name][expert] = _moment(values, gates, exponent)
     return {
         "tokens": torch.tensor(len(captured.x)),
-        "pairs": pairs,
+        "pairs": count_pairs(captured, experts, of_token, datasets),
         "weight_mass": mass,
-        "input_moments": input_moments(captured, experts, exponent),
-        "hidden_moments": hidden_moments(captured, weights, exponent),
-        "sample_x": sample_x,
-        "sample_weights": sample_weights,
+        **{f"{name}_energy": tensor for name, tensor in energy.items()},
+        **{f"{name}_moments": tensor for name, tensor in moments.items()},
+        **draw_sample(captured, experts, of_token),
     }
+
+
+def count_pairs(captured: Captured, experts: int, of_token: Tensor, datasets: int) -> Tensor:
+    """(token, chosen expert) pairs, int64 [D, E]; `of_token` int64 [T] is the dataset of each token."""
+    flat = captured.ids + (of_token * experts).unsqueeze(1)
+    return torch.bincount(flat.flatten(), minlength=datasets * experts).reshape(datasets, experts)
+
+
+def draw_sample(captured: Captured, experts: int, of_token: Tensor, **values: Tensor) -> dict[str, Tensor]:
+    """`SAMPLE` routed tokens of each expert, drawn uniformly: the tensors of a `Sample`.
+
+    `of_token` int64 [T] is the dataset of each token. Every [T, n] tensor of `values` is sampled along.
+    """
+    device = captured.x.device
+    rows = {"x": captured.x, **values}
+    found = {
+        name: torch.zeros(experts, SAMPLE, tensor.shape[1], device=device) for name, tensor in rows.items()
+    }
+    found["weights"] = torch.zeros(experts, SAMPLE, device=device)
+    found["datasets"] = torch.zeros(experts, SAMPLE, dtype=torch.int64, device=device)
+    generator = torch.Generator().manual_seed(0)
+    for expert, tokens, gates in captured.routed(experts):
+        chosen = torch.randperm(len(tokens), generator=generator)[:SAMPLE].to(device)
+        for name, tensor in rows.items():
+            found[name][expert, : len(chosen)] = tensor[tokens[chosen]]
+        found["weights"][expert, : len(chosen)] = gates[chosen]
+        found["datasets"][expert, : len(chosen)] = of_token[tokens[chosen]]
+    return {f"sample_{name}": tensor for name, tensor in found.items()}
 
 
 def input_moments(captured: Captured, experts: int, exponent: int = 2) -> Tensor:

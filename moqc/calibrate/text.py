@@ -39,6 +39,12 @@ class CalibrationSet:
         names, tokens = tuple(datasets), tuple(datasets.values())
         return cls(names, tokens, digest("calibration", names, tokens))
 
+    def head(self, tokens: int) -> CalibrationSet:
+        """About `tokens` tokens of it: the first windows of every dataset, at least one of each."""
+        window = self.tokens[0].shape[1]
+        share = max(1, tokens // (window * len(self.tokens)))
+        return self.of({name: rows[:share] for name, rows in zip(self.names, self.tokens, strict=True)})
+
     @property
     def total_tokens(self) -> int:
         """Tokens in all windows of all datasets."""

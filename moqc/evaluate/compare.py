@@ -29,7 +29,7 @@ from moqc.ir.annotations import BITS
 from moqc.ir.sites import find_experts
 from moqc.log import logger
 from moqc.package import WeightCounts
-from moqc.passes.allocate_bits import TABLE_BITS
+from moqc.passes.allocation_problem import TABLE_BITS
 from moqc.passes.base import PassContext
 from moqc.passes.quantize_linears import QuantizeLinears
 from moqc.pipelines import Debug, Plan, allocation_pipeline, check_bits, run_passes

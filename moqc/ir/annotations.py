@@ -104,6 +104,19 @@ BLOCK_ERRORS: Key[dict[str, Any]] = Key(
     "measure-block-errors",
     "site -> error of the block with one expert quantized, as integers",
 )
+GRADIENTS: Key[dict[str, Any]] = Key(
+    "moqc.gradients",
+    "measure-gradients",
+    "tokens used, and by site the expected change of the loss with one expert quantized, as integers",
+)
+WEIGHTS: Key[dict[str, Any]] = Key(
+    "moqc.weights", "profile-weights", "site -> entropy and outliers of the expert weights, as integers"
+)
+SIMILARITY: Key[dict[str, int]] = Key(
+    "moqc.similarity",
+    "measure-similarity",
+    "site -> cosine similarity of the residual stream before and after the block, in parts per million",
+)
 BITS: Key[dict[str, dict[str, list[str]]]] = Key(
     "moqc.bits", "allocate-bits", "site -> projection (gate, up, down) -> format name of each expert"
 )
@@ -129,6 +142,9 @@ KEYS: dict[str, Key[Any]] = {
         SENSITIVITY,
         COSTS,
         BLOCK_ERRORS,
+        GRADIENTS,
+        WEIGHTS,
+        SIMILARITY,
         BITS,
         LINEAR_BITS,
         CACHE,

@@ -24,6 +24,8 @@ from moqc.errors import UserError
 ROW_TILE = 16
 COLUMN_TILE = 32
 BITS = (1, 2, 3, 4, 8)
+SIMULATED_BITS = (6,)
+"""Widths without a kernel, of published methods: `moqc compare` evaluates them, nothing compiles them."""
 GROUPS = (32, 64, 128)
 
 _NAME = re.compile(r"int(?P<bits>\d+)-g(?P<group>\d+)(?P<symmetric>-sym)?")
@@ -38,7 +40,7 @@ class Format:
     symmetric: bool = False
 
     def __post_init__(self) -> None:
-        if self.bits not in BITS or self.group not in GROUPS:
+        if self.bits not in (*BITS, *SIMULATED_BITS) or self.group not in GROUPS:
             raise UserError(f"no format {self}: bits are one of {BITS}, groups one of {GROUPS}")
 
     @classmethod
@@ -51,6 +53,11 @@ class Format:
 
     def __str__(self) -> str:
         return f"int{self.bits}-g{self.group}{'-sym' if self.symmetric else ''}"
+
+    @property
+    def simulated(self) -> bool:
+        """Whether no kernel reads this format."""
+        return self.bits in SIMULATED_BITS
 
     @property
     def levels(self) -> int:

@@ -18,7 +18,7 @@ from moqc.quant.formats import Format
 
 SHRINK = (0.3, 1.0)
 """Range of the clip search: the grid spans this part of the group's own range."""
-CANDIDATES = {1: 1, 2: 22, 3: 22, 4: 15, 8: 4}
+CANDIDATES = {1: 1, 2: 22, 3: 22, 4: 15, 6: 8, 8: 4}
 """Grids tried by code width. One bit starts from the group's mean magnitudes instead."""
 REFITS = 4
 """Rounds of least-squares refit of scale and zero after the search; each is kept only where it helps."""

@@ -7,7 +7,7 @@ S sites, E experts of a site.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,7 +36,13 @@ class Problem:
     * `frequency`: one float array [E] a site, share of the site's pairs; `router_weight`: likewise, the sum
       of the routing weights given to the expert over the number of tokens. None without a profile.
     * `block_errors`: one float array [E, 3] a site, Frobenius norm of the change of the block's output when
-      one expert is quantized to 1, 2, 3 bits (`MCMOE_BITS`). None unless measured.
+      one expert is quantized to 1, 2, 3 bits (`MCMOE_BITS`); `gradient_errors`: likewise, the squared change
+      weighted by the squared gradient of the loss. None unless measured.
+    * `significance`: one float array [E] a site, MoQa's significance of each expert. `entropy` and
+      `similarity`: float [S], of a block's weights, and of the residual stream before and after a block.
+      `outliers`: float [U], outlier score of each matrix. None unless measured.
+    * `latency`: float64 [U, F], expected time a token of the unit in the format, same unit as
+      `latency_budget`, which bounds its sum. None: not constrained.
     """
 
     sites: tuple[str, ...]
@@ -52,6 +58,13 @@ class Problem:
     frequency: tuple[NDArray[np.float64], ...] | None = None
     router_weight: tuple[NDArray[np.float64], ...] | None = None
     block_errors: tuple[NDArray[np.float64], ...] | None = None
+    gradient_errors: tuple[NDArray[np.float64], ...] | None = None
+    significance: tuple[NDArray[np.float64], ...] | None = None
+    entropy: NDArray[np.float64] | None = None
+    similarity: NDArray[np.float64] | None = None
+    outliers: NDArray[np.float64] | None = None
+    latency: NDArray[np.float64] | None = None
+    latency_budget: float | None = None
 
     def __post_init__(self) -> None:
         units, expected = len(self.unit_site), (len(self.unit_site), len(self.formats))
@@ -64,6 +77,22 @@ class Problem:
             raise ValueError(f"the descriptions of units do not have {units} entries each")
         if not np.isfinite(self.costs).all() or (self.sizes <= 0).any():
             raise ValueError("costs must be finite, sizes positive")
+
+    def part(self, units: NDArray[np.int64], available_bits: int) -> Problem:
+        """The problem of some units (int64 [n], ascending) alone, with `available_bits` for them."""
+        return replace(
+            self,
+            unit_site=self.unit_site[units],
+            unit_expert=self.unit_expert[units],
+            unit_projection=self.unit_projection[units],
+            costs=self.costs[units],
+            sizes=self.sizes[units],
+            weights=self.weights[units],
+            budget_bits=available_bits,
+            overhead_bits=0,
+            outliers=None if self.outliers is None else self.outliers[units],
+            latency=None if self.latency is None else self.latency[units],
+        )
 
     @property
     def available_bits(self) -> int:

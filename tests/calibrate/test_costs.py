@@ -29,6 +29,12 @@ def only_expert(matrices: Tensor, expert: int, replacement: Tensor) -> Tensor:
     return changed
 
 
+def total(costs: list[list[float]], calibration: CalibrationSet) -> list[float]:
+    """Costs of each expert over all tokens, from those a token of each dataset."""
+    sizes = [rows.size for rows in calibration.tokens]
+    return [sum(c * n for c, n in zip(column, sizes, strict=True)) for column in zip(*costs, strict=True)]
+
+
 @pytest.mark.parametrize("projection", ["gate", "up", "down"])
 def test_cost_is_the_output_error_of_one_unit_alone(
     small: Any, calibration: CalibrationSet, tokens: Tensor, workspace: Workspace, projection: str
@@ -48,8 +54,10 @@ def test_cost_is_the_output_error_of_one_unit_alone(
             changed = block.substitute(**{projection: matrices}).apply(x, ids, weights)
             expected = float((changed - exact).square().sum())
             # The samples hold every routed token of this small set, so nothing is estimated.
-            assert found[site][projection][str(fmt)][expert] == pytest.approx(expected, rel=1e-2)
-    assert sum(found[site][projection]["int1-g32"]) > 2 * sum(found[site][projection]["int3-g32"])
+            costs = total(found[site][projection][str(fmt)], calibration)
+            assert costs[expert] == pytest.approx(expected, rel=1e-2)
+    coarse, fine = (total(found[site][projection][str(fmt)], calibration) for fmt in FORMATS)
+    assert sum(coarse) > 2 * sum(fine)
 
 
 def test_costs_are_cached_by_format(
@@ -61,7 +69,7 @@ def test_costs_are_cached_by_format(
     asked: list[Format] = []
     original = costs._site_costs
     monkeypatch.setattr(
-        costs, "_site_costs", lambda w, m, fmt, q: asked.append(fmt) or original(w, m, fmt, q)
+        costs, "_site_costs", lambda w, m, s, fmt, q: asked.append(fmt) or original(w, m, s, fmt, q)
     )
     four = Format.parse("int4-g32")
     second = measure_costs(checkpoint, statistics, [*FORMATS, four], quantizer="rtn")

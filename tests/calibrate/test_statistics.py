@@ -82,15 +82,15 @@ def test_samples_are_routed_tokens_with_their_weights(
     assert int(found.counts.max()) <= SAMPLE  # so that every routed token is in the sample
     for expert in range(8):
         routed, slot = torch.nonzero(ids == expert, as_tuple=True)
-        kept = found.sample_weights[expert] != 0
+        kept = found.sample.weights[expert] != 0
         assert int(kept.sum()) == len(routed)
-        order = found.sample_weights[expert][kept].argsort()
+        order = found.sample.weights[expert][kept].argsort()
         expected = weights[routed, slot]
         torch.testing.assert_close(
-            found.sample_weights[expert][kept][order], expected.sort().values, rtol=1e-4, atol=1e-6
+            found.sample.weights[expert][kept][order], expected.sort().values, rtol=1e-4, atol=1e-6
         )
         torch.testing.assert_close(
-            found.sample_x[expert][kept][order], x[routed][expected.argsort()], rtol=1e-3, atol=1e-4
+            found.sample.x[expert][kept][order], x[routed][expected.argsort()], rtol=1e-3, atol=1e-4
         )
 
 

@@ -1,34 +1,51 @@
 """measure-costs: encoding, and what it reads."""
 
+import statistics
 from typing import Any
 
 import pytest
 from tvm import IRModule
 
 from moqc.calibrate import costs
+from moqc.calibrate.layers import LayeredModel
 from moqc.calibrate.statistics import collect_statistics
 from moqc.errors import PipelineError
 from moqc.ir.annotations import COSTS, SENSITIVITY
 from moqc.passes.measure_costs import MeasureCosts
+from moqc.passes.measure_gradients import MeasureGradients, run_backward
 from moqc.passes.pipeline import Pipeline
 from moqc.passes.profile_channels import ProfileChannels
 from moqc.passes.scaling import to_integers
 from moqc.quant.formats import Format
+from moqc.quant.gptq import quantize_gptq
 
 FIRST, SECOND = "model.layers.0.mlp.experts", "model.layers.1.mlp.experts"
 FORMATS = ("int1-g32", "int3-g32")
 
 
 def measured(calibrated: Any) -> dict[str, costs.SiteCosts]:
-    statistics = collect_statistics(calibrated.checkpoint, calibrated.calibration, calibrated.workspace)
+    """site -> projection -> format -> [dataset][expert]."""
+    collected = collect_statistics(calibrated.checkpoint, calibrated.calibration, calibrated.workspace)
     formats = [Format.parse(name) for name in FORMATS]
-    return costs.measure_costs(calibrated.checkpoint, statistics, formats)
+    return costs.measure_costs(calibrated.checkpoint, collected, formats)
 
 
-def test_costs_are_scaled_to_the_largest(moe: IRModule, calibrated: Any) -> None:
+@pytest.mark.parametrize("robustness", [0.0, 2.0])
+def test_costs_are_scaled_to_the_largest(moe: IRModule, calibrated: Any, robustness: float) -> None:
     mod = ProfileChannels()(moe, calibrated)
-    found = COSTS.of(MeasureCosts(formats=FORMATS)(mod, calibrated))
-    expected = measured(calibrated)
+    found = COSTS.of(MeasureCosts(formats=FORMATS, robustness=robustness)(mod, calibrated))
+    expected = {
+        site: {
+            projection: {
+                name: [
+                    statistics.fmean(c) + robustness * statistics.pstdev(c) for c in zip(*rows, strict=True)
+                ]
+                for name, rows in by_format.items()
+            }
+            for projection, by_format in projections.items()
+        }
+        for site, projections in measured(calibrated).items()
+    }
     largest = max(max(expected[s][p][f]) for s in expected for p in expected[s] for f in FORMATS)
     assert max(max(found[s][p][f]) for s in found for p in found[s] for f in FORMATS) == 10**12
     for site in (FIRST, SECOND):
@@ -56,12 +73,39 @@ def test_sensitivity_multiplies_costs(moe: IRModule, calibrated: Any) -> None:
     [
         ({"quantizer": "mcmoe"}, "quantizer=mcmoe is not one of gptq, rtn"),
         ({"formats": ()}, "formats= is empty"),
+        ({"curvature": "layer"}, "curvature=layer is not one of block, token"),
+        ({"robustness": -1.0}, "robustness=-1 must not be negative"),
     ],
 )
 def test_bad_options(moe: IRModule, calibrated: Any, options: dict[str, Any], message: str) -> None:
     mod = ProfileChannels()(moe, calibrated)
     with pytest.raises(PipelineError, match=message):
         MeasureCosts(**options)(mod, calibrated)
+
+
+def test_curvature_by_token_weighs_components_with_squared_gradients(moe: IRModule, calibrated: Any) -> None:
+    """The costs are then GEMQ's sums for one projection, and ignore the sensitivity of blocks."""
+    options: dict[str, Any] = {"formats": FORMATS, "curvature": "token"}
+    mod = SENSITIVITY.put(ProfileChannels()(moe, calibrated), {FIRST: 500, SECOND: 2000})
+    with pytest.raises(PipelineError, match="run measure-gradients before"):
+        MeasureCosts(**options)(mod, calibrated)
+    mod = MeasureGradients()(mod, calibrated)
+    found = COSTS.of(MeasureCosts(**options)(mod, calibrated))
+    gradients = run_backward(calibrated, "test", 8192)
+    sample = gradients.sample(SECOND)
+    model = LayeredModel(calibrated.checkpoint)
+    collected = collect_statistics(calibrated.checkpoint, calibrated.calibration, calibrated.workspace)
+    block, hessians = model.experts(SECOND), collected.of(SECOND).hessians("down").matrices
+    expected = []
+    for name in FORMATS:
+        quantized = quantize_gptq(block.down, hessians, Format.parse(name))[0].dequantize()
+        change = block.substitute(down=quantized).output(2, sample.x[2]) - block.output(2, sample.x[2])
+        change = change * sample.weights[2].unsqueeze(1)
+        expected.append(
+            sample.totals((change.square() * sample.curvature[2]).sum(1).expand(8, -1)).mean(0)[2]
+        )
+    ratio = found[SECOND]["down"][FORMATS[0]][2] / found[SECOND]["down"][FORMATS[1]][2]
+    assert ratio == pytest.approx(float(expected[0] / expected[1]), rel=1e-3)
 
 
 def test_costs_need_the_channels_first(moe: IRModule, calibrated: Any) -> None:

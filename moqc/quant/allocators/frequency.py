@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from moqc.quant.allocators.ladder import promote, units_of_experts
 from moqc.quant.problem import Problem, Solution
 
 
@@ -17,31 +18,7 @@ def frequency(problem: Problem) -> Solution:
     """
     if problem.frequency is None:
         raise ValueError("the frequency allocator needs the activation frequency of experts")
-    ladder = _ladder(problem)
-    sizes = problem.sizes.sum(axis=0)
-    problem.require(int(sizes[ladder[0]]), int(sizes[ladder[-1]]), "plans by frequency")
-    fitting = [step for step, index in enumerate(ladder) if sizes[index] <= problem.available_bits]
-    low, high = ladder[fitting[-1]], ladder[min(fitting[-1] + 1, len(ladder) - 1)]
-    choice = np.full(len(problem.weights), low, dtype=np.int64)
-    growth = problem.sizes[:, high] - problem.sizes[:, low]
-    left = problem.available_bits - int(sizes[low])
-    for units in _hottest_first(problem, problem.frequency):
-        needed = int(growth[units].sum())
-        if needed > left:
-            break
-        choice[units] = high
-        left -= needed
-    return problem.solution(choice)
-
-
-def _ladder(problem: Problem) -> list[int]:
-    """Formats by size, without those that cost more than a smaller one."""
-    sizes, costs = problem.sizes.sum(axis=0), problem.costs.sum(axis=0)
-    ladder: list[int] = []
-    for index in sorted(range(len(sizes)), key=lambda index: (sizes[index], costs[index])):
-        if not ladder or (sizes[index] > sizes[ladder[-1]] and costs[index] <= costs[ladder[-1]]):
-            ladder.append(index)
-    return ladder
+    return promote(problem, _hottest_first(problem, problem.frequency), "plans by frequency")
 
 
 def _hottest_first(problem: Problem, shares: tuple[NDArray[np.float64], ...]) -> list[NDArray[np.int64]]:
@@ -50,7 +27,5 @@ def _hottest_first(problem: Problem, shares: tuple[NDArray[np.float64], ...]) ->
     for site, share in enumerate(shares):
         ranked = np.argsort(-share, kind="stable")
         entries += [(rank, -float(share[expert]), site, int(expert)) for rank, expert in enumerate(ranked)]
-    members: dict[tuple[int, int], list[int]] = {}
-    for unit, key in enumerate(zip(problem.unit_site.tolist(), problem.unit_expert.tolist(), strict=True)):
-        members.setdefault(key, []).append(unit)
-    return [np.array(members[site, expert], dtype=np.int64) for _, _, site, expert in sorted(entries)]
+    members = units_of_experts(problem)
+    return [members[site, expert] for _, _, site, expert in sorted(entries)]

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from scipy import optimize, sparse
 
 from moqc.errors import InternalError
+from moqc.quant.allocators.ladder import columns_of
 from moqc.quant.problem import MCMOE_BITS, Problem, Solution
 
 ALPHA = 1.0
@@ -39,7 +40,7 @@ def pmq(problem: Problem) -> Solution:
     """
     if problem.frequency is None or problem.router_weight is None or problem.block_errors is None:
         raise ValueError("pmq needs activation frequency, routing weight and block errors")
-    columns = _format_columns(problem)
+    columns = columns_of(problem, MCMOE_BITS, GROUP, "pmq")
     experts = [len(share) for share in problem.frequency]
     if min(experts) < 2:
         raise ValueError("pmq needs two experts a site: one of 3 bits and one of 2")
@@ -82,19 +83,6 @@ def allocate_site(coefficients: NDArray[np.float64], budget: int) -> NDArray[np.
 def _normalized(values: NDArray[np.float64]) -> NDArray[np.float64]:
     total = values.sum()
     return values / total if total > 0 else np.full(len(values), 1 / len(values))
-
-
-def _format_columns(problem: Problem) -> NDArray[np.int64]:
-    """Index in `problem.formats` of the 1-, 2- and 3-bit format."""
-    columns = []
-    for bits in MCMOE_BITS:
-        found = [
-            i for i, f in enumerate(problem.formats) if (f.bits, f.group, f.symmetric) == (bits, GROUP, False)
-        ]
-        if not found:
-            raise ValueError(f"pmq needs the format int{bits}-g{GROUP}")
-        columns.append(found[0])
-    return np.array(columns, dtype=np.int64)
 
 
 def _site_budgets(problem: Problem, columns: NDArray[np.int64], experts: list[int]) -> list[int]:
