@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from moqc.errors import ModelError
 from moqc.frontend.experts import ExpertLayout
 from moqc.frontend.trace import MatrixUse, Outline
-from moqc.passes.allocate_bits import TABLE_BITS
+from moqc.passes.allocation_problem import TABLE_BITS
 from moqc.quant.formats import ROW_TILE, Format
 
 STORED_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
