@@ -43,6 +43,8 @@ class Problem:
       `outliers`: float [U], outlier score of each matrix. None unless measured.
     * `latency`: float64 [U, F], expected time a token of the unit in the format, same unit as
       `latency_budget`, which bounds its sum. None: not constrained.
+    * `allowed`: bool [U, F], formats a unit may have, at least one each; None: all. `max_classes`: most
+      formats that the units of a site may have between them. Only the global allocator heeds these two.
     """
 
     sites: tuple[str, ...]
@@ -65,6 +67,8 @@ class Problem:
     outliers: NDArray[np.float64] | None = None
     latency: NDArray[np.float64] | None = None
     latency_budget: float | None = None
+    allowed: NDArray[np.bool_] | None = None
+    max_classes: int | None = None
 
     def __post_init__(self) -> None:
         units, expected = len(self.unit_site), (len(self.unit_site), len(self.formats))
@@ -77,6 +81,13 @@ class Problem:
             raise ValueError(f"the descriptions of units do not have {units} entries each")
         if not np.isfinite(self.costs).all() or (self.sizes <= 0).any():
             raise ValueError("costs must be finite, sizes positive")
+        if self.allowed is not None and not self.allowed.any(axis=1).all():
+            raise ValueError("a unit is allowed no format")
+
+    @property
+    def permitted(self) -> NDArray[np.bool_]:
+        """`allowed`, or all true: bool [U, F]."""
+        return np.ones(self.sizes.shape, dtype=np.bool_) if self.allowed is None else self.allowed
 
     def part(self, units: NDArray[np.int64], available_bits: int) -> Problem:
         """The problem of some units (int64 [n], ascending) alone, with `available_bits` for them."""
@@ -92,6 +103,7 @@ class Problem:
             overhead_bits=0,
             outliers=None if self.outliers is None else self.outliers[units],
             latency=None if self.latency is None else self.latency[units],
+            allowed=None if self.allowed is None else self.allowed[units],
         )
 
     @property

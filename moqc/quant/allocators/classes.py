@@ -1,7 +1,7 @@
 """At most so many formats a site: which ones, by a Lagrange multiplier on the bits.
 
-For a price of a bit, every site takes the set of formats in which its units' least ``cost + price * size`` add
-up to the least. The price is bisected until the sizes fit. The sum of these minima, less the price of the
+For a price of a bit, every site takes the set of formats in which its units' least ``cost + price * size``
+add up to the least. The price is bisected until the sizes fit. The sum of these minima, less the price of the
 budget, bounds every plan from below, for every price. Sites differ little in what a set more or less is
 worth, so near the final price single sites are then tried with their next best sets.
 """
@@ -17,10 +17,12 @@ from numpy.typing import NDArray
 from moqc.quant.allocators.hull import relax
 from moqc.quant.problem import Problem
 
-PRICE_STEPS = 60
+PRICE_STEPS = 40
 """Halvings of the interval of the price, on a logarithmic scale."""
 TRIALS = 60
 """Other sets tried for single sites at the final price."""
+GOOD_ENOUGH = 1e-3
+"""Relative gap at which they are not."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class _Sets:
         return cls(problem, np.array([[at in members for at in range(count)] for members in chosen]))
 
     def values(self, price: float) -> NDArray[np.float64]:
-        """Least priced cost [S, N] of every site with every set; infinite where a unit has no format in it."""
+        """Least priced cost [S, N] of every site with every set; infinite where a unit has none of it."""
         priced = np.where(self.problem.permitted, self.problem.costs + price * self.problem.sizes, np.inf)
         sites = len(self.problem.sites)
         columns = []
@@ -62,7 +64,7 @@ def limit_classes(problem: Problem) -> tuple[Problem, float]:
     sets = _Sets.of(problem, problem.max_classes)
     relax(replace(problem, max_classes=None))  # BudgetError where nothing fits
     scale = max(float(problem.costs.max()), 1e-300) / float(problem.sizes.min())
-    low, high, bound = scale * 1e-18, scale * 1e3, -np.inf
+    low, high, bound = scale * 1e-12, scale * 10, -np.inf
     for _ in range(PRICE_STEPS):
         price = float(np.sqrt(low * high))
         values = sets.values(price)
@@ -72,7 +74,9 @@ def limit_classes(problem: Problem) -> tuple[Problem, float]:
         else:
             low = price
     values = sets.values(high)
-    chosen = _improve(sets, values, values.argmin(axis=1))
+    chosen = values.argmin(axis=1)
+    if _cost(sets.restricted(chosen)) - bound > GOOD_ENOUGH * abs(bound):
+        chosen = _improve(sets, values, chosen)
     return sets.restricted(chosen), bound
 
 

@@ -1,22 +1,26 @@
-"""The least total cost under one budget, over all projections of all experts of all sites at once.
+"""The least total cost under one budget, over all units of the model at once.
 
-This is the multiple-choice knapsack problem. Its linear relaxation has a closed form: on the lower convex
-hull of every unit's (size, cost) points, take the steps of the steepest descent per bit until the budget is
-spent (the whole path of the Lagrange multiplier, by sorting instead of bisection). The step that no longer
-fits gives a lower bound on every plan's cost; what is left of the budget is filled greedily. With thousands
-of units the result is within parts per million of the bound; small problems, where single steps are large,
-go to HiGHS besides.
+The multiple-choice knapsack problem. Its linear relaxation (`hull`) gives a plan whose last step may not fit,
+and a lower bound; what is left of the budget is filled greedily. With thousands of units the result is within
+parts per million of the bound; small problems, where single steps are large, go to HiGHS besides.
+
+Two more constraints are met by Lagrange multipliers, with the bound that duality gives:
+
+* `Problem.latency_budget`: costs become ``cost + mu * latency`` with the least mu whose plan is fast enough.
+* `Problem.max_classes`: in `classes`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from itertools import pairwise
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import optimize, sparse
 
+from moqc.errors import BudgetError
+from moqc.quant.allocators.classes import limit_classes
+from moqc.quant.allocators.hull import Relaxation, relax
 from moqc.quant.problem import Problem, Solution
 
 CLOSE_ENOUGH = 1e-5
@@ -24,42 +28,74 @@ CLOSE_ENOUGH = 1e-5
 EXACT_VARIABLES = 4000
 """Largest units x formats given to the exact solver."""
 EXACT_SECONDS = 20.0
-
-
-@dataclass(frozen=True, slots=True)
-class _Steps:
-    """Steps along the hulls, steepest first: `unit` goes from format `before` to `after`."""
-
-    unit: NDArray[np.int64]
-    before: NDArray[np.int64]
-    after: NDArray[np.int64]
-    size: NDArray[np.int64]
-    gain: NDArray[np.float64]
+MULTIPLIER_STEPS = 40
+"""Halvings of the interval of the multiplier on latency, unless the gap is small enough before."""
+LATENCY_GAP = 1e-3
+"""Relative gap at which they end."""
 
 
 def global_(problem: Problem) -> Solution:
     """A plan of least total cost, with the proven `gap` to the optimum.
 
-    Raises BudgetError when the smallest format of every unit does not fit.
+    Raises BudgetError when the smallest format of every unit does not fit, or no plan is fast enough.
     """
-    cheapest, steps = _hull_steps(problem)
-    rows = np.arange(len(cheapest))
-    base = int(problem.sizes[rows, cheapest].sum())
-    problem.require(base, int(problem.sizes.max(axis=1).sum()), "these formats")
-    left = problem.available_bits - base
-    spent = np.cumsum(steps.size)
-    taken = int(np.searchsorted(spent, left, side="right"))
-    choice = cheapest.copy()
-    choice[steps.unit[:taken]] = steps.after[:taken]  # of several steps of a unit the last one stays
-    left -= int(spent[taken - 1]) if taken else 0
-    bound = float(problem.costs[rows, choice].sum())
-    if taken < len(steps.unit):
-        bound -= float(steps.gain[taken] / steps.size[taken]) * left
-    _fill(problem, choice, steps, taken, left)
-    found = problem.solution(choice)
+    if problem.latency is not None and problem.latency_budget is not None:
+        return _within_latency(problem, problem.latency, problem.latency_budget)
+    found, bound = _within_memory(problem)
+    return problem.solution(found.choice, _gap(found.cost, bound))
+
+
+def _within_memory(problem: Problem) -> tuple[Solution, float]:
+    """The best plan found and a lower bound, latency aside."""
+    if problem.max_classes is not None:
+        limited, bound = limit_classes(problem)
+        return _greedy(limited, relax(limited)), bound
+    relaxed = relax(problem)
+    found, bound = _greedy(problem, relaxed), relaxed.bound
     if _gap(found.cost, bound) > CLOSE_ENOUGH and problem.costs.size <= EXACT_VARIABLES:
         found, bound = _exact(problem, found, bound)
-    return problem.solution(found.choice, _gap(found.cost, bound))
+    return found, bound
+
+
+def _within_latency(problem: Problem, latency: NDArray[np.float64], budget: float) -> Solution:
+    """Bisection on the multiplier of latency; every multiplier tried gives a bound."""
+    rows = np.arange(len(problem.weights))
+    plain = replace(problem, latency_budget=None)
+    best: Solution | None = None
+    bound = -np.inf
+
+    def attempt(multiplier: float) -> bool:
+        nonlocal best, bound
+        priced = replace(plain, costs=problem.costs + multiplier * latency)
+        found, lower = _within_memory(priced)
+        bound = max(bound, lower - multiplier * budget)
+        fits = float(latency[rows, found.choice].sum()) <= budget
+        if fits:
+            candidate = problem.solution(found.choice)
+            best = candidate if best is None or candidate.cost < best.cost else best
+        return fits
+
+    if attempt(0.0):
+        high = 0.0
+    else:
+        fastest = float(np.where(problem.permitted, latency, np.inf).min(axis=1).sum())
+        high = max(float(problem.costs.max()), 1e-300) / max(budget / len(rows), 1e-300)
+        while not attempt(high):
+            high *= 16
+            if not np.isfinite(high * budget):
+                raise BudgetError(
+                    f"{budget:g} us a token are out of reach: the fastest formats take {fastest:g} us, "
+                    "and the bits must fit too; allow more time or fewer bits"
+                )
+    low = 0.0
+    for _ in range(MULTIPLIER_STEPS if high else 0):
+        middle = (low + high) / 2 if low else high / 16
+        low, high = (low, middle) if attempt(middle) else (middle, high)
+        if best is not None and _gap(best.cost, bound) <= LATENCY_GAP:
+            break
+    if best is None:
+        raise BudgetError(f"{budget:g} us a token are out of reach")
+    return problem.solution(best.choice, _gap(best.cost, bound))
 
 
 def _gap(cost: float, bound: float) -> float:
@@ -70,48 +106,14 @@ def _gap(cost: float, bound: float) -> float:
     return excess / abs(bound) if bound else float("inf")
 
 
-def _hull_steps(problem: Problem) -> tuple[NDArray[np.int64], _Steps]:
-    """The smallest format of each unit (of equal sizes the better), and all steps along the hulls."""
-    cheapest = np.zeros(len(problem.weights), dtype=np.int64)
-    found: list[tuple[int, int, int]] = []
-    order = np.lexsort((problem.costs, problem.sizes), axis=-1)
-    for unit, (sizes, costs, formats) in enumerate(
-        zip(problem.sizes.tolist(), problem.costs.tolist(), order.tolist(), strict=True)
-    ):
-        hull = _hull(sizes, costs, formats)
-        cheapest[unit] = hull[0]
-        found += [(unit, before, after) for before, after in pairwise(hull)]
-    units, before, after = np.array(found, dtype=np.int64).reshape(-1, 3).T
-    growth = problem.sizes[units, after] - problem.sizes[units, before]
-    gain = problem.costs[units, before] - problem.costs[units, after]
-    # Stable, so that the steps of a unit stay in their order even where rounding makes slopes equal.
-    ranked = np.argsort(-gain / growth, kind="stable")
-    return cheapest, _Steps(units[ranked], before[ranked], after[ranked], growth[ranked], gain[ranked])
-
-
-def _hull(sizes: list[int], costs: list[float], formats: list[int]) -> list[int]:
-    """Those of `formats`, sorted by (size, cost), on the lower convex hull; costs fall along it."""
-    hull: list[int] = []
-    for index in formats:
-        if hull and costs[index] >= costs[hull[-1]]:
-            continue
-        while len(hull) >= 2:
-            first, middle = hull[-2], hull[-1]
-            kept = (costs[first] - costs[middle]) * (sizes[index] - sizes[middle])
-            if kept > (costs[middle] - costs[index]) * (sizes[middle] - sizes[first]):
-                break
-            hull.pop()
-        hull.append(index)
-    return hull
-
-
-def _fill(problem: Problem, choice: NDArray[np.int64], steps: _Steps, taken: int, left: int) -> None:
-    """Spend `left` bits on later steps that fit, then on any format that still helps; changes `choice`."""
+def _greedy(problem: Problem, relaxed: Relaxation) -> Solution:
+    """The relaxation's whole steps, then later steps that fit, then any format that still helps."""
+    choice, left, steps = relaxed.choice.copy(), relaxed.left, relaxed.steps
     ahead = zip(
-        steps.unit[taken:].tolist(),
-        steps.before[taken:].tolist(),
-        steps.after[taken:].tolist(),
-        steps.size[taken:].tolist(),
+        steps.unit[relaxed.taken :].tolist(),
+        steps.before[relaxed.taken :].tolist(),
+        steps.after[relaxed.taken :].tolist(),
+        steps.size[relaxed.taken :].tolist(),
         strict=True,
     )
     for unit, before, after, size in ahead:
@@ -122,10 +124,10 @@ def _fill(problem: Problem, choice: NDArray[np.int64], steps: _Steps, taken: int
     while True:
         sizes = problem.sizes - problem.sizes[rows, choice][:, None]
         gains = problem.costs[rows, choice][:, None] - problem.costs
-        gains[sizes > left] = 0.0
+        gains[(sizes > left) | ~problem.permitted] = 0.0
         unit, better = np.unravel_index(int(gains.argmax()), gains.shape)
         if gains[unit, better] <= 0:
-            return
+            return problem.solution(choice)
         left -= int(sizes[unit, better])
         choice[unit] = better
 
@@ -140,7 +142,7 @@ def _exact(problem: Problem, start: Solution, bound: float) -> tuple[Solution, f
     result = optimize.milp(
         ((problem.costs - floor[:, None]) / scale).reshape(-1),
         integrality=np.ones(units * formats),
-        bounds=optimize.Bounds(0, 1),
+        bounds=optimize.Bounds(0, problem.permitted.reshape(-1).astype(np.float64)),
         constraints=[
             optimize.LinearConstraint(sparse.kron(sparse.eye(units), np.ones((1, formats))), 1, 1),
             optimize.LinearConstraint(

@@ -30,7 +30,7 @@ class Steps:
 class Relaxation:
     """Whole steps that fit: their plan `choice` int64 [U], `left` unspent bits, and what is proven.
 
-    `bound`: no plan costs less. `slope`: the multiplier, cost a bit at the end. `taken`: number of `steps` in it.
+    `bound`: no plan costs less. `slope`: the multiplier, cost a bit at the end. `taken`: steps in it.
     """
 
     choice: NDArray[np.int64]
