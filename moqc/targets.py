@@ -49,9 +49,9 @@ class Target:
 
     @property
     def dot(self) -> str:
-        """Instruction family for u8 x i8 dot products: ``vnni512``, ``bw512`` or ``avx2``."""
+        """Instruction family for u8 x i8 dot products: a name of `moqc.schedules.cpu.dot.FAMILIES`."""
         if {"avx512_vnni", "avx512bw"} <= self.features:
-            return "vnni512"
+            return "vnni512-gfni" if "gfni" in self.features else "vnni512"
         return "bw512" if "avx512bw" in self.features else "avx2"
 
 
@@ -69,7 +69,13 @@ TARGETS: dict[str, Target] = {
             "x86-64-v4-vnni",
             {"kind": "llvm", "mcpu": "cascadelake"},
             _V4 | {"avx512_vnni"},
-            doc="x86 with AVX-512 and VNNI (Cascade Lake, Zen 4 on)",
+            doc="x86 with AVX-512 and VNNI (Cascade Lake on)",
+        ),
+        Target(
+            "x86-64-v4-gfni",
+            {"kind": "llvm", "mcpu": "cascadelake", "mattr": ["+gfni"]},
+            _V4 | {"avx512_vnni", "gfni"},
+            doc="x86 with AVX-512, VNNI and GFNI (Ice Lake, Zen 4 on)",
         ),
     )
 }

@@ -1,14 +1,11 @@
 """Layout ``interleaved16``: how codes lie in memory for the CPU kernels.
 
 A matrix is cut into tiles of 16 rows x 32 columns; a tile of ``bits``-bit codes is exactly ``bits`` lines
-of 64 bytes. Codes are split into bit planes of width 8, 4, 2 or 1 (3 bits = a plane of 2 and a plane of 1),
-low plane first. A plane of width ``p`` takes ``p`` lines; a line covers ``32 / p`` columns, and its byte
-``4 * n + j`` (row ``n`` of 16, ``j`` of 4) holds, for ``i`` in ``0 .. 8 / p - 1``::
-
-    field(row n, column line * (32 / p) + 4 * i + j) << (p * i)
-
-so that the 32-bit lane ``n`` of a line, shifted right by ``p * i`` and masked, is four consecutive columns
-of row ``n``: the operand of a 4-way int8 dot product (x86 ``vpdpbusd``, ARM ``udot``) without a shuffle.
+of 64 bytes. The columns of a tile are taken four at a time: ``v`` counts the fours, ``j`` the columns in
+one. `FIELDS` says for each ``v`` where its codes are: in byte ``4 * n + j`` of a line (row ``n`` of 16), as
+one field of bits or, for the last two fours of 3-bit codes, as two. A 32-bit lane ``n`` of a line, shifted
+and masked, is then four consecutive columns of row ``n``: the operand of a 4-way int8 dot product (x86
+``vpdpbusd``, ARM ``udot``) without a shuffle.
 
 Rows are padded to 16 with scale 0, columns to 32 with code 0 (the activations there are 0).
 """
@@ -16,7 +13,7 @@ Rows are padded to 16 with scale 0, columns to 32 with code 0 (the activations t
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -28,8 +25,40 @@ from moqc.quant.tensor import Quantized
 LAYOUT = "interleaved16"
 LINE = 64
 """Bytes a line."""
-PLANES = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 8: (8,)}
-"""Widths of the bit planes of a code, low bits first, by code width."""
+FOURS = COLUMN_TILE // 4
+"""Operands of a dot product in a tile."""
+
+
+class Field(NamedTuple):
+    """`width` bits of a code from its bit `place` on, which are at bit `shift` of a byte of line `line`."""
+
+    line: int
+    shift: int
+    width: int
+    place: int = 0
+
+    @property
+    def mask(self) -> int:
+        """`width` ones."""
+        return (1 << self.width) - 1
+
+
+def _fields(bits: int) -> tuple[tuple[Field, ...], ...]:
+    """Codes of `bits` bits that fill bytes evenly: ``8 / bits`` fours a line."""
+    per_line = 8 // bits
+    return tuple((Field(v // per_line, v % per_line * bits, bits),) for v in range(FOURS))
+
+
+FIELDS: dict[int, tuple[tuple[Field, ...], ...]] = {
+    **{bits: _fields(bits) for bits in (1, 2, 4, 8)},
+    # Two codes in the low six bits of a byte; the other two bits of the three lines make the last two codes.
+    3: (
+        *((Field(line, shift, 3),) for line in range(3) for shift in (0, 3)),
+        (Field(0, 6, 2), Field(2, 6, 1, 2)),
+        (Field(1, 6, 2), Field(2, 7, 1, 2)),
+    ),
+}
+"""Width of the codes -> for each four of a tile the fields that make up its codes."""
 
 Bytes = npt.NDArray[np.uint8]
 T = TypeVar("T", bound=np.generic)
@@ -88,39 +117,25 @@ def _pack_codes(codes: Bytes, bits: int) -> Bytes:
     padding = [(0, 0)] * len(lead) + [(0, -rows % ROW_TILE), (0, -columns % COLUMN_TILE)]
     padded = np.pad(codes, padding)
     tiles = padded.reshape(*lead, padded.shape[-2] // ROW_TILE, ROW_TILE, -1, COLUMN_TILE).swapaxes(-3, -2)
-    planes, low = [], 0
-    for width in PLANES[bits]:
-        fields = (tiles >> np.uint8(low)) & np.uint8((1 << width) - 1)
-        planes.append(_pack_plane(fields, width))
-        low += width
-    return np.concatenate(planes, axis=-2)
-
-
-def _pack_plane(fields: Bytes, width: int) -> Bytes:
-    """``[..., 16, 32]`` fields of a tile to ``[..., width, 64]`` bytes."""
-    split = fields.reshape(*fields.shape[:-1], width, 8 // width, 4)  # [..., row, line, i, j]
-    shifts = np.arange(0, 8, width, dtype=np.uint8)[:, None]
-    lines = np.bitwise_or.reduce(split << shifts, axis=-2)  # [..., row, line, j]
-    return np.ascontiguousarray(lines.swapaxes(-3, -2)).reshape(*fields.shape[:-2], width, LINE)
+    fours = tiles.reshape(*tiles.shape[:-1], FOURS, 4)  # [..., row, v, j]
+    lines = np.zeros((*tiles.shape[:-2], bits, ROW_TILE, 4), np.uint8)
+    for v, fields in enumerate(FIELDS[bits]):
+        for field in fields:
+            part = (fours[..., v, :] >> np.uint8(field.place)) & np.uint8(field.mask)
+            lines[..., field.line, :, :] |= part << np.uint8(field.shift)
+    return lines.reshape(*lines.shape[:-2], LINE)
 
 
 def _unpack_codes(packed: Bytes, bits: int) -> Bytes:
-    tiles = np.zeros((*packed.shape[:-2], ROW_TILE, COLUMN_TILE), np.uint8)
-    low = 0
-    for width in PLANES[bits]:
-        # The planes are as wide as they are long: low bits and first lines coincide.
-        tiles |= _unpack_plane(packed[..., low : low + width, :], width) << np.uint8(low)
-        low += width
+    lines = packed.reshape(*packed.shape[:-1], ROW_TILE, 4)
+    fours = np.zeros((*packed.shape[:-2], ROW_TILE, FOURS, 4), np.uint8)
+    for v, fields in enumerate(FIELDS[bits]):
+        for field in fields:
+            part = (lines[..., field.line, :, :] >> np.uint8(field.shift)) & np.uint8(field.mask)
+            fours[..., v, :] |= part << np.uint8(field.place)
+    tiles = fours.reshape(*fours.shape[:-2], COLUMN_TILE)
     *lead, row_tiles, column_tiles, _, _ = tiles.shape
     return tiles.swapaxes(-3, -2).reshape(*lead, row_tiles * ROW_TILE, column_tiles * COLUMN_TILE)
-
-
-def _unpack_plane(lines: Bytes, width: int) -> Bytes:
-    """The inverse of `_pack_plane`."""
-    split = lines.reshape(*lines.shape[:-1], ROW_TILE, 1, 4).swapaxes(-4, -3)  # [..., row, line, 1, j]
-    shifts = np.arange(0, 8, width, dtype=np.uint8)[:, None]
-    fields = (split >> shifts) & np.uint8((1 << width) - 1)
-    return fields.reshape(*lines.shape[:-2], ROW_TILE, COLUMN_TILE)
 
 
 def _pack_groups(values: npt.NDArray[T]) -> npt.NDArray[T]:

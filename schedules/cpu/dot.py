@@ -4,7 +4,7 @@ One line of 64 bytes holds, in its 32-bit lane ``n``, four consecutive columns o
 with four activations that every lane shares, and a tile is eight such lines. A `DotFamily` adds a line to a
 state and turns the state into int32 sums. All are exact:
 
-* ``vnni512``: ``vpdpbusd`` adds four products to an int32 lane.
+* ``vnni512``: ``vpdpbusd`` adds four products to an int32 lane; ``vnni512-gfni`` also unpacks with GFNI.
 * ``bw512``, ``avx2``: ``vpmaddubsw`` adds two products in int16, ``vpmaddwd`` pairs those up. Eight lines of
   codes of at most 4 bits stay below 2**15 (8 * 2 * 15 * 127 = 30480), so a tile is widened once. Wider codes
   are taken as two nibbles.
@@ -15,8 +15,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from tvm import tirx
 from tvm.tirx.script import builder as T
 
+from moqc.quant.pack import Field
 from moqc.schedules.cpu.emit import intrinsic, splat
 
 
@@ -27,6 +29,8 @@ class DotFamily:
     name: str
     lanes: int
     token_tile: int
+    affine: bool = False
+    """Whether ``vgf2p8affineqb`` (GFNI) moves bits within bytes."""
 
     @property
     def halves(self) -> int:
@@ -38,7 +42,7 @@ class DotFamily:
 
         `state` is None for the first line. `wide` says that codes exceed 4 bits.
         """
-        if self.name == "vnni512":
+        if self.name.startswith("vnni512"):
             total = splat(0, 16, "int32") if state is None else state
             bytes_ = T.reinterpret("uint8x64", codes), T.reinterpret("int8x64", x)
             return intrinsic("int32x16", "llvm.x86.avx512.vpdpbusd.512", total, *bytes_)
@@ -53,10 +57,33 @@ class DotFamily:
 
     def finish(self, state: Any) -> Any:
         """int32xL sums of a state."""
-        if self.name == "vnni512":
+        if self.name.startswith("vnni512"):
             return state
         low, *high = [self._widen(total) for total in state]
         return low + (high[0] << splat(4, self.lanes, "int32")) if high else low
+
+    def extract(self, word: Any, field: Field) -> Any:
+        """The bits of `field` of every byte of `word`, uint32xL, moved to their place in the code.
+
+        GFNI does in one instruction what else takes a shift and a mask.
+        """
+        if field.width == 8:
+            return word
+        if self.affine and field.shift != field.place:
+            kept = range(field.place, field.place + field.width)
+            # Byte 7 - i of the matrix selects what becomes bit i.
+            matrix = sum(1 << 8 * (7 - i) + i + field.shift - field.place for i in kept)
+            size, name = 4 * self.lanes, "llvm.x86.vgf2p8affineqb.512"
+            constant = T.reinterpret(f"uint8x{size}", splat(matrix, size // 8, "uint64"))
+            bytes_ = T.reinterpret(f"uint8x{size}", word)
+            moved = intrinsic(f"uint8x{size}", name, bytes_, constant, tirx.const(0, "int8"))
+            return T.reinterpret(f"uint32x{self.lanes}", moved)
+        distance = field.shift - field.place
+        if distance > 0:
+            word = word >> splat(distance, self.lanes, "uint32")
+        elif distance < 0:
+            word = word << splat(-distance, self.lanes, "uint32")
+        return word & splat((field.mask << field.place) * 0x01010101, self.lanes, "uint32")
 
     def _pairs(self, codes: Any, x: Any) -> Any:
         name = "llvm.x86.avx512.pmaddubs.w.512" if self.lanes == 16 else "llvm.x86.avx2.pmadd.ub.sw"
@@ -71,6 +98,11 @@ class DotFamily:
 
 FAMILIES = {
     family.name: family
-    for family in (DotFamily("vnni512", 16, 8), DotFamily("bw512", 16, 8), DotFamily("avx2", 8, 4))
+    for family in (
+        DotFamily("vnni512-gfni", 16, 8, affine=True),
+        DotFamily("vnni512", 16, 8),
+        DotFamily("bw512", 16, 8),
+        DotFamily("avx2", 8, 4),
+    )
 }
 """`moqc.targets.Target.dot` -> family."""

@@ -8,7 +8,7 @@ from tvm import tirx
 from tvm.tirx.script import builder as T
 
 from moqc.quant.formats import COLUMN_TILE, ROW_TILE, Format
-from moqc.quant.pack import PLANES
+from moqc.quant.pack import FIELDS, FOURS
 from moqc.schedules.cpu.emit import (
     bind,
     broadcast,
@@ -23,7 +23,7 @@ from moqc.schedules.cpu.emit import (
     symbol,
     unravel,
 )
-from moqc.schedules.cpu.tiles import LINES, Weights
+from moqc.schedules.cpu.tiles import Weights
 
 SERIAL_ROWS = 4
 """Up to so many rows are quicker done by one thread than handed to several."""
@@ -73,7 +73,7 @@ def _tile(weights: Weights, row: Any, tile: Any, valid: int, y: Any, at: list[An
     if weights.zeros is not None:
         stored = load(weights.zeros, [*place, lane]).astype("float32")
         zero = bind(stored * T.float32(fmt.zero_step))
-    for v in range(LINES):
+    for v in range(FOURS):
         codes = bind(_four(weights, [place[0], tile], lane, v))
         value = (codes.astype("float32x4") - broadcast(zero, 4)) * broadcast(scale, 4)
         if 4 * v + 4 <= valid:
@@ -88,11 +88,8 @@ def _tile(weights: Weights, row: Any, tile: Any, valid: int, y: Any, at: list[An
 def _four(weights: Weights, at: list[Any], lane: Any, v: int) -> Any:
     """Codes of columns 4v..4v+3 of a tile in row `lane` of its block, int32x4."""
     codes: Any = None
-    low = 0
-    for width in PLANES[weights.format.bits]:
-        line, i = divmod(v, 8 // width)
-        raw = load(weights.codes, [*at, low + line, lane * 4], "uint8x4").astype("int32x4")
-        field = (raw >> splat(width * i, 4, "int32")) & splat((1 << width) - 1, 4, "int32")
-        codes = field if codes is None else codes | (field << splat(low, 4, "int32"))
-        low += width
+    for field in FIELDS[weights.format.bits][v]:
+        raw = load(weights.codes, [*at, field.line, lane * 4], "uint8x4").astype("int32x4")
+        part = (raw >> splat(field.shift, 4, "int32")) & splat(field.mask, 4, "int32")
+        codes = part if codes is None else codes | (part << splat(field.place, 4, "int32"))
     return codes

@@ -12,7 +12,7 @@ from typing import Any
 from tvm.tirx.script import builder as T
 
 from moqc.quant.formats import COLUMN_TILE, ROW_TILE
-from moqc.quant.pack import LINE
+from moqc.quant.pack import FOURS, LINE
 from moqc.schedules.cpu.dot import DotFamily
 from moqc.schedules.cpu.emit import (
     Index,
@@ -26,7 +26,7 @@ from moqc.schedules.cpu.emit import (
     store,
     workspace,
 )
-from moqc.schedules.cpu.tiles import LINES, Activations, Block
+from moqc.schedules.cpu.tiles import Activations, Block
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Panel:
         size = count * tiles * ROW_TILE
         return cls(
             tiles,
-            workspace(count * tiles * LINES * LINE, "uint8"),
+            workspace(count * tiles * FOURS * LINE, "uint8"),
             workspace(size, "float32"),
             workspace(size, "float32"),
         )
@@ -74,7 +74,7 @@ def fill_panel(family: DotFamily, block: Block, panel: Panel, slot: int) -> None
                 _fill_float(panel, operands, scale, zero, (slot * panel.tiles + tile) * COLUMN_TILE, half)
                 continue
             for v, operand in enumerate(operands):
-                line = (slot * panel.tiles + tile) * LINES + v
+                line = (slot * panel.tiles + tile) * FOURS + v
                 raw = T.reinterpret(f"uint8x{4 * lanes}", operand)
                 store(panel.codes, [line * LINE + half * 4 * lanes], raw)
             store(panel.scales, [panel.at(slot, tile, half, lanes)], scale)
@@ -122,8 +122,8 @@ def _add_panel_tile(
     """Add one column tile of int8 activations, for every token."""
     lanes = family.lanes
     states: list[Any] = [None] * len(totals)
-    for v in range(LINES):
-        at = ((int64(slot) * panel.tiles + tile) * LINES + v) * LINE + half * 4 * lanes
+    for v in range(FOURS):
+        at = ((int64(slot) * panel.tiles + tile) * FOURS + v) * LINE + half * 4 * lanes
         codes = bind(T.reinterpret(f"uint32x{lanes}", load(panel.codes, [at], f"uint8x{4 * lanes}")))
         for m in range(len(totals)):
             state = family.step(states[m], codes, x.four(row + m, tile, v, lanes), wide)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 from dataclasses import dataclass
 from typing import Any
 
 from tvm.tirx.script import builder as T
 
 from moqc.quant.formats import COLUMN_TILE, ROW_TILE, Format
-from moqc.quant.pack import LINE, PLANES
+from moqc.quant.pack import FIELDS, FOURS, LINE
 from moqc.schedules.cpu.dot import DotFamily
 from moqc.schedules.cpu.emit import (
     Index,
@@ -23,9 +25,6 @@ from moqc.schedules.cpu.emit import (
     splat,
     store,
 )
-
-LINES = 8
-"""Operands of a dot product in a tile: 32 columns, 4 in each."""
 
 
 @dataclass(frozen=True)
@@ -82,19 +81,16 @@ class Block:
     def operands(self, tile: Index, half: int, family: DotFamily) -> list[Any]:
         """The eight dot operands of a column tile, uint32xL: lane n has 4 codes of row n, one a byte."""
         lanes = family.lanes
-        result: list[Any] = [None] * LINES
-        low = 0
-        for width in PLANES[self.weights.format.bits]:
-            for line in range(width):
-                at = [*self.at, tile, low + line, half * 4 * lanes]
-                raw = load(self.weights.codes, at, f"uint8x{4 * lanes}")
-                word = bind(T.reinterpret(f"uint32x{lanes}", raw))
-                for i in range(8 // width):
-                    field = _field(word, width * i, width, low, lanes)
-                    v = line * (8 // width) + i
-                    result[v] = field if result[v] is None else result[v] | field
-            low += width
-        return [bind(operand) for operand in result]
+        words = []
+        for line in range(self.weights.format.bits):
+            at = [*self.at, tile, line, half * 4 * lanes]
+            raw = load(self.weights.codes, at, f"uint8x{4 * lanes}")
+            words.append(bind(T.reinterpret(f"uint32x{lanes}", raw)))
+        result = []
+        for fields in FIELDS[self.weights.format.bits]:
+            parts = [family.extract(words[field.line], field) for field in fields]
+            result.append(bind(functools.reduce(operator.or_, parts)))
+        return result
 
     def scale(self, group: Index, half: int, lanes: int) -> Any:
         """Scales of the rows, float32xL."""
@@ -109,18 +105,6 @@ class Block:
         stored = load(self.weights.zeros, [*self.at, group, half * lanes], f"uint8x{lanes}")
         steps = stored.astype(f"int32x{lanes}").astype(f"float32x{lanes}")
         return steps * splat(self.weights.format.zero_step, lanes)
-
-
-def _field(word: Any, shift: int, width: int, place: int, lanes: int) -> Any:
-    """Bits `shift .. shift + width` of every byte of `word`, moved to bit `place` of the byte."""
-    if width == 8:
-        return word
-    moved = shift - place
-    if moved > 0:
-        word = word >> splat(moved, lanes, "uint32")
-    elif moved < 0:
-        word = word << splat(-moved, lanes, "uint32")
-    return word & splat(((1 << width) - 1 << place) * 0x01010101, lanes, "uint32")
 
 
 @dataclass(frozen=True)
@@ -183,7 +167,7 @@ def _add_group(
     correction: Any = None
     for t in range(tiles):
         tile = group * (fmt.group // COLUMN_TILE) + t
-        xs = [bind(x.four(row, tile, v, lanes)) for v in range(LINES)]
+        xs = [bind(x.four(row, tile, v, lanes)) for v in range(FOURS)]
         step = broadcast(load(x.scales, [row, tile]), lanes)
         part = load(x.sums, [row, tile])
         correction = part if correction is None else correction + part

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moqc.quant.formats import BITS, GROUPS, Format
-from moqc.quant.pack import LINE, PLANES, pack, unpack
+from moqc.quant.pack import FIELDS, LINE, pack, unpack
 from moqc.quant.tensor import Quantized
 
 
@@ -45,13 +45,11 @@ def test_layout_is_the_documented_one(bits: int) -> None:
     assert packed.scales.shape == packed.zeros.shape == (2, 2, 2, 16)
     codes = q.codes.numpy()
     for n, k in [(0, 0), (0, 1), (3, 4), (15, 31), (16, 32), (19, 69), (7, 47), (11, 20)]:
-        column, value, low, line0 = k % 32, 0, 0, 0
-        for width in PLANES[bits]:
-            line, rest = divmod(column, 32 // width)
-            i, j = divmod(rest, 4)
-            byte = int(packed.codes[1, n // 16, k // 32, line0 + line, 4 * (n % 16) + j])
-            value |= ((byte >> (width * i)) & ((1 << width) - 1)) << low
-            low, line0 = low + width, line0 + width
+        v, j = divmod(k % 32, 4)
+        value = 0
+        for field in FIELDS[bits][v]:
+            byte = int(packed.codes[1, n // 16, k // 32, field.line, 4 * (n % 16) + j])
+            value |= (byte >> field.shift & field.mask) << field.place
         assert value == codes[1, n, k], (n, k)
     assert packed.scales[1, 1, 1, 3] == q.scales[1, 19, 1].numpy()
     assert packed.zeros[0, 0, 1, 5] == q.zeros[0, 5, 1].numpy()
