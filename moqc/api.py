@@ -191,7 +191,7 @@ def plan(
         UserError: for a model moqc cannot read, or a budget out of reach (BudgetError, with the range).
 
     """
-    from moqc.frontend.checkpoint import read_config
+    from moqc.frontend.config import read_config
     from moqc.frontend.trace import outline
     from moqc.package import copied_bytes
     from moqc.predict.plan import Deployment, make_plan

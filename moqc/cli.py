@@ -28,6 +28,7 @@ from moqc.commands import (
     opt,
     plan,
     run,
+    synth,
     verify,
 )
 from moqc.errors import InternalError, MoqcError, UserError
@@ -66,6 +67,7 @@ COMMANDS: dict[str, tuple[Callable[..., None], str]] = {
     ),
     "inspect": (inspect.command, "moqc inspect out/tiny"),
     "verify": (verify.command, "moqc verify out/tiny"),
+    "synth": (synth.command, "moqc synth olmoe-1b-7b -o out/olmoe --packed --bits int2-g64:3,int4-g64:1"),
     "opt": (
         opt.command,
         'moqc opt ir/003_allocate-bits.py --pipeline "allocate-bits{bits=2.2}"',

@@ -48,7 +48,7 @@ def describe(
     context, batch, tensors = int(cache["context"]), int(cache["batch"]), cache["tensors"]
     return Manifest(
         source=Source(
-            path=str(checkpoint.path),
+            path=checkpoint.origin,
             model_type=checkpoint.config.model_type,
             fingerprint=checkpoint.fingerprint,
         ),

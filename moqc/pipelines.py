@@ -117,20 +117,28 @@ def default_pipeline(
     """
     if plan.quantizer == "mcmoe":
         raise UserError("quantizer mcmoe is simulated, for `moqc compare` only; compile with gptq or rtn")
+    check_bits(bits)
+    linears = check_lowering(linears, activations, max_batch)
+    quantizing = Pipeline.parse(
+        f"quantize-experts{{quantizer={plan.quantizer} activations={activations}}},"
+        f"quantize-linears{{linears={linears} embeddings={linears} activations={activations}}}"
+    )
+    rest = lowering_pipeline(context, max_batch)
+    return Pipeline(allocation_pipeline(plan, bits).passes + quantizing.passes + rest.passes)
+
+
+def check_lowering(linears: str, activations: str, max_batch: int) -> str:
+    """`linears` in its usual spelling. Raises UserError for one of the values that no pass takes."""
     if activations not in ("int8", "float"):
         raise UserError(f"activations {activations!r}: one of int8, float")
-    check_bits(bits)
-    if linears != "none":
-        linears = str(Format.parse(linears))
-    lowering = [
-        f"quantize-experts{{quantizer={plan.quantizer} activations={activations}}}",
-        f"quantize-linears{{linears={linears} embeddings={linears} activations={activations}}}",
-        f"plan-cache{{context={context} batch={max_batch}}}",
-        "legalize",
-        "schedule",
-    ]
-    rest = Pipeline.parse(",".join(lowering))
-    return Pipeline(allocation_pipeline(plan, bits).passes + rest.passes)
+    if max_batch < 1:
+        raise UserError(f"max-batch {max_batch}: must be at least 1")
+    return linears if linears == "none" else str(Format.parse(linears))
+
+
+def lowering_pipeline(context: int, max_batch: int) -> Pipeline:
+    """The passes after quantization: caches, kernels, schedules."""
+    return Pipeline.parse(f"plan-cache{{context={context} batch={max_batch}}},legalize,schedule")
 
 
 def run_passes(pipeline: Pipeline, mod: IRModule, ctx: PassContext, debug: Debug) -> IRModule:

@@ -22,8 +22,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
+from numpy.typing import NDArray
 from tvm import IRModule
 
 from moqc.errors import InternalError, PipelineError
@@ -32,9 +33,21 @@ from moqc.quant.layouts import DEFAULT
 
 if TYPE_CHECKING:
     from moqc.calibrate.text import CalibrationSet
-    from moqc.calibrate.workspace import ParamStore, Workspace
+    from moqc.calibrate.workspace import Workspace
     from moqc.frontend.checkpoint import Checkpoint
     from moqc.targets import Target
+
+
+class Params(Protocol):
+    """Packed weights by parameter name, on their way to the artifact; a `ParamStore`, usually."""
+
+    def put(self, name: str, array: NDArray[Any]) -> None:
+        """Store `array` under `name`, replacing what was there."""
+
+    def get(self, name: str) -> NDArray[Any]:
+        """The array called `name`."""
+
+    def __contains__(self, name: object) -> bool: ...
 
 
 @dataclass(frozen=True)
@@ -45,7 +58,7 @@ class PassContext:
     checkpoint: Checkpoint | None = None
     calibration: CalibrationSet | None = None
     workspace: Workspace | None = None
-    params: ParamStore | None = None
+    params: Params | None = None
     seed: int = 0
 
     @property

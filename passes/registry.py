@@ -33,6 +33,7 @@ BUILTIN: dict[str, str] = {
     "allocate-bits": "moqc.passes.allocate_bits:AllocateBits",
     "quantize-experts": "moqc.passes.quantize_experts:QuantizeExperts",
     "quantize-linears": "moqc.passes.quantize_linears:QuantizeLinears",
+    "synthesize-weights": "moqc.passes.synthesize_weights:SynthesizeWeights",
     "plan-cache": "moqc.passes.plan_cache:PlanCache",
     "legalize": "moqc.passes.legalize:Legalize",
     "schedule": "moqc.passes.schedule:Schedule",

@@ -38,6 +38,7 @@ LAYERS = {
     "moqc.bench": 9,
     "moqc.predict": 9,
     "moqc.inputs": 10,
+    "moqc.synthesis": 10.5,
     "moqc.api": 10.5,
     "moqc.commands": 11,
     "moqc.cli": 12,

@@ -9,10 +9,14 @@ import typer
 
 from moqc import log
 from moqc.commands.options import (
+    Activations,
     Cache,
     Calibration,
     CalibrationTokens,
+    Context,
     DumpIr,
+    Linears,
+    MaxBatch,
     ModelArgument,
     PipelineText,
     PrintAfter,
@@ -35,29 +39,19 @@ def command(
     bits: Annotated[
         float, typer.Option(metavar="N", help="Expert file bits per weight, scales and all.")
     ] = 3.0,
-    linears: Annotated[
-        str, typer.Option(metavar="FORMAT", help="Format of the other matrices, or none: as they are.")
-    ] = "int8-g64-sym",
+    linears: Linears = "int8-g64-sym",
     allocator: Annotated[
         str, typer.Option(metavar="NAME", help="Who decides on bits; see `moqc allocators`.")
     ] = "global",
     quantizer: Annotated[
         str, typer.Option(metavar="NAME", help="How experts are rounded: gptq or rtn.")
     ] = "gptq",
-    activations: Annotated[
-        str,
-        typer.Option(
-            metavar="MODE", help="int8: kernels quantize the inputs of quantized matrices; float: exact."
-        ),
-    ] = "int8",
+    activations: Activations = "int8",
     target: TargetName = "native",
     calib: Calibration = None,
     calib_tokens: CalibrationTokens = 32_768,
-    context: Annotated[
-        int | None,
-        typer.Option(metavar="N", help="Tokens a sequence may have. [default: the model's, at most 4096]"),
-    ] = None,
-    max_batch: Annotated[int, typer.Option("--max-batch", metavar="N", help="Sequences at once.")] = 4,
+    context: Context = None,
+    max_batch: MaxBatch = 4,
     cache: Cache = None,
     force: Annotated[bool, typer.Option("--force", "-f", help="Replace an existing artifact.")] = False,
     seed: Seed = 0,

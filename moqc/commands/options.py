@@ -32,6 +32,25 @@ Seed = Annotated[int, typer.Option("--seed", metavar="N", help="For what is draw
 TargetName = Annotated[
     str, typer.Option("--target", metavar="NAME", help="Machine to compile for; see `moqc targets`.")
 ]
+Linears = Annotated[
+    str,
+    typer.Option("--linears", metavar="FORMAT", help="Format of the other matrices, or none: as they are."),
+]
+Activations = Annotated[
+    str,
+    typer.Option(
+        "--activations",
+        metavar="MODE",
+        help="int8: kernels quantize the inputs of quantized matrices; float: exact.",
+    ),
+]
+Context = Annotated[
+    int | None,
+    typer.Option(
+        "--context", metavar="N", help="Tokens a sequence may have. [default: the model's, at most 4096]"
+    ),
+]
+MaxBatch = Annotated[int, typer.Option("--max-batch", metavar="N", help="Sequences at once.")]
 Text = Annotated[list[Path], typer.Option("--text", metavar="FILE", help="Text to score, UTF-8; repeatable.")]
 Tokens = Annotated[
     int | None,

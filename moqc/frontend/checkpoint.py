@@ -7,27 +7,27 @@ from pathlib import Path
 
 import torch
 import transformers
-from huggingface_hub.errors import StrictDataclassError
 
 from moqc.errors import ModelError
+from moqc.frontend.config import read_config
 from moqc.frontend.experts import ExpertLayout, find_layouts
 from moqc.frontend.hooks import hook
 from moqc.frontend.mapping import match, refuse
-from moqc.frontend.shards import Shards, read_json
-from moqc.frontend.skeleton import build_skeleton, first_line
+from moqc.frontend.shards import Shards
+from moqc.frontend.skeleton import build_skeleton
 
 
 class Checkpoint:
     """One model folder. Make it with `open`.
 
     `names` are the parameters and persistent buffers of the transformers model, `layouts` its experts blocks;
-    `tied` maps a tied parameter to the one that is stored.
+    `tied` maps a tied parameter to the one that is stored; `origin` says in an artifact where it came from.
     """
 
     def __init__(self, path: Path, config: transformers.PretrainedConfig) -> None:
         """Match every checkpoint tensor with the model of `config`; use `open`."""
         self.path, self.config = path, config
-        self._shards = Shards(path)
+        self.origin = str(path)
         self._model = build_skeleton(config)
         self.layouts: tuple[ExpertLayout, ...] = find_layouts(self._model, f"{path}: {config.model_type}")
         self._shapes = {name: tuple(tensor.shape) for name, tensor in self._model.state_dict().items()}
@@ -37,11 +37,16 @@ class Checkpoint:
             for layout in self.layouts
             for operand in layout.operands
         }
-        self._sources = match(path, self._shards, self._model)
         self.tied: dict[str, str] = {}
+        self._find_weights()
+
+    def _find_weights(self) -> None:
+        """Match the stored tensors with the model's parameters. Raises ModelError where they do not fit."""
+        self._shards = Shards(self.path)
+        self._sources = match(self.path, self._shards, self._model)
         self.tied = self._resolve_ties()
         missing = [name for name in self.names if name not in self._sources and name not in self.tied]
-        refuse(path, "lacks weights", missing)
+        refuse(self.path, "lacks weights", missing)
 
     @classmethod
     def open(cls, path: str | Path) -> Checkpoint:
@@ -124,47 +129,3 @@ class Checkpoint:
                     )
                 tied[target] = origin
         return {name: stored for name, stored in tied.items() if stored in self._sources}
-
-
-def read_config(path: Path) -> transformers.PretrainedConfig:
-    """The configuration of a model folder. Raises ModelError."""
-    if path.suffix == ".gguf" or (
-        path.is_dir() and not list(path.glob("*.safetensors")) and list(path.glob("*.gguf"))
-    ):
-        raise ModelError(
-            f"{path}: GGUF files are not read; give the folder with the safetensors files they were made from"
-        )
-    if not path.is_dir():
-        what = "not a folder" if path.exists() else "no such folder"
-        raise ModelError(f"{path}: {what}; a model is a folder with config.json and safetensors files")
-    file = path / "config.json"
-    if not file.is_file():
-        raise ModelError(
-            f"{path}: no config.json; a model is a folder with config.json and safetensors files"
-        )
-    declared = read_json(file)
-    if "quantization_config" in declared:
-        method = dict(declared["quantization_config"] or {}).get("quant_method", "an unnamed method")
-        raise ModelError(
-            f"{path}: the weights are already quantized ({method}); "
-            "moqc starts from float32, float16 or bfloat16"
-        )
-    try:
-        config: transformers.PretrainedConfig = transformers.AutoConfig.from_pretrained(
-            path, local_files_only=True, trust_remote_code=False
-        )
-        return config
-    except (
-        ValueError,
-        TypeError,
-        KeyError,
-        AttributeError,
-        OSError,
-        ImportError,
-        StrictDataclassError,
-    ) as error:
-        kind = declared.get("model_type", "an unnamed model_type")
-        raise ModelError(
-            f"{file}: transformers {transformers.__version__} cannot read this configuration of {kind}: "
-            f"{first_line(error)}"
-        ) from error

@@ -31,6 +31,7 @@ from moqc.ir.sites import INPUTS, find_experts
 
 MAX_BATCH = 4
 MAX_CHUNK = 512
+_LEAST_BOUND = 16  # torch treats a size that can only be 1, or 2, as a constant
 
 # Whatever a model's own code and torch raise while it is traced.
 _TRACING_ERRORS = (
@@ -61,7 +62,10 @@ def import_torch(
     model: transformers.PreTrainedModel, *, max_batch: int = MAX_BATCH, max_chunk: int = MAX_CHUNK
 ) -> IRModule:
     """The IR module of a hooked model, whose parameters may be on the meta device."""
-    return import_program(export(model, max_batch=max_batch, max_chunk=max_chunk), model)
+    mod = import_program(export(model, max_batch=max_batch, max_chunk=max_chunk), model)
+    bounds = {"batch": max_batch, "seq": max_chunk}
+    mod.update_func(mod.get_global_var("main"), mod["main"].with_attr("tir_var_upper_bound", bounds))
+    return mod
 
 
 class _Logits(torch.nn.Module):
@@ -85,8 +89,8 @@ def export(
     """
     kind = model.config.model_type
     sizes = {
-        0: torch.export.Dim("batch", min=1, max=max_batch),
-        1: torch.export.Dim("seq", min=1, max=max_chunk),
+        0: torch.export.Dim("batch", min=1, max=max(max_batch, _LEAST_BOUND)),
+        1: torch.export.Dim("seq", min=1, max=max(max_chunk, _LEAST_BOUND)),
     }
     fake_parameters(model)
     ids = torch.zeros(2, 8, dtype=torch.int64)

@@ -21,6 +21,7 @@ from transformers.core_model_loading import (
     WeightRenaming,
     dot_natural_key,
     rename_source_key,
+    revert_weight_conversion,
 )
 
 from moqc.errors import ModelError
@@ -78,6 +79,18 @@ def match(folder: Path, shards: Shards, model: transformers.PreTrainedModel) -> 
                 )
             outputs[name] = source
     return outputs
+
+
+def stored_tensors(model: transformers.PreTrainedModel) -> dict[str, torch.Tensor]:
+    """The tensors of a checkpoint of `model`, by the names and in the shapes of the hub; on the meta device.
+
+    A tied tensor is there once.
+    """
+    state = {name: tensor.to("meta") for name, tensor in model.state_dict().items()}
+    tied = model.all_tied_weights_keys
+    kept = {name: tensor for name, tensor in state.items() if name not in tied}
+    reverted: dict[str, torch.Tensor] = revert_weight_conversion(model, kept)
+    return reverted
 
 
 def refuse(folder: Path, what: str, names: list[str]) -> None:

@@ -1,0 +1,61 @@
+"""Read the configuration of a model folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import transformers
+from huggingface_hub.errors import StrictDataclassError
+
+from moqc.errors import ModelError
+from moqc.frontend.shards import read_json
+from moqc.frontend.skeleton import first_line
+
+
+def read_config(path: Path) -> transformers.PretrainedConfig:
+    """The configuration of a model folder with weights moqc can start from. Raises ModelError."""
+    if path.suffix == ".gguf" or (
+        path.is_dir() and not list(path.glob("*.safetensors")) and list(path.glob("*.gguf"))
+    ):
+        raise ModelError(
+            f"{path}: GGUF files are not read; give the folder with the safetensors files they were made from"
+        )
+    if not path.is_dir():
+        what = "not a folder" if path.exists() else "no such folder"
+        raise ModelError(f"{path}: {what}; a model is a folder with config.json and safetensors files")
+    file = path / "config.json"
+    if not file.is_file():
+        raise ModelError(
+            f"{path}: no config.json; a model is a folder with config.json and safetensors files"
+        )
+    declared = read_json(file)
+    if "quantization_config" in declared:
+        method = dict(declared["quantization_config"] or {}).get("quant_method", "an unnamed method")
+        raise ModelError(
+            f"{path}: the weights are already quantized ({method}); "
+            "moqc starts from float32, float16 or bfloat16"
+        )
+    return parse_config(path, str(file))
+
+
+def parse_config(folder: Path, origin: str) -> transformers.PretrainedConfig:
+    """The ``config.json`` of `folder`, whatever else is there. Raises ModelError, naming `origin`."""
+    try:
+        config: transformers.PretrainedConfig = transformers.AutoConfig.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
+        return config
+    except (
+        ValueError,
+        TypeError,
+        KeyError,
+        AttributeError,
+        OSError,
+        ImportError,
+        StrictDataclassError,
+    ) as error:
+        kind = read_json(folder / "config.json").get("model_type", "an unnamed model_type")
+        raise ModelError(
+            f"{origin}: transformers {transformers.__version__} cannot read this configuration of {kind}: "
+            f"{first_line(error)}"
+        ) from error
