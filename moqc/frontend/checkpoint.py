@@ -9,6 +9,7 @@ import torch
 import transformers
 
 from moqc.errors import ModelError
+from moqc.frontend.coded import CodedShards, read_coding
 from moqc.frontend.config import read_config
 from moqc.frontend.experts import ExpertLayout, find_layouts
 from moqc.frontend.hooks import hook
@@ -42,7 +43,8 @@ class Checkpoint:
 
     def _find_weights(self) -> None:
         """Match the stored tensors with the model's parameters. Raises ModelError where they do not fit."""
-        self._shards = Shards(self.path)
+        coding = read_coding(self.path)
+        self._shards = Shards(self.path) if coding is None else CodedShards(self.path, coding)
         self._sources = match(self.path, self._shards, self._model)
         self.tied = self._resolve_ties()
         missing = [name for name in self.names if name not in self._sources and name not in self.tied]
@@ -77,7 +79,7 @@ class Checkpoint:
         return self._shapes[self._known(name)]
 
     def load(self, name: str, expert: int | None = None) -> torch.Tensor:
-        """One weight in its stored dtype, read from disk now.
+        """One weight in its stored dtype, read from disk now; float8 and MXFP4 ones as bfloat16.
 
         Args:
             name: a parameter of the transformers model, or a canonical experts operand (``<site>.gate``,

@@ -8,12 +8,13 @@ import transformers
 from huggingface_hub.errors import StrictDataclassError
 
 from moqc.errors import ModelError
+from moqc.frontend.coded import read_coding
 from moqc.frontend.shards import read_json
 from moqc.frontend.skeleton import first_line
 
 
 def read_config(path: Path) -> transformers.PretrainedConfig:
-    """The configuration of a model folder with weights moqc can start from. Raises ModelError."""
+    """The configuration of a model folder. Raises ModelError; also for weights in a coding not known."""
     if path.suffix == ".gguf" or (
         path.is_dir() and not list(path.glob("*.safetensors")) and list(path.glob("*.gguf"))
     ):
@@ -28,13 +29,7 @@ def read_config(path: Path) -> transformers.PretrainedConfig:
         raise ModelError(
             f"{path}: no config.json; a model is a folder with config.json and safetensors files"
         )
-    declared = read_json(file)
-    if "quantization_config" in declared:
-        method = dict(declared["quantization_config"] or {}).get("quant_method", "an unnamed method")
-        raise ModelError(
-            f"{path}: the weights are already quantized ({method}); "
-            "moqc starts from float32, float16 or bfloat16"
-        )
+    read_coding(path)
     return parse_config(path, str(file))
 
 
@@ -44,6 +39,8 @@ def parse_config(folder: Path, origin: str) -> transformers.PretrainedConfig:
         config: transformers.PretrainedConfig = transformers.AutoConfig.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False
         )
+        # Weights are decoded as they are read: the model itself is an ordinary one.
+        config.__dict__.pop("quantization_config", None)
         return config
     except (
         ValueError,

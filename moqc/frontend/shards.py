@@ -66,22 +66,8 @@ class Shards:
 
         Raises ModelError for a dtype moqc does not read, a file that changed, and for numbers that are none.
         """
-        stored, dtype = self.tensors[name], self.dtype(name)
-        offset, shape = stored.offset, stored.shape
-        if row is not None:
-            shape = shape[1:]
-            offset += row * math.prod(shape) * dtype.itemsize
-        data = torch.empty(math.prod(shape) * dtype.itemsize, dtype=torch.uint8)
-        with stored.file.open("rb") as stream:
-            stream.seek(offset)
-            if stream.readinto(data.numpy().data) != len(data):
-                raise ModelError(
-                    f"{stored.file}: ends inside {name}: the file changed while it was being read"
-                )
-        tensor = data.view(dtype).reshape(shape)
-        if not torch.isfinite(tensor).all():
-            raise ModelError(f"{stored.file}: {name} holds NaN or infinity: download it again")
-        return tensor
+        tensor = read_stored(name, self.tensors[name], self.dtype(name), row)
+        return require_finite(tensor, name, self.tensors[name].file)
 
     def digest(self, extra: Iterable[Path]) -> str:
         """sha256 (hex) over the names and bytes of `extra` and of all weight files."""
@@ -92,6 +78,27 @@ class Shards:
                 while chunk := stream.read(_CHUNK):
                     sha.update(chunk)
         return sha.hexdigest()
+
+
+def read_stored(name: str, stored: Stored, dtype: torch.dtype, row: int | None) -> torch.Tensor:
+    """The bytes of a tensor, or of its slice `row` along the first axis, as `dtype`. Raises ModelError."""
+    offset, shape = stored.offset, stored.shape
+    if row is not None:
+        shape = shape[1:]
+        offset += row * math.prod(shape) * dtype.itemsize
+    data = torch.empty(math.prod(shape) * dtype.itemsize, dtype=torch.uint8)
+    with stored.file.open("rb") as stream:
+        stream.seek(offset)
+        if stream.readinto(data.numpy().data) != len(data):
+            raise ModelError(f"{stored.file}: ends inside {name}: the file changed while it was being read")
+    return data.view(dtype).reshape(shape)
+
+
+def require_finite(tensor: torch.Tensor, name: str, file: Path) -> torch.Tensor:
+    """`tensor` itself. Raises ModelError for numbers that are none."""
+    if not torch.isfinite(tensor).all():
+        raise ModelError(f"{file}: {name} holds NaN or infinity: download it again")
+    return tensor
 
 
 def _weight_files(folder: Path) -> list[Path]:

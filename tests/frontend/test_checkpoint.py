@@ -142,8 +142,8 @@ def test_config_with_impossible_values(model_folder: Path) -> None:
 
 
 def test_quantized_checkpoint(model_folder: Path) -> None:
-    edit_config(model_folder, quantization_config={"quant_method": "mxfp4"})
-    with pytest.raises(ModelError, match=r"already quantized \(mxfp4\)"):
+    edit_config(model_folder, quantization_config={"quant_method": "gptq"})
+    with pytest.raises(ModelError, match=r"already quantized \(gptq\).*fp8, mxfp4"):
         Checkpoint.open(model_folder)
 
 
