@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
     from moqc.evaluate.artifact import Evaluation
     from moqc.evaluate.compare import Comparison
+    from moqc.evaluate.probes import Probe
     from moqc.frontend.checkpoint import Checkpoint
     from moqc.passes.pipeline import Pipeline
     from moqc.pipelines import Debug
@@ -292,32 +293,74 @@ def compare(
     linears: str = "none",
     tokens: int | None = None,
     window: int = 512,
+    unseen: Sequence[Path | str] = (),
+    tasks: Sequence[Path | str] = (),
+    problems: Path | str | None = None,
+    questions: int = 100,
     calibration: Sequence[Path | str] | None = None,
     calibration_tokens: int = 32_768,
     cache: Path | str | None = None,
-    seed: int = 0,
+    seeds: Sequence[int] = (0,),
 ) -> Comparison:
-    """Evaluate every plan (``allocator[:quantizer]``) at every budget; see `moqc.evaluate.compare`."""
+    """Evaluate every plan (``allocator[:quantizer]``) at every budget; see `moqc.evaluate.compare`.
+
+    `unseen`: text of domains that calibration has not seen, scored apart. `tasks`: files of multiple-choice
+    questions, `problems` one of worked problems (`moqc.evaluate.tasks`); `questions` are taken of each.
+    `seeds`: calibration windows are drawn once with each.
+    """
     require_compiler()
+    from moqc.evaluate.bench import Bench
     from moqc.evaluate.compare import compare_plans
-    from moqc.evaluate.metrics import evaluation_windows
     from moqc.frontend.checkpoint import Checkpoint
     from moqc.passes.base import PassContext
     from moqc.pipelines import Plan
 
     parsed = [(text, Plan.parse(text)) for text in plans]
-    if not parsed or not bits:
-        raise UserError("nothing to compare: give at least one plan and one number of bits")
+    if not parsed or not bits or not seeds:
+        raise UserError("nothing to compare: give at least one plan, one number of bits and one seed")
     checkpoint = Checkpoint.open(resolve_model(model))
+    workspace = open_workspace(cache)
+    probes = _probes(checkpoint, texts, unseen, tasks, problems, tokens, window, questions)
+    contexts = {
+        seed: PassContext(
+            checkpoint=checkpoint,
+            calibration=read_calibration(checkpoint, calibration, calibration_tokens, seed),
+            workspace=workspace,
+            seed=seed,
+        )
+        for seed in seeds
+    }
+    bench = Bench.open(checkpoint, workspace, probes)
+    return compare_plans(contexts, bench, parsed, bits, linears=linears)
+
+
+def _probes(
+    checkpoint: Checkpoint,
+    texts: Sequence[Path | str],
+    unseen: Sequence[Path | str],
+    tasks: Sequence[Path | str],
+    problems: Path | str | None,
+    tokens: int | None,
+    window: int,
+    questions: int,
+) -> dict[str, Probe]:
+    from moqc.evaluate.metrics import evaluation_windows
+    from moqc.evaluate.probes import ChoiceProbe, ExactProbe, TextProbe
+    from moqc.evaluate.tasks import multiple_choice, worked_problems
+
+    if questions < 1:
+        raise UserError(f"questions {questions}: ask at least one")
     tokenizer = checkpoint.path / "tokenizer.json"
-    windows = evaluation_windows(texts, tokenizer, tokens=tokens, window=window)
-    ctx = PassContext(
-        checkpoint=checkpoint,
-        calibration=read_calibration(checkpoint, calibration, calibration_tokens, seed),
-        workspace=open_workspace(cache),
-        seed=seed,
-    )
-    return compare_plans(ctx, windows, parsed, bits, linears=linears)
+    found: dict[str, Probe] = {
+        "text": TextProbe(evaluation_windows(texts, tokenizer, tokens=tokens, window=window))
+    }
+    if unseen:
+        found["unseen"] = TextProbe(evaluation_windows(unseen, tokenizer, tokens=tokens, window=window))
+    if tasks:
+        found["choices"] = ChoiceProbe(multiple_choice(tasks, tokenizer, questions))
+    if problems is not None:
+        found["exact"] = ExactProbe(worked_problems(problems, tokenizer, questions))
+    return found
 
 
 def inspect(artifact: str | Path) -> dict[str, Any]:

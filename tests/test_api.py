@@ -13,6 +13,7 @@ import moqc
 from moqc.calibrate.quantize import quantize_experts, reference_forward
 from moqc.calibrate.workspace import Workspace
 from moqc.errors import BudgetError, UserError
+from moqc.evaluate.summary import markdown, table
 from moqc.frontend.checkpoint import Checkpoint
 from moqc.ir.annotations import BITS
 from moqc.ir.text import parse_module
@@ -237,7 +238,7 @@ def test_opt_runs_passes_on_text(model, tmp_path):
     assert formats == {"int2-g64"}
 
 
-def test_compare_prints_comparable_rows(model):
+def test_compare_prints_comparable_rows(model, tmp_path):
     options = {
         "bits": [3.0],
         "plans": ["uniform:rtn", "global:rtn"],
@@ -246,9 +247,19 @@ def test_compare_prints_comparable_rows(model):
         "cache": model.cache,
         "window": 64,
         "tokens": 512,
+        "seeds": [0, 1],
+        "unseen": [model.text],
+        "tasks": [tmp_path / "task.jsonl"],
+        "problems": tmp_path / "problems.txt",
     }
+    question = {"query": "Il était", "choices": ["une fois", "un roi", "dix"]}
+    options["tasks"][0].write_text(json.dumps(question))
+    options["problems"].write_text("Problem: a?\nSolution: b")
     result = moqc.compare(model.folder, [model.text], **options)
     content = json.loads(json.dumps(result.to_dict()))
+    assert [row["seed"] for row in content["rows"]] == [0, 0, 1, 1]
+    assert (content["questions"], content["problems"]) == (1, 1)
+    content["rows"] = content["rows"][:2]
     assert [row["plan"] for row in content["rows"]] == ["uniform:rtn", "global:rtn"]
     assert [row["allocator"] for row in content["rows"]] == ["uniform", "global"]
     assert {row["quantizer"] for row in content["rows"]} == {"rtn"}
@@ -257,6 +268,16 @@ def test_compare_prints_comparable_rows(model):
         assert row["expert_file_bits_per_weight"] <= row["target_bits"]
         assert row["model_file_bits_per_weight"] > row["expert_file_bits_per_weight"]
         assert row["loss_increase"] == pytest.approx(row["loss"] - content["reference_loss"])
+        assert row["unseen_increase"] == pytest.approx(row["loss_increase"])  # the same text here
+        assert row["flips"] in (0, 1)
+        assert row["exact"] in (0, 1)
+        assert not row["simulated"]
+    header, lines = table(result)
+    assert len(lines) == 2
+    assert lines[0][header.index("seeds")] == 2
+    increases = [row.loss_increase for row in result.rows if row.plan == "uniform:rtn"]
+    assert lines[0][header.index("increase")] == pytest.approx(sum(increases) / 2)
+    assert f"| uniform:rtn | {result.rows[0].target_bits:.4f} |" in markdown(result)
     assert moqc.compare(model.folder, [model.text], **options) == result
 
 

@@ -224,19 +224,32 @@ def reference_forward(
     Experts come from `store` (None: the original ones), other linears and embeddings from `linears` (site ->
     matrix) where given. `activations` "int8" quantizes the inputs of what is quantized, and of nothing else.
     """
+    batches = split_batches(tokens)
+    for logits in reference_logits(checkpoint, batches, store, activations=activations, linears=linears):
+        yield logits.cpu()
+
+
+def reference_logits(
+    checkpoint: Checkpoint,
+    batches: Sequence[Tensor],
+    store: ExpertStore | None = None,
+    *,
+    activations: Activations = "float",
+    linears: Mapping[str, Quantized] | None = None,
+) -> Iterator[Tensor]:
+    """As `reference_forward`, for batches of any windows, on `compute_device()`."""
     replaced = {f"{site}.weight": matrix for site, matrix in (linears or {}).items()}
 
     def override(name: str) -> Tensor | None:
         return replaced[name].dequantize() if name in replaced else None
 
     model = LayeredModel(checkpoint, override=override, activations=activations)
-    stream = model.start(split_batches(tokens))
+    stream = model.start(batches)
     for index in range(model.layer_count):
         experts = _experts_function(model, index, store, activations)
         with model.layer(index) as layer:
             layer.run(stream, experts)
-    for logits in model.logits(stream):
-        yield logits.cpu()
+    yield from model.logits(stream)
 
 
 def _experts_function(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -14,17 +15,20 @@ from moqc.commands.options import (
     Json,
     ModelArgument,
     Quiet,
-    Seed,
     Text,
     Tokens,
     Window,
     print_json,
     print_table,
     split,
+    split_integers,
     split_numbers,
 )
 
-PLANS = "uniform:rtn,uniform:gptq,frequency,pmq,pmq:mcmoe,global"
+PLANS = (
+    "uniform:rtn,uniform:gptq,frequency,block-importance,outlier-score,"
+    "ewq,moqa,pmq,pmq:mcmoe,gemq,mxmoe,global"
+)
 
 
 def command(
@@ -39,11 +43,28 @@ def command(
     ] = "none",
     tokens: Tokens = None,
     window: Window = 512,
+    unseen: Annotated[
+        list[Path] | None,
+        typer.Option("--unseen", metavar="FILE", help="Text of another domain, scored apart; repeatable."),
+    ] = None,
+    tasks: Annotated[
+        list[Path] | None,
+        typer.Option("--task", metavar="FILE", help="Multiple-choice questions, JSON Lines; repeatable."),
+    ] = None,
+    problems: Annotated[
+        Path | None, typer.Option("--problems", metavar="FILE", help="Worked problems to solve exactly.")
+    ] = None,
+    questions: Annotated[
+        int, typer.Option("--questions", metavar="N", help="Questions of each file, and problems.")
+    ] = 100,
     calib: Calibration = None,
     calib_tokens: CalibrationTokens = 32_768,
     cache: Cache = None,
-    seed: Seed = 0,
+    seeds: Annotated[
+        str, typer.Option("--seeds", metavar="N,...", help="Draw calibration text once with each.")
+    ] = "0",
     as_json: Json = False,
+    as_markdown: Annotated[bool, typer.Option("--markdown", help="Print a Markdown table.")] = False,
     quiet: Quiet = False,
 ) -> None:
     """Evaluate plans side by side: their sizes, and their losses on the same text."""
@@ -59,26 +80,22 @@ def command(
         linears=linears,
         tokens=tokens,
         window=window,
+        unseen=unseen or (),
+        tasks=tasks or (),
+        problems=problems,
+        questions=questions,
         calibration=calib,
         calibration_tokens=calib_tokens,
         cache=cache,
-        seed=seed,
+        seeds=split_integers(seeds),
     )
     if as_json:
         print_json(result.to_dict())
         return
-    typer.echo(f"unquantized loss {result.reference_loss:.4f} on {result.tokens} predictions\n")
-    print_table(
-        ("plan", "bits", "expert file bits", "model file bits", "loss", "increase"),
-        [
-            (
-                row.plan,
-                row.target_bits,
-                row.expert_file_bits_per_weight,
-                row.model_file_bits_per_weight,
-                row.loss,
-                row.loss_increase,
-            )
-            for row in result.rows
-        ],
-    )
+    from moqc.evaluate.summary import headline, markdown, table
+
+    if as_markdown:
+        typer.echo(markdown(result))
+        return
+    typer.echo(f"{headline(result)}\n")
+    print_table(*table(result))

@@ -90,6 +90,14 @@ def split_numbers(value: str) -> tuple[float, ...]:
         raise UserError(f"{value!r}: expected numbers separated by commas, such as 2.5,3.25") from error
 
 
+def split_integers(value: str) -> tuple[int, ...]:
+    """Integers of a comma-separated list."""
+    try:
+        return tuple(int(item) for item in split(value))
+    except ValueError as error:
+        raise UserError(f"{value!r}: expected integers separated by commas, such as 0,1,2") from error
+
+
 def pipeline_text(value: str | None) -> str | None:
     """The text of ``--pipeline``: itself, or the content of the file after an ``@``."""
     if value is None or not value.startswith("@"):
