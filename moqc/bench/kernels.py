@@ -14,7 +14,7 @@ import tvm
 from numpy.typing import NDArray
 from tvm import relax, tirx
 
-from moqc.bench.memory import median_bandwidth, read_bandwidth
+from moqc.bench.memory import read_bandwidth
 from moqc.bench.shapes import Shape, find_shape
 from moqc.errors import TargetError, UserError
 from moqc.ir import ops
@@ -28,7 +28,8 @@ COLD_BYTES = 1 << 30
 """Weights that lie between two uses of the same ones."""
 SECONDS = 1.0
 """Time spent on one row, at least."""
-_CALLS = 5
+_TURNS = 7
+"""Turns of kernel calls and plain reads."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +87,7 @@ def bench_kernels(
     for text, formats in track(list(zip(bits, classes, strict=True)), "kernels"):
         bench = _Layer(machine, layer, formats, COLD_BYTES if cold else 0)
         for count in tokens:
-            seconds, hit_bytes = bench.measure(count)
+            seconds, hit_bytes, read = bench.measure(count, bandwidth)
             rows.append(
                 KernelTime(
                     target=machine.name,
@@ -96,7 +97,7 @@ def bench_kernels(
                     weights="cold" if cold else "hot",
                     us=seconds * 1e6,
                     gb_per_s=hit_bytes / seconds / 1e9,
-                    read_gb_per_s=median_bandwidth(bandwidth) / 1e9,
+                    read_gb_per_s=read / 1e9,
                     gflops=2 * count * layer.top_k * layer.weights_per_expert / seconds / 1e9,
                 )
             )
@@ -118,25 +119,29 @@ class _Layer:
         sets = max(1, -(-cold_bytes // int(total)))
         self._sets = [first, *(self._weights(types) for _ in range(sets - 1))]
 
-    def measure(self, tokens: int) -> tuple[float, float]:
-        """Seconds a call and bytes of the experts it hits, both medians."""
+    def measure(self, tokens: int, bandwidth: Callable[[], float]) -> tuple[float, float, float]:
+        """Seconds a call, bytes of the experts it hits, and `bandwidth` measured in between; all medians.
+
+        Calls and reads take turns, because a machine that others share changes its speed within seconds.
+        """
         shape = self._shape
         x = tvm.runtime.tensor(self._random.standard_normal((tokens, shape.hidden), np.float32))
         shares = tvm.runtime.tensor(self._random.random((tokens, shape.top_k), np.float32))
         calls = self._calls(tokens)
         times: list[float] = []
         sizes: list[float] = []
-        end = None
-        while end is None or time.perf_counter() < end or len(times) < _CALLS:
-            ids, size, weights = next(calls)
-            start = time.perf_counter()
-            self._run(x, ids, shares, *weights)
-            if end is None:  # the first call starts the threads
-                end = start + SECONDS
-                continue
-            times.append(time.perf_counter() - start)
-            sizes.append(size)
-        return statistics.median(times), statistics.median(sizes)
+        reads: list[float] = []
+        self._run(x, next(calls)[0], shares, *self._sets[0])  # starts the threads
+        for turn in range(_TURNS):
+            reads.append(bandwidth())
+            end = time.perf_counter() + SECONDS / _TURNS
+            while time.perf_counter() < end or len(times) <= turn:
+                ids, size, weights = next(calls)
+                start = time.perf_counter()
+                self._run(x, ids, shares, *weights)
+                times.append(time.perf_counter() - start)
+                sizes.append(size)
+        return statistics.median(times), statistics.median(sizes), statistics.median(reads)
 
     def _calls(self, tokens: int) -> Iterator[tuple[Any, float, list[Any]]]:
         """Routings with their bytes and the set of weights. One set: the same routing over and over.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable
 from typing import Any
@@ -42,11 +41,6 @@ def read_bandwidth(target: Target, size: int) -> Callable[[], float]:
         return 4 * words / (time.perf_counter() - start)
 
     return measure
-
-
-def median_bandwidth(measure: Callable[[], float], times: int = 5) -> float:
-    """The median of `times` measurements."""
-    return statistics.median(measure() for _ in range(times))
 
 
 def _read_kernel(words: int, lanes: int) -> tirx.PrimFunc:
