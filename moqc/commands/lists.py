@@ -78,15 +78,12 @@ def allocators(as_json: Json = False) -> None:
 
 def formats(as_json: Json = False) -> None:
     """List the formats of matrices, with their bits per weight."""
-    from moqc.quant.formats import BITS, GROUPS, Format
+    from moqc.quant.formats import ALL_FORMATS
 
     size = 4096
     rows = [
         {"name": str(fmt), "bits": fmt.bits, "file_bits_per_weight": fmt.stored_bits(size, size) / size**2}
-        for bits in BITS
-        for group in GROUPS
-        for symmetric in (False, True)
-        for fmt in (Format(bits, group, symmetric),)
+        for fmt in ALL_FORMATS
     ]
     if as_json:
         print_json(rows)

@@ -18,7 +18,7 @@ def packed_types(
     codes, groups = find_layout(layout).shapes(format, rows, columns)
     types = {
         "codes": relax.TensorType([*matrices, *codes], "uint8"),
-        "scales": relax.TensorType([*matrices, *groups], "float16"),
+        "scales": relax.TensorType([*matrices, *groups], "uint8" if format.byte_scales else "float16"),
     }
     if not format.symmetric:
         types["zeros"] = relax.TensorType([*matrices, *groups], "uint8")

@@ -6,7 +6,8 @@
    columns that follow, within its block and lazily beyond it.
 3. Descent: group by group, scale and zero get their closed-form optimum for ``tr(D H D^T)`` given all codes,
    then every code moves to the nearest level of its own optimum given all others (coordinate descent, as in
-   QuantEase, arXiv 2309.01885). No step raises the damped loss.
+   QuantEase, arXiv 2309.01885); in trellis formats, the codes of a column of a tile move together. No step
+   raises the damped loss.
 
 Inside, matrices are stored by columns, ``[B, K, N]``, so that a column is contiguous.
 """
@@ -21,7 +22,7 @@ from moqc.quant import grid
 from moqc.quant.device import chunk
 from moqc.quant.formats import Format
 from moqc.quant.hessian import damped, inverse_factor, output_error
-from moqc.quant.rtn import assemble, importance_groups
+from moqc.quant.rtn import assemble, find_grid, project
 from moqc.quant.tensor import Quantized
 
 BLOCK = 32
@@ -73,11 +74,7 @@ def _quantize(
     w: torch.Tensor, hessian: torch.Tensor, fmt: Format, damping: float, act_order: bool
 ) -> tuple[Quantized, torch.Tensor]:
     curvature = damped(hessian, damping)
-    found = grid.search(
-        grid.to_groups(w, fmt.group).reshape(-1, fmt.group),
-        importance_groups(w, curvature.diagonal(dim1=-2, dim2=-1), fmt),
-        fmt,
-    )
+    found = find_grid(w, curvature.diagonal(dim1=-2, dim2=-1), fmt)
     state = _State.start(w, found, fmt)
     _propagate(state, w.mT.contiguous(), curvature, act_order)
     for _ in range(SWEEPS):
@@ -88,10 +85,10 @@ def _quantize(
 
 @dataclass(eq=False)
 class _State:
-    """A quantization under way, in float32: codes, residual ``[B, K, N]``; scale, zero ``[B, G, N]``."""
+    """A quantization under way, in float32: values, residual ``[B, K, N]``; scale, zero ``[B, G, N]``."""
 
     format: Format
-    codes: torch.Tensor
+    values: torch.Tensor
     residual: torch.Tensor
     scale: torch.Tensor
     zero: torch.Tensor
@@ -100,17 +97,17 @@ class _State:
     def start(cls, w: torch.Tensor, found: grid.Grid, fmt: Format) -> _State:
         batch, rows, columns = w.shape
         shape = (batch, rows, fmt.groups(columns))
-        codes = torch.empty(batch, columns, rows, device=w.device)
+        values = torch.empty(batch, columns, rows, device=w.device)
         scale, zero = (part.reshape(shape).mT.contiguous() for part in (found.scale, found.zero))
-        return cls(fmt, codes, torch.empty_like(codes), scale, zero)
+        return cls(fmt, values, torch.empty_like(values), scale, zero)
 
     def quantized(self) -> Quantized:
         flat = grid.Grid(self.scale.mT.reshape(-1), self.zero.mT.reshape(-1))
-        return assemble(self.codes.mT.to(torch.uint8), flat, self.format)
+        return assemble(self.values.mT, flat, self.format)
 
 
 def _propagate(state: _State, w: torch.Tensor, hessian: torch.Tensor, act_order: bool) -> None:
-    """One GPTQ pass over ``w[B, K, N]``; fills the state's codes and residual."""
+    """One GPTQ pass over ``w[B, K, N]``; fills the state's values and residual."""
     batch, columns, rows = w.shape
     order = torch.arange(columns, device=w.device).expand(batch, columns)
     if act_order:
@@ -123,31 +120,31 @@ def _propagate(state: _State, w: torch.Tensor, hessian: torch.Tensor, act_order:
     by_row = by_row.expand(-1, -1, rows)
     levels = grid.Grid(state.scale.gather(1, groups), state.zero.gather(1, groups))
     target = w.gather(1, by_row)
-    codes = _gptq(target.clone(), inverse_factor(permuted), levels, state.format.levels)
-    state.codes.scatter_(1, by_row, codes)
-    state.residual.scatter_(1, by_row, target - levels.scale * (codes - levels.zero))
+    values = _gptq(target.clone(), inverse_factor(permuted), levels, state.format)
+    state.values.scatter_(1, by_row, values)
+    state.residual.scatter_(1, by_row, target - levels.scale * (values - levels.zero))
 
 
-def _gptq(w: torch.Tensor, factor: torch.Tensor, levels: grid.Grid, count: int) -> torch.Tensor:
-    """Codes of ``w[B, K, N]``, column after column; `levels` hold a grid a column. Overwrites ``w``."""
+def _gptq(w: torch.Tensor, factor: torch.Tensor, levels: grid.Grid, fmt: Format) -> torch.Tensor:
+    """Values of ``w[B, K, N]``, column after column; `levels` hold a grid a column. Overwrites ``w``."""
     columns = w.shape[1]
-    codes, inverse = torch.empty_like(w), grid.inverse(levels.scale)
+    values, inverse = torch.empty_like(w), grid.inverse(levels.scale)
     for start in range(0, columns, BLOCK):
         stop = min(start + BLOCK, columns)
         errors = torch.empty_like(w[:, start:stop])
         for j in range(start, stop):
-            code = (w[:, j] * inverse[:, j]).add_(levels.zero[:, j]).round_().clamp_(0, count - 1)
-            codes[:, j] = code
-            error = (w[:, j] - levels.scale[:, j] * (code - levels.zero[:, j])) / factor[:, j, j, None]
+            value = project((w[:, j] * inverse[:, j]).add_(levels.zero[:, j]), levels.scale[:, j], fmt)
+            values[:, j] = value
+            error = (w[:, j] - levels.scale[:, j] * (value - levels.zero[:, j])) / factor[:, j, j, None]
             errors[:, j - start] = error
             w[:, j + 1 : stop].addcmul_(factor[:, j, j + 1 : stop, None], error.unsqueeze(1), value=-1)
         w[:, stop:] -= factor[:, start:stop, stop:].mT @ errors
-    return codes
+    return values
 
 
 def _descend(state: _State, hessian: torch.Tensor) -> None:
     """One round of descent over all groups."""
-    columns = state.codes.shape[1]
+    columns = state.values.shape[1]
     for index, start in enumerate(range(0, columns, state.format.group)):
         window = slice(start, min(start + state.format.group, columns))
         gradient = hessian[:, window] @ state.residual
@@ -155,7 +152,7 @@ def _descend(state: _State, hessian: torch.Tensor) -> None:
         _refit_scale(state, index, window, gradient, own)
         if not state.format.symmetric:
             _refit_zero(state, index, window, gradient, own)
-        _move_codes(state, index, window, gradient, own)
+        _move_values(state, index, window, gradient, own)
 
 
 def _closer(new: torch.Tensor, old: torch.Tensor, optimum: torch.Tensor) -> torch.Tensor:
@@ -165,7 +162,7 @@ def _closer(new: torch.Tensor, old: torch.Tensor, optimum: torch.Tensor) -> torc
 
 def _refit_scale(state: _State, index: int, window: slice, gradient: torch.Tensor, own: torch.Tensor) -> None:
     scale, zero = state.scale[:, index], state.zero[:, index]
-    offsets = state.codes[:, window] - zero.unsqueeze(1)
+    offsets = state.values[:, window] - zero.unsqueeze(1)
     curved = own @ offsets
     curvature = (offsets * curved).sum(1)
     optimum = scale + torch.where(curvature > 0, (offsets * gradient).sum(1) / curvature, 0.0)
@@ -187,14 +184,14 @@ def _refit_zero(state: _State, index: int, window: slice, gradient: torch.Tensor
     gradient += change.unsqueeze(1) * curved
 
 
-def _move_codes(state: _State, index: int, window: slice, gradient: torch.Tensor, own: torch.Tensor) -> None:
-    scale, top = state.scale[:, index], state.format.levels - 1
+def _move_values(state: _State, index: int, window: slice, gradient: torch.Tensor, own: torch.Tensor) -> None:
+    scale = state.scale[:, index]
     inverse = grid.inverse(scale)
     for j in range(window.stop - window.start):
-        code = state.codes[:, window.start + j]
-        optimum = code + gradient[:, j] / own[:, j, j, None] * inverse
-        new = optimum.round_().clamp_(0, top)
-        change = (new - code) * scale
-        state.codes[:, window.start + j] = new
+        value = state.values[:, window.start + j]
+        optimum = value + gradient[:, j] / own[:, j, j, None] * inverse
+        new = project(optimum, scale, state.format)
+        change = (new - value) * scale
+        state.values[:, window.start + j] = new
         state.residual[:, window.start + j] -= change
         gradient[:, j + 1 :].addcmul_(own[:, j, j + 1 :, None], change.unsqueeze(1), value=-1)

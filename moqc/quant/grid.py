@@ -25,6 +25,8 @@ REFITS = 4
 _CHUNK = 1 << 18
 """Weights searched at a time: a few temporaries of this size stay in a core's cache."""
 _HALF_MAX = 65504.0
+_BYTE_MAX = 61440.0
+"""The largest finite byte scale."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,10 +39,16 @@ class Grid:
 
 def rounded(scale: torch.Tensor, zero: torch.Tensor, fmt: Format) -> Grid:
     """The nearest grid that the format can store."""
-    scale = scale.clamp(-_HALF_MAX, _HALF_MAX).half().float()
+    scale = _byte_scale(scale) if fmt.byte_scales else scale.clamp(-_HALF_MAX, _HALF_MAX).half().float()
     if fmt.symmetric:
         return Grid(scale, torch.full_like(scale, fmt.symmetric_zero))
     return Grid(scale, (zero / fmt.zero_step).round().clamp(0, 255) * fmt.zero_step)
+
+
+def _byte_scale(scale: torch.Tensor) -> torch.Tensor:
+    """The nearest numbers that an upper byte of a float16 can be: no sign, 5 exponent and 3 mantissa bits."""
+    bits = scale.clamp(0, _BYTE_MAX).half().view(torch.int16)
+    return ((bits + 64) & ~127).view(torch.float16).float()
 
 
 def inverse(scale: torch.Tensor) -> torch.Tensor:
@@ -77,14 +85,14 @@ def spanning(w: torch.Tensor, fmt: Format, shrink: float = 1.0) -> Grid:
     if fmt.symmetric:
         return rounded(_symmetric_scale(w, fmt) * shrink, torch.zeros(w.shape[0], device=w.device), fmt)
     low, high = w.amin(-1).clamp(max=0), w.amax(-1).clamp(min=0)
-    scale = (high - low) * (shrink / (fmt.levels - 1))
+    scale = (high - low) * (shrink / fmt.values[-1])
     return rounded(scale, -low * shrink * inverse(scale), fmt)
 
 
 def _symmetric_scale(w: torch.Tensor, fmt: Format) -> torch.Tensor:
     """Scale that reaches the largest magnitude; from 3 bits on code 0 stands for it, whatever its sign."""
     extreme = w.gather(-1, w.abs().argmax(-1, keepdim=True)).squeeze(-1)
-    if fmt.symmetric_zero * 2 == fmt.levels - 1:
+    if fmt.symmetric_zero * 2 == fmt.values[-1]:
         return extreme.abs() / fmt.symmetric_zero
     return -extreme / fmt.symmetric_zero
 

@@ -25,8 +25,8 @@ class PackedTensors(Protocol):
         """Codes."""
 
     @property
-    def scales(self) -> npt.NDArray[np.float16]:
-        """Scales, a group each."""
+    def scales(self) -> npt.NDArray[Any]:
+        """Scales, a group each: float16, or uint8 for byte scales."""
 
     @property
     def zeros(self) -> npt.NDArray[np.uint8] | None:

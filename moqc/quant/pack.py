@@ -7,6 +7,10 @@ one field of bits or, for the last two fours of 3-bit codes, as two. A 32-bit la
 and masked, is then four consecutive columns of row ``n``: the operand of a 4-way int8 dot product (x86
 ``vpdpbusd``, ARM ``udot``) without a shuffle.
 
+What a trellis format stores of a weight (`moqc.quant.trellis`) has its bits ``u`` in the first line and the
+uncoded rest in those that follow (`TRELLIS_FIELDS`). The lanes of ``u`` rotated by one and by two are the
+neighbours' bits. Byte scales are the upper bytes of the float16 numbers.
+
 Rows are padded to 16 with scale 0, columns to 32 with code 0 (the activations there are 0).
 """
 
@@ -19,6 +23,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from moqc.errors import InternalError
+from moqc.quant import trellis
 from moqc.quant.formats import COLUMN_TILE, ROW_TILE, Format
 from moqc.quant.tensor import Quantized
 
@@ -59,6 +65,14 @@ FIELDS: dict[int, tuple[tuple[Field, ...], ...]] = {
     ),
 }
 """Width of the codes -> for each four of a tile the fields that make up its codes."""
+TRELLIS_FIELDS: dict[int, tuple[tuple[Field, ...], ...]] = {
+    1: tuple((Field(0, v, 1),) for v in range(FOURS)),
+    2: tuple((Field(0, v, 1), Field(1, v, 1, 1)) for v in range(FOURS)),
+    3: tuple((Field(0, v, 1), Field(1 + v // 4, v % 4 * 2, 2, 1)) for v in range(FOURS)),
+}
+"""Likewise, by bits, for what trellis formats store of a weight: ``u + 2 * high``."""
+BYTE_SCALE_SHIFT = 7
+"""A byte scale is a float16 shifted right by so many bits: no sign, 5 exponent and 3 mantissa bits."""
 
 Bytes = npt.NDArray[np.uint8]
 T = TypeVar("T", bound=np.generic)
@@ -69,12 +83,12 @@ class Packed:
     """Packed matrices; ``N16 = ceil(N / 16)``, ``K32 = ceil(K / 32)``, G groups a row.
 
     * `codes`: uint8 ``[..., N16, K32, bits, 64]``
-    * `scales`: float16 ``[..., N16, G, 16]``
+    * `scales`: float16 ``[..., N16, G, 16]``; uint8 if the format has byte scales
     * `zeros`: uint8 ``[..., N16, G, 16]``, None for symmetric formats.
     """
 
     codes: Bytes
-    scales: npt.NDArray[np.float16]
+    scales: npt.NDArray[np.float16] | Bytes
     zeros: Bytes | None
 
     @property
@@ -90,46 +104,67 @@ def packed_shapes(format: Format, rows: int, columns: int) -> tuple[tuple[int, .
     return codes, (tiles, format.groups(columns), ROW_TILE)
 
 
+def stored_fields(fmt: Format) -> tuple[tuple[Field, ...], ...]:
+    """For each four of a tile the fields that make up what a format stores of a weight."""
+    return (TRELLIS_FIELDS if fmt.trellis else FIELDS)[fmt.bits]
+
+
 def pack(quantized: Quantized) -> Packed:
-    """Pack matrices of any leading shape; `unpack` is the exact inverse."""
-    zeros = quantized.zeros
+    """Pack matrices of any leading shape; `unpack` is the exact inverse.
+
+    Raises InternalError for codes or scales that the format cannot store.
+    """
+    fmt, zeros = quantized.format, quantized.zeros
+    codes = trellis.encode(quantized.codes) if fmt.trellis else quantized.codes
+    scales = quantized.scales.cpu().numpy()
     return Packed(
-        codes=_pack_codes(quantized.codes.cpu().numpy(), quantized.format.bits),
-        scales=_pack_groups(quantized.scales.cpu().numpy()),
+        codes=_pack_codes(codes.cpu().numpy(), fmt),
+        scales=_pack_groups(_upper_bytes(scales)) if fmt.byte_scales else _pack_groups(scales),
         zeros=None if zeros is None else _pack_groups(zeros.cpu().numpy()),
     )
 
 
 def unpack(packed: Packed, format: Format, rows: int, columns: int) -> Quantized:
     """Recover the ``[..., rows, columns]`` matrices that `pack` was given."""
-    codes = _unpack_codes(packed.codes, format.bits)[..., :rows, :columns]
-    zeros = packed.zeros
+    codes = torch.from_numpy(_unpack_codes(packed.codes, format))
+    if format.trellis:
+        codes = trellis.decode(codes)
+    scales, zeros = _unpack_groups(packed.scales, rows), packed.zeros
+    if format.byte_scales:
+        scales = (scales.astype(np.uint16) << BYTE_SCALE_SHIFT).view(np.float16)
     return Quantized(
         format=format,
-        codes=torch.from_numpy(np.ascontiguousarray(codes)),
-        scales=torch.from_numpy(_unpack_groups(packed.scales, rows)),
+        codes=codes[..., :rows, :columns].contiguous(),
+        scales=torch.from_numpy(scales),
         zeros=None if zeros is None else torch.from_numpy(_unpack_groups(zeros, rows)),
     )
 
 
-def _pack_codes(codes: Bytes, bits: int) -> Bytes:
+def _upper_bytes(scales: npt.NDArray[np.float16]) -> Bytes:
+    bits = scales.view(np.uint16) >> BYTE_SCALE_SHIFT
+    if not np.array_equal((bits << BYTE_SCALE_SHIFT).view(np.float16), scales) or (bits > 255).any():
+        raise InternalError("byte scales have a sign or more than three bits of mantissa")
+    return bits.astype(np.uint8)
+
+
+def _pack_codes(codes: Bytes, fmt: Format) -> Bytes:
     *lead, rows, columns = codes.shape
     padding = [(0, 0)] * len(lead) + [(0, -rows % ROW_TILE), (0, -columns % COLUMN_TILE)]
     padded = np.pad(codes, padding)
     tiles = padded.reshape(*lead, padded.shape[-2] // ROW_TILE, ROW_TILE, -1, COLUMN_TILE).swapaxes(-3, -2)
     fours = tiles.reshape(*tiles.shape[:-1], FOURS, 4)  # [..., row, v, j]
-    lines = np.zeros((*tiles.shape[:-2], bits, ROW_TILE, 4), np.uint8)
-    for v, fields in enumerate(FIELDS[bits]):
+    lines = np.zeros((*tiles.shape[:-2], fmt.bits, ROW_TILE, 4), np.uint8)
+    for v, fields in enumerate(stored_fields(fmt)):
         for field in fields:
             part = (fours[..., v, :] >> np.uint8(field.place)) & np.uint8(field.mask)
             lines[..., field.line, :, :] |= part << np.uint8(field.shift)
     return lines.reshape(*lines.shape[:-2], LINE)
 
 
-def _unpack_codes(packed: Bytes, bits: int) -> Bytes:
+def _unpack_codes(packed: Bytes, fmt: Format) -> Bytes:
     lines = packed.reshape(*packed.shape[:-1], ROW_TILE, 4)
     fours = np.zeros((*packed.shape[:-2], ROW_TILE, FOURS, 4), np.uint8)
-    for v, fields in enumerate(FIELDS[bits]):
+    for v, fields in enumerate(stored_fields(fmt)):
         for field in fields:
             part = (lines[..., field.line, :, :] >> np.uint8(field.shift)) & np.uint8(field.mask)
             fours[..., v, :] |= part << np.uint8(field.place)

@@ -30,6 +30,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from moqc.errors import UserError
 from moqc.quant.formats import Format
 from moqc.quant.tensor import Quantized
 
@@ -63,7 +64,12 @@ class PackedUnits:
 
 
 def packed_shapes(format: Format, rows: int, columns: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Shapes of the codes, and of the scales (and zeros), of one matrix."""
+    """Shapes of the codes, and of the scales (and zeros), of one matrix.
+
+    Raises UserError for a format that has no kernel in this layout.
+    """
+    if format.byte_scales:
+        raise UserError(f"the layout {LAYOUT} has no format {format}: choose an int format without -s8")
     tiles, units = -(-rows // ROWS), -(-columns // COLUMNS)
     return (tiles, units, format.bits, 512), (tiles, units, 8, COLUMNS // format.group, 2)
 

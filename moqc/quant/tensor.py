@@ -17,11 +17,13 @@ def expand_groups(values: torch.Tensor, group: int, columns: int) -> torch.Tenso
 
 @dataclass(frozen=True, eq=False)
 class Quantized:
-    """Matrices ``[..., N, K]`` (out x in) in one format: ``w = scale * (code - zero_point)``.
+    """Matrices ``[..., N, K]`` (out x in) in one format: ``w = scale * (value(code) - zero_point)``.
 
-    * `codes`: uint8 ``[..., N, K]``, each below ``format.levels``.
-    * `scales`: float16 ``[..., N, G]``, ``G = format.groups(K)``. A symmetric format's may be negative: its
-      codes reach one step further on one side, and the sign of the scale chooses which.
+    * `codes`: uint8 ``[..., N, K]``, each below ``format.levels``; those of a trellis format follow its
+      trellis (`moqc.quant.pack` refuses others).
+    * `scales`: float16 ``[..., N, G]``, ``G = format.groups(K)``; byte scales are float16 numbers with three
+      mantissa bits and no sign. Other symmetric formats may have negative ones: their codes reach one step
+      further on one side, and the sign of the scale chooses which.
     * `zeros`: uint8 ``[..., N, G]`` zero bytes (the zero point is ``byte * format.zero_step``); None if
       symmetric.
     """
@@ -68,8 +70,16 @@ class Quantized:
             matrices *= size
         return matrices * self.format.stored_bits(rows, columns)
 
+    @property
+    def values(self) -> torch.Tensor:
+        """What the codes stand for before zero point and scale: uint8 ``[..., N, K]``."""
+        if not self.format.trellis:
+            return self.codes
+        table = torch.tensor(self.format.values, dtype=torch.uint8, device=self.codes.device)
+        return table[self.codes.int()]
+
     def dequantize(self) -> torch.Tensor:
         """The weights these codes stand for, float32 ``[..., N, K]``."""
         group, columns = self.format.group, self.shape[-1]
         zero_points = expand_groups(self.zero_points, group, columns)
-        return expand_groups(self.scales.float(), group, columns) * (self.codes - zero_points)
+        return expand_groups(self.scales.float(), group, columns) * (self.values - zero_points)

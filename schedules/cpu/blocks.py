@@ -46,8 +46,8 @@ class Choice:
 
     @property
     def wide(self) -> bool:
-        """Whether some class has codes of more than 4 bits."""
-        return any(weights.format.bits > 4 for weights in self.classes)
+        """Whether some class has values of more than 4 bits."""
+        return any(weights.format.wide for weights in self.classes)
 
 
 def multiply_block(

@@ -12,6 +12,7 @@ state and turns the state into int32 sums. All are exact:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,6 +85,17 @@ class DotFamily:
         elif distance < 0:
             word = word << splat(-distance, self.lanes, "uint32")
         return word & splat((field.mask << field.place) * 0x01010101, self.lanes, "uint32")
+
+    def lookup(self, table: Sequence[int], indices: Any) -> Any:
+        """``table[index]`` for every byte of uint32xL `indices`; the table has at most 16 bytes."""
+        name = "llvm.x86.avx512.pshuf.b.512" if self.lanes == 16 else "llvm.x86.avx2.pshuf.b"
+        size = f"uint8x{4 * self.lanes}"
+        whole = [*table, *[0] * (16 - len(table))]
+        words = [int.from_bytes(bytes(whole[i : i + 4]), "little") for i in range(0, 16, 4)]
+        constants = [tirx.const(words[lane % 4], "uint32") for lane in range(self.lanes)]
+        vector = tirx.Shuffle(constants, [tirx.const(lane, "int32") for lane in range(self.lanes)])
+        found = intrinsic(size, name, T.reinterpret(size, vector), T.reinterpret(size, indices))
+        return T.reinterpret(f"uint32x{self.lanes}", found)
 
     def _pairs(self, codes: Any, x: Any) -> Any:
         name = "llvm.x86.avx512.pmaddubs.w.512" if self.lanes == 16 else "llvm.x86.avx2.pmadd.ub.sw"

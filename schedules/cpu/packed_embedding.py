@@ -8,7 +8,7 @@ from tvm import tirx
 from tvm.tirx.script import builder as T
 
 from moqc.quant.formats import COLUMN_TILE, ROW_TILE, Format
-from moqc.quant.pack import FIELDS, FOURS
+from moqc.quant.pack import FIELDS, FOURS, TRELLIS_FIELDS, Field
 from moqc.schedules.cpu.emit import (
     bind,
     broadcast,
@@ -23,7 +23,7 @@ from moqc.schedules.cpu.emit import (
     symbol,
     unravel,
 )
-from moqc.schedules.cpu.tiles import Weights
+from moqc.schedules.cpu.tiles import Weights, float_scale
 
 SERIAL_ROWS = 4
 """Up to so many rows are quicker done by one thread than handed to several."""
@@ -68,7 +68,8 @@ def _tile(weights: Weights, row: Any, tile: Any, valid: int, y: Any, at: list[An
     fmt = weights.format
     place = [T.truncdiv(row, int64(ROW_TILE)), T.truncdiv(tile * COLUMN_TILE, int64(fmt.group))]
     lane = bind(T.truncmod(row, int64(ROW_TILE)))
-    scale = bind(load(weights.scales, [*place, lane]).astype("float32"))
+    stored = load(weights.scales, [*place, lane])
+    scale = bind(float_scale(stored, 1) if fmt.byte_scales else stored.astype("float32"))
     zero: Any = T.float32(fmt.symmetric_zero)
     if weights.zeros is not None:
         stored = load(weights.zeros, [*place, lane]).astype("float32")
@@ -86,10 +87,37 @@ def _tile(weights: Weights, row: Any, tile: Any, valid: int, y: Any, at: list[An
 
 
 def _four(weights: Weights, at: list[Any], lane: Any, v: int) -> Any:
-    """Codes of columns 4v..4v+3 of a tile in row `lane` of its block, int32x4."""
+    """Values of columns 4v..4v+3 of a tile in row `lane` of its block, int32x4."""
+    if weights.format.trellis:
+        return _trellis_four(weights, at, lane, v)
     codes: Any = None
     for field in FIELDS[weights.format.bits][v]:
-        raw = load(weights.codes, [*at, field.line, lane * 4], "uint8x4").astype("int32x4")
-        part = (raw >> splat(field.shift, 4, "int32")) & splat(field.mask, 4, "int32")
-        codes = part if codes is None else codes | (part << splat(field.place, 4, "int32"))
+        part = _part(weights, at, lane, field)
+        codes = part if codes is None else codes | part
     return codes
+
+
+def _part(weights: Weights, at: list[Any], lane: Any, field: Field) -> Any:
+    """A field of the four bytes of row `lane`, at its place in the code: int32x4."""
+    raw = load(weights.codes, [*at, field.line, lane * 4], "uint8x4").astype("int32x4")
+    part = (raw >> splat(field.shift, 4, "int32")) & splat(field.mask, 4, "int32")
+    return part << splat(field.place, 4, "int32")
+
+
+def _trellis_four(weights: Weights, at: list[Any], lane: Any, v: int) -> Any:
+    """`_four` of a trellis format: bits of three rows make the code, whose value is looked up."""
+    fmt = weights.format
+    u, *rest = TRELLIS_FIELDS[fmt.bits][v]
+    own, before, earlier = (
+        _part(weights, at, T.truncmod(lane + ROW_TILE - distance, int64(ROW_TILE)), u)
+        for distance in range(3)
+    )
+    codes = before | ((own ^ earlier) << splat(1, 4, "int32"))
+    for field in rest:
+        codes = codes | _part(weights, at, lane, field._replace(place=field.place + 1))
+    values = splat(fmt.values[0], 4, "int32")
+    # The values ascend: each is reached by adding the step to it wherever the code is not below.
+    for code in range(1, fmt.levels):
+        step = splat(fmt.values[code] - fmt.values[code - 1], 4, "int32")
+        values = values + T.Select(codes >= splat(code, 4, "int32"), step, splat(0, 4, "int32"))
+    return values

@@ -7,10 +7,11 @@ import operator
 from dataclasses import dataclass
 from typing import Any
 
+from tvm import tirx
 from tvm.tirx.script import builder as T
 
 from moqc.quant.formats import COLUMN_TILE, ROW_TILE, Format
-from moqc.quant.pack import FIELDS, FOURS, LINE
+from moqc.quant.pack import BYTE_SCALE_SHIFT, FIELDS, FOURS, LINE
 from moqc.schedules.cpu.dot import DotFamily
 from moqc.schedules.cpu.emit import (
     Index,
@@ -26,6 +27,7 @@ from moqc.schedules.cpu.emit import (
     splat,
     store,
 )
+from moqc.schedules.cpu.trellis import trellis_operands
 
 PREFETCH_LINES = 64
 """How many lines ahead codes are asked for, a page: hardware stops at its end. Cold decoding took 66 % of the
@@ -63,7 +65,7 @@ class Weights:
             fmt,
             columns,
             kernel.parameter(f"{prefix}codes", codes, "uint8"),
-            kernel.parameter(f"{prefix}scales", per_group, "float16"),
+            kernel.parameter(f"{prefix}scales", per_group, "uint8" if fmt.byte_scales else "float16"),
             None if fmt.symmetric else kernel.parameter(f"{prefix}zeros", per_group, "uint8"),
             count is not None,
         )
@@ -86,7 +88,9 @@ class Block:
     at: tuple[Index, ...]
 
     def operands(self, tile: Index, half: int, family: DotFamily) -> list[Any]:
-        """The eight dot operands of a column tile, uint32xL: lane n has 4 codes of row n, one a byte."""
+        """The eight dot operands of a column tile, uint32xL: lane n has 4 values of row n, one a byte."""
+        if self.weights.format.trellis:
+            return trellis_operands(self.weights.codes, [*self.at, tile], self.weights.format, half, family)
         lanes = family.lanes
         words = []
         for line in range(self.weights.format.bits):
@@ -113,17 +117,26 @@ class Block:
 
     def scale(self, group: Index, half: int, lanes: int) -> Any:
         """Scales of the rows, float32xL."""
-        return load(self.weights.scales, [*self.at, group, half * lanes], f"float16x{lanes}").astype(
-            f"float32x{lanes}"
-        )
+        at = [*self.at, group, half * lanes]
+        if not self.weights.format.byte_scales:
+            return load(self.weights.scales, at, f"float16x{lanes}").astype(f"float32x{lanes}")
+        return float_scale(load(self.weights.scales, at, f"uint8x{lanes}"), lanes)
 
     def zero_point(self, group: Index, half: int, lanes: int) -> Any:
-        """Zero points of the rows in codes, float32xL."""
+        """Zero points of the rows in values, float32xL."""
         if self.weights.zeros is None:
             return splat(self.weights.format.symmetric_zero, lanes)
         stored = load(self.weights.zeros, [*self.at, group, half * lanes], f"uint8x{lanes}")
         steps = stored.astype(f"int32x{lanes}").astype(f"float32x{lanes}")
         return steps * splat(self.weights.format.zero_step, lanes)
+
+
+def float_scale(stored: Any, lanes: int) -> Any:
+    """Byte scales uint8xL as float32xL."""
+    suffix = f"x{lanes}" if lanes > 1 else ""
+    # A multiplication, because a shift wants a vector of amounts where there are several lanes.
+    bits = stored.astype(f"uint16{suffix}") * tirx.const(1 << BYTE_SCALE_SHIFT, f"uint16{suffix}")
+    return T.reinterpret(f"float16{suffix}", bits).astype(f"float32{suffix}")
 
 
 @dataclass(frozen=True)
@@ -195,7 +208,7 @@ def _add_group(
         for half in range(family.halves):
             state = None
             for v, operand in enumerate(block.operands(tile, half, family)):
-                state = family.step(state, operand, xs[v], fmt.bits > 4)
+                state = family.step(state, operand, xs[v], fmt.wide)
             product = family.finish(state).astype(f"float32x{lanes}") * step
             sums[half] = bind(product if sums[half] is None else sums[half] + product)
     correction = bind(correction)

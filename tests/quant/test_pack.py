@@ -4,7 +4,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moqc.quant.formats import BITS, GROUPS, Format
+from moqc.errors import InternalError
+from moqc.quant import grid, trellis
+from moqc.quant.formats import ALL_FORMATS, BITS, ROW_TILE, Format
 from moqc.quant.pack import FIELDS, LINE, pack, unpack
 from moqc.quant.tensor import Quantized
 
@@ -13,14 +15,20 @@ def random_quantized(fmt: Format, shape: tuple[int, ...], seed: int) -> Quantize
     generator = torch.Generator().manual_seed(seed)
     groups = (*shape[:-1], fmt.groups(shape[-1]))
     codes = torch.randint(0, fmt.levels, shape, generator=generator, dtype=torch.uint8)
+    if fmt.trellis:
+        padded = (*shape[:-2], -(-shape[-2] // ROW_TILE) * ROW_TILE, shape[-1])
+        stored = torch.randint(0, 1 << fmt.bits, padded, generator=generator, dtype=torch.uint8)
+        codes = trellis.decode(stored)[..., : shape[-2], :].contiguous()
     scales = torch.randn(groups, generator=generator).half()
+    if fmt.byte_scales:
+        scales = grid.rounded(scales.float().abs(), scales, fmt).scale.half()
     zeros = torch.randint(0, 256, groups, generator=generator, dtype=torch.uint8)
     return Quantized(fmt, codes, scales, None if fmt.symmetric else zeros)
 
 
 @settings(max_examples=60, deadline=None)
 @given(
-    fmt=st.builds(Format, st.sampled_from(BITS), st.sampled_from(GROUPS), st.booleans()),
+    fmt=st.sampled_from(ALL_FORMATS),
     lead=st.lists(st.integers(1, 3), max_size=2),
     rows=st.integers(1, 40),
     columns=st.integers(1, 200),
@@ -53,6 +61,41 @@ def test_layout_is_the_documented_one(bits: int) -> None:
         assert value == codes[1, n, k], (n, k)
     assert packed.scales[1, 1, 1, 3] == q.scales[1, 19, 1].numpy()
     assert packed.zeros[0, 0, 1, 5] == q.zeros[0, 5, 1].numpy()
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3])
+def test_trellis_layout_is_the_documented_one(bits: int) -> None:
+    """A plane of u, whose neighbours in the circle of 16 rows make the lower bits, then the rest."""
+    q = random_quantized(Format.tcq(bits, 64), (20, 70), seed=bits)
+    packed = pack(q)
+    assert packed.codes.shape == (2, 3, bits, LINE)
+    assert packed.scales.dtype == np.uint8
+
+    def u(n: int, k: int) -> int:
+        return int(packed.codes[n // 16, k // 32, 0, 4 * (n % 16) + k % 4]) >> (k % 32 // 4) & 1
+
+    for n, k in [(0, 0), (1, 5), (2, 37), (15, 31), (16, 32), (17, 69), (19, 40)]:
+        first, width = n // 16 * 16, max(bits - 1, 1)
+        before, earlier = (first + (n - distance) % 16 for distance in (1, 2))
+        line, i = divmod(k % 32 // 4, 8 // width)
+        high = 0
+        if bits > 1:
+            high = int(packed.codes[n // 16, k // 32, 1 + line, 4 * (n % 16) + k % 4]) >> (width * i)
+        high &= (1 << bits - 1) - 1
+        assert 4 * high + 2 * (u(n, k) ^ u(earlier, k)) + u(before, k) == q.codes[n, k], (n, k)
+    scale = np.array([packed.scales[1, 1, 3]], np.uint16) << 7
+    assert scale.view(np.float16) == q.scales[19, 1].numpy()
+
+
+def test_refuses_what_the_format_cannot_store() -> None:
+    q = random_quantized(Format.tcq(2, 64), (20, 70), seed=0)
+    codes = q.codes.clone()
+    codes[5, 7] ^= 1
+    with pytest.raises(InternalError, match="trellis"):
+        pack(Quantized(q.format, codes, q.scales, None))
+    for wrong in (-q.scales, q.scales * 1.03):
+        with pytest.raises(InternalError, match="byte scales"):
+            pack(Quantized(q.format, q.codes, wrong, None))
 
 
 def test_padding_is_zero() -> None:

@@ -12,7 +12,8 @@ import torch
 import tvm
 from tvm import relax
 
-from moqc.quant.formats import Format
+from moqc.quant import grid, trellis
+from moqc.quant.formats import ROW_TILE, Format
 from moqc.quant.pack import pack
 from moqc.quant.tensor import Quantized
 from moqc.targets import Target, find_target, host_features
@@ -24,7 +25,12 @@ def _random_quantized(generator: torch.Generator, fmt: Format, *shape: int) -> Q
     """Matrices with random codes, scales and zeros (not the rounding of any weights)."""
     groups = (*shape[:-1], fmt.groups(shape[-1]))
     codes = torch.randint(0, fmt.levels, shape, generator=generator, dtype=torch.uint8)
-    scales = (torch.rand(groups, generator=generator) * 0.02 + 0.001).half()
+    if fmt.trellis:
+        padded = (*shape[:-2], -(-shape[-2] // ROW_TILE) * ROW_TILE, shape[-1])
+        stored = torch.randint(0, 1 << fmt.bits, padded, generator=generator, dtype=torch.uint8)
+        codes = trellis.decode(stored)[..., : shape[-2], :].contiguous()
+    scales = torch.rand(groups, generator=generator) * 0.02 + 0.001
+    scales = grid.rounded(scales, scales, fmt).scale.half()
     zeros = None
     if not fmt.symmetric:
         zeros = torch.randint(0, 256, groups, generator=generator, dtype=torch.uint8)

@@ -14,6 +14,10 @@ CASES = {
     "three_bits": ("int3-g64", 40, 101),
     "four_bits": ("int4-g128-sym", 16, 160),
     "eight_bits": ("int8-g32", 50, 96),
+    "trellis_one_bit": ("tcq1-g32", 33, 70),
+    "trellis_two_bits": ("tcq2-g64", 33, 70),
+    "trellis_three_bits": ("tcq3-g128", 40, 101),
+    "byte_scales": ("int3-g64-s8", 40, 101),
 }
 
 

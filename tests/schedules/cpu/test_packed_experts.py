@@ -33,9 +33,9 @@ LAYERS = {
         100,
         40,
         {
-            "gate": ("int3-g64", "int2-g32"),
-            "up": ("int4-g128-sym", "int1-g64"),
-            "down": ("int3-g32", "int8-g64"),
+            "gate": ("int3-g64", "tcq2-g32"),
+            "up": ("int4-g128-sym", "int1-g64", "tcq3-g32"),
+            "down": ("int3-g32-s8", "int8-g64", "tcq1-g32"),
         },
         "silu_glu",
         "int8",
