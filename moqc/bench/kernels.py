@@ -22,6 +22,7 @@ from moqc.ir.packed import mixed_operands, packed_types
 from moqc.log import track
 from moqc.passes.legalize import LOWERINGS
 from moqc.quant.formats import Format
+from moqc.quant.pack import BYTE_SCALE_SHIFT
 from moqc.targets import Target, find_target, host_features
 
 COLD_BYTES = 1 << 30
@@ -184,8 +185,10 @@ class _Layer:
             expert = np.arange(self._shape.experts)
             place = np.stack([expert % len(self._formats), expert // len(self._formats)], axis=-1)
             return np.broadcast_to(place, extents).astype(np.int32)
-        if str(ty.dtype) == "float16":
-            return self._random.uniform(0.001, 0.02, extents).astype(np.float16)
+        if name.endswith(".scales"):
+            scales = self._random.uniform(0.001, 0.02, extents).astype(np.float16)
+            upper = (scales.view(np.uint16) >> BYTE_SCALE_SHIFT).astype(np.uint8)
+            return upper if str(ty.dtype) == "uint8" else scales
         return np.frombuffer(self._random.bytes(int(np.prod(extents))), np.uint8).reshape(extents)
 
 

@@ -10,6 +10,7 @@ import numpy.typing as npt
 import torch
 
 from moqc.quant.formats import Format
+from moqc.quant.grid import rounded
 from moqc.quant.layouts import Layout
 from moqc.quant.tensor import Quantized
 
@@ -41,12 +42,13 @@ def _draw_slab(
 ) -> npt.NDArray[Any]:
     """Scales or zeros of `rows` rows, packed with codes that are all 0."""
     groups = (rows, format.groups(columns))
-    deviation = format.levels / math.sqrt(12)  # of evenly distributed codes
-    scales = (generator.uniform(0.5, 1.5, groups) * 0.02 / deviation).astype(np.float16)
+    deviation = np.std(format.values)  # of evenly distributed codes
+    drawn = torch.from_numpy(generator.uniform(0.5, 1.5, groups) * 0.02 / deviation).float()
+    scales = rounded(drawn, drawn, format).scale.half()
     zeros = (
         None if format.symmetric else torch.from_numpy(generator.integers(112, 144, groups, dtype=np.uint8))
     )
     blank = torch.zeros(rows, columns, dtype=torch.uint8)
-    packed = layout.pack(Quantized(format, blank, torch.from_numpy(scales), zeros))
+    packed = layout.pack(Quantized(format, blank, scales, zeros))
     array: npt.NDArray[Any] = getattr(packed, part)
     return array

@@ -31,7 +31,8 @@ from moqc.schedules.cpu.trellis import trellis_operands
 
 PREFETCH_LINES = 64
 """How many lines ahead codes are asked for, a page: hardware stops at its end. Cold decoding took 66 % of the
-machine's read bandwidth without (54 % at 2 bits), 80 % (75 %) with (`moqc bench-kernels --shape olmoe-1b-7b`)."""
+machine's read bandwidth without (54 % at 2 bits), 80 % (75 %) with (`moqc bench-kernels --shape
+olmoe-1b-7b`)."""
 PREFETCH_GROUPS = 64
 """The same for scales and zeros, in groups."""
 

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import torch
 
+from moqc.errors import UserError
 from moqc.quant import draw
 from moqc.quant.draw import random_packed
 from moqc.quant.formats import Format
@@ -10,12 +11,18 @@ from moqc.quant.tensor import Quantized
 
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
-@pytest.mark.parametrize("name", ["int1-g64", "int3-g64", "int4-g128-sym", "int8-g32"])
+@pytest.mark.parametrize(
+    "name", ["int1-g64", "int3-g64", "int4-g128-sym", "int8-g32", "int3-g64-s8", "tcq2-g64"]
+)
 @pytest.mark.parametrize("rows", [40, 100])
 def test_drawn_parts_are_packed_matrices(layout, name, rows, monkeypatch):
     """What is drawn unpacks to weights of the promised size, and padding has no scales."""
     monkeypatch.setattr(draw, "SLAB", 48)  # 100 rows: two slabs and a rest
     format, shape = Format.parse(name), (3, rows, 200)
+    if format.byte_scales and layout.name != "interleaved16":
+        with pytest.raises(UserError, match="has no format"):
+            random_packed(layout, format, shape, "codes", 5)
+        return
     names = ("codes", "scales") if format.symmetric else ("codes", "scales", "zeros")
     parts = {part: random_packed(layout, format, shape, part, 5) for part in names}
     codes, groups = layout.shapes(format, rows, 200)
