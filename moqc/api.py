@@ -22,6 +22,7 @@ from moqc.inputs import (
 from moqc.log import logger
 from moqc.manifest import Manifest, read_manifest
 from moqc.package import check_output
+from moqc.recipe import Recipe, make_recipe
 from moqc.targets import find_target
 
 if TYPE_CHECKING:
@@ -61,6 +62,8 @@ def compile(
 ) -> Manifest | str:
     """Compile a checkpoint into the artifact folder `out`; returns its manifest.
 
+    Options may come from a `moqc.recipe.Recipe`: ``compile(model, out, **recipe.options())``.
+
     Args:
         model: a checkpoint folder, or an id of the Hugging Face hub.
         out: the folder to write; may be None with ``debug.stop_after``.
@@ -89,6 +92,23 @@ def compile(
     from moqc.pipelines import Debug
 
     debug = debug or Debug()
+    chosen = make_recipe(
+        {
+            "bits": bits,
+            "linears": linears,
+            "allocator": allocator,
+            "quantizer": quantizer,
+            "activations": activations,
+            "target": target,
+            "calibration": [str(path) for path in calibration or ()],
+            "calibration_tokens": calibration_tokens,
+            "context": context,
+            "max_batch": max_batch,
+            "seed": seed,
+            "pipeline": pipeline,
+        },
+        "compile",
+    )
     if out is not None:
         check_output(Path(out), force=force)
     elif debug.stop_after is None:
@@ -130,7 +150,7 @@ def compile(
         mod = run_passes(rest, mod, ctx, debug)
         if debug.stop_after is not None:
             return print_module(mod)
-        return assemble(mod, ctx, passes, chunk, Path(out or ""), force=force)
+        return assemble(mod, ctx, passes, chunk, Path(out or ""), recipe=chosen, force=force)
 
 
 def _check_buildable(passes: Pipeline) -> None:
@@ -361,6 +381,16 @@ def _probes(
     if problems is not None:
         found["exact"] = ExactProbe(worked_problems(problems, tokenizer, questions))
     return found
+
+
+def recipe(artifact: str | Path | None = None) -> Recipe:
+    """The recipe an artifact was made by, or the one of the defaults. Reads its manifest only."""
+    if artifact is None:
+        return Recipe()
+    manifest = read_manifest(Path(artifact))
+    if manifest.recipe is None:
+        raise UserError(f"{artifact}: made by a version of moqc that kept no recipe; compile it again")
+    return make_recipe(manifest.recipe, f"{artifact}: moqc.json")
 
 
 def inspect(artifact: str | Path) -> dict[str, Any]:

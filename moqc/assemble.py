@@ -8,15 +8,17 @@ from pathlib import Path
 
 from tvm import IRModule
 
+from moqc.card import model_card
 from moqc.certificate import certify
 from moqc.codegen import build, export
-from moqc.describe import count_weights, describe
+from moqc.describe import analysis, count_weights, describe
 from moqc.errors import InternalError
 from moqc.log import logger
-from moqc.manifest import LIBRARY, Manifest
+from moqc.manifest import ANALYSIS, CARD, LIBRARY, Manifest
 from moqc.package import from_torch, write_artifact
 from moqc.passes.base import PassContext
 from moqc.passes.pipeline import Pipeline
+from moqc.recipe import Recipe
 from moqc.tensorfile import StoredTensor
 
 
@@ -27,17 +29,21 @@ def assemble(
     chunk: int,
     out: Path,
     *,
+    recipe: Recipe,
     force: bool,
 ) -> Manifest:
     """Build the library of `mod`, certify its kernels, and write the artifact folder `out`.
 
     Packed weights come from ``ctx.params``, all others from ``ctx.checkpoint``. `passes` is the pipeline that
-    made `mod`; `chunk` the largest number of tokens a row may have in one call.
+    made `mod`, `recipe` what it was chosen by; `chunk` the largest number of tokens a row may have in one
+    call.
     """
     if ctx.target is None or ctx.checkpoint is None or ctx.params is None:
         raise InternalError("packaging without target, checkpoint or parameters")
     checkpoint, params = ctx.checkpoint, ctx.params
-    draft = describe(mod, checkpoint, ctx.target, passes, chunk=chunk)
+    draft = describe(
+        mod, checkpoint, ctx.target, passes, chunk=chunk, recipe=recipe, calibration=ctx.calibration
+    )
     logger.info("building for %s", ctx.target.name)
     executable = build(mod, ctx.target)
 
@@ -61,5 +67,9 @@ def assemble(
             load=load,
             counts=count_weights(mod, checkpoint),
             source=checkpoint.path,
+            documents=lambda sized: {
+                CARD: model_card(sized, recipe),
+                ANALYSIS: analysis(mod, checkpoint),
+            },
             force=force,
         )

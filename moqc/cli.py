@@ -27,6 +27,7 @@ from moqc.commands import (
     lists,
     opt,
     plan,
+    recipe,
     run,
     synth,
     verify,
@@ -50,6 +51,7 @@ UsageError: type[Exception] = typer.BadParameter.__bases__[0]
 COMMANDS: dict[str, tuple[Callable[..., None], str]] = {
     "plan": (plan.command, "moqc plan examples/models/tiny-moe --size 6MB"),
     "compile": (compile.command, "moqc compile examples/models/tiny-moe -o out/tiny --bits 2.5"),
+    "recipe": (recipe.command, "moqc recipe > recipe.yaml"),
     "run": (run.command, 'moqc run out/tiny --prompt "Il était une" --max-tokens 64'),
     "eval": (
         evaluate.command,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -12,14 +13,16 @@ from pydantic import ValidationError
 from tvm import IRModule
 
 import moqc
+from moqc.calibrate.text import CalibrationSet
 from moqc.errors import ModelError
 from moqc.frontend.checkpoint import Checkpoint
 from moqc.frontend.shards import read_json
-from moqc.ir.annotations import BITS, CACHE, KERNELS, LINEAR_BITS, PARAMS
+from moqc.ir.annotations import BITS, CACHE, CHANNELS, KERNELS, KEYS, LINEAR_BITS, PARAMS, SCHEMA
 from moqc.ir.sites import weight_names
 from moqc.manifest import (
     Activations,
     CacheSpec,
+    CalibrationRecord,
     Generation,
     Manifest,
     Parameter,
@@ -30,19 +33,30 @@ from moqc.manifest import (
 )
 from moqc.package import WeightCounts
 from moqc.passes.pipeline import Pipeline
+from moqc.recipe import Recipe
 from moqc.targets import Target
 
+ANALYSIS_VERSION = 1
+_BUILD = (SCHEMA, PARAMS, CHANNELS, BITS, LINEAR_BITS, CACHE, KERNELS)
 _NO_SIZES = Sizes(
     expert_file_bits_per_weight=0, model_file_bits_per_weight=0, parameter_bytes=0, artifact_bytes=0
 )
 
 
 def describe(
-    mod: IRModule, checkpoint: Checkpoint, target: Target, pipeline: Pipeline, *, chunk: int
+    mod: IRModule,
+    checkpoint: Checkpoint,
+    target: Target,
+    pipeline: Pipeline,
+    *,
+    chunk: int,
+    recipe: Recipe | None = None,
+    calibration: CalibrationSet | None = None,
 ) -> Manifest:
     """The manifest of a module that went through `pipeline`, without sizes, files and measurements.
 
-    `chunk` is the largest number of tokens a row may have in one call.
+    `chunk` is the largest number of tokens a row may have in one call; `recipe` is what the
+    passes were chosen by, `calibration` what they measured on.
     """
     cache = CACHE.of(mod)
     context, batch, tensors = int(cache["context"]), int(cache["batch"]), cache["tensors"]
@@ -55,6 +69,8 @@ def describe(
         target=TargetRecord(name=target.name, features=tuple(sorted(target.features))),
         versions=versions(),
         pipeline=str(pipeline),
+        recipe=None if recipe is None else recipe.model_dump(mode="json"),
+        calibration=None if calibration is None else _calibration(calibration),
         bits={
             site: {projection: tuple(formats) for projection, formats in projections.items()}
             for site, projections in (BITS.get(mod) or {}).items()
@@ -71,6 +87,33 @@ def describe(
         numerics={},
         files={},
     )
+
+
+def _calibration(used: CalibrationSet) -> CalibrationRecord:
+    sizes = (array.size for array in used.tokens)
+    return CalibrationRecord(datasets=dict(zip(used.names, sizes, strict=True)), fingerprint=used.fingerprint)
+
+
+def analysis(mod: IRModule, checkpoint: Checkpoint) -> str:
+    """The content of ``analysis.json``: shapes of the experts blocks and all that passes measured on them.
+
+    Annotations that say how the module is built are left out; they are in the manifest.
+    """
+    measured = {key.name: value for key in KEYS.values() if key not in _BUILD and (value := key.get(mod))}
+    content = {
+        "schema_version": ANALYSIS_VERSION,
+        "sites": {
+            layout.site: {
+                "experts": layout.experts,
+                "hidden": layout.hidden,
+                "intermediate": layout.intermediate,
+                "projections": list(layout.projections),
+            }
+            for layout in checkpoint.layouts
+        },
+        "annotations": measured,
+    }
+    return json.dumps(content, ensure_ascii=False, separators=(",", ":")) + "\n"
 
 
 def _activations(mod: IRModule) -> Activations:

@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -19,6 +19,8 @@ from moqc.errors import ArtifactError
 
 MANIFEST = "moqc.json"
 LIBRARY = "model.so"
+ANALYSIS = "analysis.json"
+CARD = "README.md"
 SCHEMA_VERSION = 1
 
 Activations = Literal["float", "int8"]
@@ -48,6 +50,15 @@ class Source(Record):
     model_type: str
     fingerprint: str
     """SHA-256 over the configuration and the weight files."""
+
+
+class CalibrationRecord(Record):
+    """The text that was measured on."""
+
+    datasets: dict[str, int]
+    """Name -> tokens."""
+    fingerprint: str
+    """Digest of names and tokens."""
 
 
 class TargetRecord(Record):
@@ -127,6 +138,10 @@ class Manifest(Record):
     versions: Versions
     pipeline: str
     """The passes that were run, as `Pipeline.parse` reads them."""
+    recipe: dict[str, Any] | None = None
+    """The options of the compilation, as `moqc.recipe.Recipe` has them."""
+    calibration: CalibrationRecord | None = None
+    """None where no text was read."""
     bits: dict[str, dict[str, tuple[str, ...]]]
     """site -> projection -> format of each expert."""
     linear_bits: dict[str, str]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,17 @@ import numpy as np
 
 from moqc.errors import InternalError, ModelError, UserError
 from moqc.log import track
-from moqc.manifest import LIBRARY, MANIFEST, Manifest, Parameter, Sizes, record_files, write_manifest
+from moqc.manifest import (
+    ANALYSIS,
+    CARD,
+    LIBRARY,
+    MANIFEST,
+    Manifest,
+    Parameter,
+    Sizes,
+    record_files,
+    write_manifest,
+)
 from moqc.tensorfile import StoredTensor, create_tensors
 
 SHARD_BYTES = 2 << 30
@@ -62,7 +72,8 @@ def check_output(out: Path, *, force: bool) -> None:
 
 def _is_ours(path: Path) -> bool:
     """Whether an artifact may have a file of this name."""
-    known = path.name in (MANIFEST, LIBRARY, "tokenizer.json", *_COPIED) or path.match("params-*.safetensors")
+    written = (MANIFEST, LIBRARY, ANALYSIS, CARD, "tokenizer.json", *_COPIED)
+    known = path.name in written or path.match("params-*.safetensors")
     return known and path.is_file()
 
 
@@ -112,13 +123,15 @@ def write_artifact(
     load: Callable[[str], StoredTensor],
     counts: WeightCounts,
     source: Path,
+    documents: Callable[[Manifest], Mapping[str, str]] = lambda _: {},
     force: bool = False,
 ) -> Manifest:
     """Write the artifact folder `out` and return its manifest.
 
     `draft` is the manifest without sizes and files; `export_library` writes the compiled library to a path;
     `load` gives the stored form of each of `draft.parameters`, one at a time; `source` is the checkpoint
-    folder that tokenizer and configuration files are copied from.
+    folder that tokenizer and configuration files are copied from; `documents` gives further text files (name
+    -> content) of the manifest without its files.
 
     Raises UserError when `out` exists (see `check_output`) or cannot be written, ModelError when the
     checkpoint has no tokenizer.json.
@@ -127,10 +140,10 @@ def write_artifact(
         copy_metadata(source, folder)
         export_library(folder / LIBRARY)
         stored = write_parameters(folder, draft.parameters, load)
-        sizes = _sizes(stored, counts)
-        return write_manifest(
-            folder, draft.model_copy(update={"files": record_files(folder), "sizes": sizes})
-        )
+        sized = draft.model_copy(update={"sizes": _sizes(stored, counts)})
+        for name, text in documents(sized).items():
+            (folder / name).write_text(text, encoding="utf-8")
+        return write_manifest(folder, sized.model_copy(update={"files": record_files(folder)}))
 
 
 def copied_bytes(source: Path) -> int:

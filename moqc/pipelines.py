@@ -33,6 +33,7 @@ ANALYSES = {
     "gemq": ("measure-gradients",),
     "mxmoe": ("profile-channels", "measure-costs{{quantizer={quantizer} formats={formats}}}"),
     "global": (
+        "profile-activation",
         "profile-channels",
         "measure-sensitivity",
         "measure-costs{{quantizer={quantizer} formats={formats}}}",

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import moqc
+import moqc.api
 from moqc.calibrate.quantize import quantize_experts, reference_forward
 from moqc.calibrate.workspace import Workspace
 from moqc.errors import BudgetError, UserError
@@ -290,3 +291,25 @@ def test_compare_without_a_plan_in_reach_says_why(model, caplog):
         moqc.compare(model.folder, [model.text], bits=[3.0, float("nan")], plans=plans, tokens=64, **options)
     result = moqc.compare(model.folder, [model.text], bits=[12.0, 3.0], plans=plans[:1], tokens=64, **options)
     assert [row.target_bits for row in result.rows] == [3.0]
+
+
+def test_card_analysis_and_recipe_are_kept(compiled, model):
+    """The artifact says how it was made: the recipe compiles it again, the card has the command."""
+    recipe = moqc.api.recipe(compiled)
+    assert {key: recipe.changed()[key] for key in ("allocator", "quantizer", "activations", "context")} == {
+        key: QUICK[key] for key in ("allocator", "quantizer", "activations", "context")
+    }
+    card = (compiled / "README.md").read_text()
+    assert recipe.command(str(model.folder), f"{model.folder.name}-moqc") in card
+    analysis = json.loads((compiled / "analysis.json").read_text())
+    assert list(analysis["sites"]) == list(read_manifest(compiled).bits)
+    assert analysis["annotations"] == {}  # uniform with rtn measures nothing
+
+
+def test_plan_counts_the_same_bytes(compiled, model):
+    """Weights to the byte; cache shapes too."""
+    manifest = read_manifest(compiled)
+    plan = moqc.plan(model.folder, bits=QUICK["bits"], allocator="uniform", context=QUICK["context"])
+    assert plan.chosen.stored.parameter_bytes == manifest.sizes.parameter_bytes
+    elements = sum(shape[1] * shape[3] for shape in manifest.cache.tensors)
+    assert plan.chosen.stored.kv_bytes_per_token == 4 * elements

@@ -31,6 +31,8 @@ LAYERS = {
     "moqc.package": 7,
     "moqc.manifest": 7,
     "moqc.describe": 7,
+    "moqc.recipe": 7,
+    "moqc.card": 7,
     "moqc.tensorfile": 7,
     "moqc.assemble": 7,
     "moqc.runtime": 8,

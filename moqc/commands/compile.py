@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -30,8 +30,28 @@ from moqc.commands.options import (
     split,
 )
 
+_RENAMED = {"calib": "calibration", "calib_tokens": "calibration_tokens"}
+"""Option -> its key in a recipe."""
+
+
+def effective_options(ctx: typer.Context, file: Path | None, given: dict[str, Any]) -> dict[str, Any]:
+    """`given`, or where there is a recipe, its options with those over it that stand on the command line."""
+    named = {_RENAMED.get(name, name): value for name, value in given.items()}
+    if file is None:
+        return named
+    from moqc.recipe import read_recipe
+
+    sources = {name: ctx.get_parameter_source(name) for name in given}
+    typed = {
+        _RENAMED.get(name, name)
+        for name, source in sources.items()
+        if source is not None and source.name == "COMMANDLINE"
+    }
+    return read_recipe(file).options() | {name: value for name, value in named.items() if name in typed}
+
 
 def command(
+    ctx: typer.Context,
     model: ModelArgument,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", metavar="DIR", help="Artifact folder to write.")
@@ -65,6 +85,10 @@ def command(
         typer.Option("--start-from", metavar="FILE", help="Continue from an IR file of --dump-ir."),
     ] = None,
     pipeline: PipelineText = None,
+    recipe: Annotated[
+        Path | None,
+        typer.Option("--recipe", metavar="FILE", help="YAML file of these options; see `moqc recipe`."),
+    ] = None,
     quiet: Quiet = False,
 ) -> None:
     """Compile a checkpoint into an artifact."""
@@ -73,23 +97,26 @@ def command(
 
     if quiet:
         log.be_quiet()
+    options = {
+        "bits": bits,
+        "linears": linears,
+        "allocator": allocator,
+        "quantizer": quantizer,
+        "activations": activations,
+        "target": target,
+        "calib": calib,
+        "calib_tokens": calib_tokens,
+        "context": context,
+        "max_batch": max_batch,
+        "seed": seed,
+        "pipeline": pipeline_text(pipeline),
+    }
     manifest = compile(
         model,
         output,
-        bits=bits,
-        linears=linears,
-        allocator=allocator,
-        quantizer=quantizer,
-        activations=activations,
-        target=target,
-        calibration=calib,
-        calibration_tokens=calib_tokens,
-        context=context,
-        max_batch=max_batch,
+        **effective_options(ctx, recipe, options),
         cache=cache,
         force=force,
-        seed=seed,
-        pipeline=pipeline_text(pipeline),
         start_from=start_from,
         debug=Debug(
             dump_ir=dump_ir,

@@ -19,11 +19,11 @@ from moqc.quant.formats import ROW_TILE, Format
 STORED_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 FLOAT_BYTES = 4
 """In memory, of a weight that is not quantized, of an activation, of an element of the key-value cache."""
-LIBRARY_BYTES = {"uniform": 640_000, "mixed": 1_650_000}
+LIBRARY_BYTES = {"uniform": 640_000, "mixed": 1_700_000}
 """Compiled library with one format for all experts, and with several: measured on artifacts of tiny-moe and
 small-moe for x86-64-v4-vnni. It depends on the kernels, hardly on the model."""
-UNIT_BYTES = 12
-"""In the manifest, of the format's name of an expert projection."""
+UNIT_BYTES = {"uniform": 12, "mixed": 88}
+"""For each expert projection: its format in the manifest, and its costs in ``analysis.json``."""
 TENSOR_BYTES = 250
 """Of manifest and safetensors header for a stored tensor."""
 TENSORS = {"uniform": 3, "mixed": 12}
@@ -132,7 +132,7 @@ def _overhead_bytes(model: Outline, storage: Storage) -> int:
     units = sum(use.layout.experts * len(use.layout.projections) for use in model.experts)
     blocks = sum(len(use.layout.projections) for use in model.experts)
     tensors = TENSORS[storage.kind] * blocks + 3 * len(model.matrices)
-    return LIBRARY_BYTES[storage.kind] + UNIT_BYTES * units + TENSOR_BYTES * tensors
+    return LIBRARY_BYTES[storage.kind] + UNIT_BYTES[storage.kind] * units + TENSOR_BYTES * tensors
 
 
 def work_bytes(model: Outline, rows: int) -> int:

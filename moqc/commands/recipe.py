@@ -1,0 +1,27 @@
+"""`moqc recipe`: the choices of a compilation as a file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from moqc.commands.options import Json, print_json
+
+
+def command(
+    artifact: Annotated[
+        Path | None,
+        typer.Argument(metavar="[ARTIFACT]", help="Print the recipe it was made by. [default: the defaults]"),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Print a recipe for `moqc compile --recipe`: the defaults, or what an artifact was made by."""
+    from moqc.api import recipe
+
+    found = recipe(artifact)
+    if as_json:
+        print_json(found.model_dump(mode="json"))
+    else:
+        typer.echo(found.to_yaml(), nl=False)

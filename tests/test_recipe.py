@@ -1,0 +1,104 @@
+"""Recipes: strict files, the same options as compile, a command that says the same."""
+
+import inspect
+import shlex
+
+import pytest
+import yaml
+from typer.main import get_command
+
+import moqc.api
+from moqc.errors import UserError
+from moqc.recipe import Recipe, make_recipe, read_recipe
+
+CHANGED = Recipe(bits=2.5, calibration=("a b.txt", "c.txt"), context=512, pipeline="legalize,schedule")
+
+
+@pytest.mark.parametrize("recipe", [Recipe(), CHANGED])
+def test_yaml_and_back(tmp_path, recipe):
+    file = tmp_path / "recipe.yaml"
+    file.write_text(recipe.to_yaml())
+    assert read_recipe(file) == recipe
+
+
+def test_keys_and_defaults_are_those_of_compile():
+    parameters = inspect.signature(moqc.api.compile).parameters
+    for key, value in Recipe().options().items():
+        assert parameters[key].default == value, key
+
+
+def test_the_command_line_has_the_same_defaults():
+    from moqc.cli import app
+
+    options = {option.name: option for option in get_command(app).commands["compile"].params}
+    renamed = {"calibration": "calib", "calibration_tokens": "calib_tokens"}
+    for key, value in Recipe().options().items():
+        assert options[renamed.get(key, key)].default == value, key
+
+
+def test_command_names_what_is_changed():
+    words = shlex.split(CHANGED.command("my model", "out"))
+    assert words[:5] == ["moqc", "compile", "my model", "-o", "out"]
+    given = list(zip(words[5::2], words[6::2], strict=True))
+    assert given == [
+        ("--bits", "2.5"),
+        ("--calib", "a b.txt"),
+        ("--calib", "c.txt"),
+        ("--context", "512"),
+        ("--pipeline", "legalize,schedule"),
+    ]
+    assert Recipe().command("m", "o") == "moqc compile m -o o"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("bits: many", "bits: input should be a valid number"),
+        ("bit: 2", "no option 'bit'; a recipe has bits"),
+        ("bits: [2", "line 1: not YAML"),
+        ("- bits", "`key: value` lines"),
+        ("context: 1.5", "context: input should be a valid integer"),
+    ],
+)
+def test_errors_name_file_and_place(tmp_path, text, message):
+    file = tmp_path / "recipe.yaml"
+    file.write_text(text)
+    with pytest.raises(UserError, match=r"recipe\.yaml") as error:
+        read_recipe(file)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_an_empty_file_is_the_defaults(tmp_path):
+    file = tmp_path / "recipe.yaml"
+    file.write_text("# nothing\n")
+    assert read_recipe(file) == Recipe()
+    with pytest.raises(UserError, match=r"none\.yaml: cannot read"):
+        read_recipe(tmp_path / "none.yaml")
+
+
+def test_options_on_the_command_line_win(tmp_path, monkeypatch):
+    """The recipe's other keys stay; an option that is only the default does not override it."""
+    from typer.testing import CliRunner
+
+    from moqc.cli import app
+
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump({"bits": 2.25, "seed": 7, "calibration": ["x.txt"]}))
+    seen = {}
+
+    def compile(model, output, **options):
+        seen.update(options)
+        return "text"
+
+    monkeypatch.setattr(moqc.api, "compile", compile)
+    result = CliRunner().invoke(app, ["compile", "m", "--recipe", str(file), "--bits", "2.5"])
+    assert result.exit_code == 0, result.output
+    assert (seen["bits"], seen["seed"], seen["calibration"]) == (2.5, 7, ["x.txt"])
+    assert seen["linears"] == "int8-g64-sym"
+
+
+def test_plain_values_make_a_recipe():
+    assert make_recipe({"bits": 2}, "here").bits == 2.0
+    with pytest.raises(UserError, match=r"^here: no option 'x'"):
+        make_recipe({"x": 1}, "here")
