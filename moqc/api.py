@@ -196,7 +196,8 @@ def plan(
     """Predict what `compile` would give, from the model's configuration alone: no weights are read.
 
     Args:
-        model: a checkpoint folder, of which config.json is enough, or an id of the Hugging Face hub.
+        model: a checkpoint folder, of which config.json is enough, an id of the Hugging Face hub, or a known
+            shape's name, such as qwen3-30b-a3b.
         bits: budget in expert file bits per weight,
         size: or in bytes of the artifact,
         latency: or in seconds a decoded token, with an empty cache; give one of the three.
@@ -212,7 +213,6 @@ def plan(
         UserError: for a model moqc cannot read, or a budget out of reach (BudgetError, with the range).
 
     """
-    from moqc.frontend.config import read_config
     from moqc.frontend.trace import outline
     from moqc.package import copied_bytes
     from moqc.predict.plan import Deployment, make_plan
@@ -224,8 +224,7 @@ def plan(
     if max_batch < 1:
         raise UserError(f"max-batch {max_batch}: must be at least 1")
     machine = find_target(target)
-    folder = resolve_config(model)
-    config = read_config(folder)
+    config, folder = resolve_config(model)
     deployment = Deployment(
         linears=None if linears == "none" else Format.parse(linears),
         uniform=allocator == "uniform",

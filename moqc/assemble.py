@@ -29,14 +29,14 @@ def assemble(
     chunk: int,
     out: Path,
     *,
-    recipe: Recipe,
+    recipe: Recipe | None = None,
     force: bool,
 ) -> Manifest:
     """Build the library of `mod`, certify its kernels, and write the artifact folder `out`.
 
     Packed weights come from ``ctx.params``, all others from ``ctx.checkpoint``. `passes` is the pipeline that
-    made `mod`, `recipe` what it was chosen by; `chunk` the largest number of tokens a row may have in one
-    call.
+    made `mod`, `recipe` what it was chosen by, for the model card; `chunk` the largest number of tokens a row
+    may have in one call.
     """
     if ctx.target is None or ctx.checkpoint is None or ctx.params is None:
         raise InternalError("packaging without target, checkpoint or parameters")
@@ -68,8 +68,8 @@ def assemble(
             counts=count_weights(mod, checkpoint),
             source=checkpoint.path,
             documents=lambda sized: {
-                CARD: model_card(sized, recipe),
                 ANALYSIS: analysis(mod, checkpoint),
+                **({} if recipe is None else {CARD: model_card(sized, recipe)}),
             },
             force=force,
         )

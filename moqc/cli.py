@@ -49,7 +49,7 @@ app = typer.Typer(
 UsageError: type[Exception] = typer.BadParameter.__bases__[0]
 
 COMMANDS: dict[str, tuple[Callable[..., None], str]] = {
-    "plan": (plan.command, "moqc plan examples/models/tiny-moe --size 6MB"),
+    "plan": (plan.command, "moqc plan qwen3-30b-a3b --size 12GiB --bandwidth 80"),
     "compile": (compile.command, "moqc compile examples/models/tiny-moe -o out/tiny --bits 2.5"),
     "recipe": (recipe.command, "moqc recipe > recipe.yaml"),
     "run": (run.command, 'moqc run out/tiny --prompt "Il était une" --max-tokens 64'),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -43,7 +44,7 @@ def resolve_model(model: str | Path) -> Path:
     path = Path(model)
     if (path / MANIFEST).is_file():
         raise ModelError(f"{path}: is a compiled artifact; give the checkpoint it was made from")
-    if path.exists() or str(model).count("/") != 1 or str(model).startswith((".", "/", "~")):
+    if not _is_hub_id(model):
         return path
     return _download(str(model), ["*.safetensors", "*.json", "*.jinja"])
 
@@ -63,17 +64,31 @@ def _download(model: str, patterns: list[str]) -> Path:
     return Path(found)
 
 
-def resolve_config(model: str | Path) -> Path:
-    """A folder with at least the configuration of a model: `model` itself, or from the Hugging Face hub.
+def resolve_config(model: str | Path) -> tuple[PretrainedConfig, Path]:
+    """The configuration of a model, without its weights, and the folder it is from.
 
-    Raises ModelError when it is neither.
+    `model` is a checkpoint folder, a ``config.json``, a name of `moqc.frontend.synthetic.shape_names`, or an
+    id of the Hugging Face hub. Raises ModelError when it is none of these.
     """
+    from moqc.frontend.config import parse_config, read_config
+    from moqc.frontend.synthetic import read_declared, shape_names
+
     path = Path(model)
     if (path / MANIFEST).is_file():
         raise ModelError(f"{path}: is a compiled artifact; `moqc inspect` says what it takes")
-    if path.exists() or str(model).count("/") != 1 or str(model).startswith((".", "/", "~")):
-        return path
-    return _download(str(model), ["config.json", "tokenizer*", "generation_config.json"])
+    if path.is_file() or str(model) in shape_names():
+        with tempfile.TemporaryDirectory(prefix="moqc-") as name:
+            folder = Path(name)
+            (folder / "config.json").write_text(json.dumps(read_declared(model)), encoding="utf-8")
+            return parse_config(folder, str(model)), folder
+    if _is_hub_id(model):
+        path = _download(str(model), ["config.json", "tokenizer*", "generation_config.json"])
+    return read_config(path), path
+
+
+def _is_hub_id(model: str | Path) -> bool:
+    text = str(model)
+    return not Path(model).exists() and text.count("/") == 1 and not text.startswith((".", "/", "~"))
 
 
 def context_length(config: PretrainedConfig, wanted: int | None) -> int:

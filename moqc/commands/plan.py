@@ -9,7 +9,6 @@ import typer
 from moqc.commands.options import (
     CalibrationTokens,
     Json,
-    ModelArgument,
     TargetName,
     print_json,
     print_table,
@@ -27,7 +26,10 @@ if TYPE_CHECKING:
 
 
 def command(
-    model: ModelArgument,
+    model: Annotated[
+        str,
+        typer.Argument(metavar="MODEL", help="Checkpoint folder, config.json, hub id, or qwen3-30b-a3b etc."),
+    ],
     bits: Annotated[
         float | None, typer.Option(metavar="N", help="Expert file bits per weight. [default: 3.0]")
     ] = None,

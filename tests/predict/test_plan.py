@@ -132,3 +132,9 @@ def test_configuration_alone_is_enough(tmp_path):
 def test_an_artifact_is_no_model(toy):
     with pytest.raises(ModelError, match="moqc inspect"):
         moqc.plan(toy.folder, bits=3.0)
+
+
+def test_a_shape_by_name():
+    plan = moqc.plan("qwen3-30b-a3b", size=12 << 30)
+    assert 30.5e9 < plan.total_weights < 30.6e9
+    assert plan.chosen.file_bytes <= 12 << 30
