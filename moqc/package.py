@@ -30,7 +30,13 @@ from moqc.tensorfile import StoredTensor, create_tensors
 SHARD_BYTES = 2 << 30
 """Largest parameter file, unless a single tensor is larger."""
 
-_COPIED = ("tokenizer_config.json", "generation_config.json", "config.json", "chat_template.jinja")
+_COPIED = (
+    "tokenizer_config.json",
+    "generation_config.json",
+    "config.json",
+    "chat_template.jinja",
+    "special_tokens_map.json",
+)
 
 
 @dataclass(frozen=True, slots=True)

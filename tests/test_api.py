@@ -121,6 +121,31 @@ def test_greedy_text_equals_torch(compiled, reference):
         assert len(produced) == 24 or choices[len(produced)] == 256
 
 
+def test_ragged_prompts_together_equal_one_by_one(compiled):
+    """Also in chunks, whose padding must not be seen: nine prompts in rows of four."""
+    artifact = moqc.load(compiled)
+    prompts = [TEXT[: 1 + 7 * number] for number in range(9)]
+    single = [artifact.generate(prompt, max_tokens=12) for prompt in prompts]
+    assert artifact.generate(prompts, max_tokens=12) == single
+    chunked = artifact.manifest.cache.model_copy(update={"chunk": 5})
+    artifact.manifest = artifact.manifest.model_copy(update={"cache": chunked})
+    assert artifact.generate(prompts, max_tokens=12) == single
+
+
+def test_logits_of_ragged_rows_equal_torch(compiled, reference):
+    session = moqc.load(compiled).session()
+    tokens, lengths = np.random.default_rng(5).integers(0, 256, (4, 23)), (23, 1, 9, 16)
+    places = np.arange(23)
+    positions = np.where(places < np.array(lengths)[:, None], places, -1)
+    logits = session.run_at(np.where(positions < 0, 0, tokens), positions)
+    for row, length in enumerate(lengths):
+        assert relative_error(logits[row, :length], reference(tokens[row : row + 1, :length])[0]) < 1e-4
+    step = session.run_at(np.full((4, 1), 7), np.array(lengths)[:, None])
+    for row, length in enumerate(lengths):
+        longer = np.array([[*tokens[row, :length], 7]])
+        assert relative_error(step[row, 0], reference(longer)[0, -1]) < 1e-4
+
+
 def test_scores_equal_those_of_the_reference(compiled, reference, model):
     from moqc.evaluate.metrics import Accumulator, evaluation_windows
 

@@ -10,8 +10,15 @@ import typer
 
 from moqc import log
 from moqc.commands.options import ArtifactArgument, Json, Quiet, print_json
+from moqc.errors import UserError
 
 DEFAULT_TOKENS = 128
+
+
+def conversation(prompt: str, system: str | None) -> list[dict[str, str]]:
+    """Messages that end with what the user says."""
+    told = [] if system is None else [{"role": "system", "content": system}]
+    return [*told, {"role": "user", "content": prompt}]
 
 
 def _recorded(tokens: Iterable[int], record: list[int]) -> Iterator[int]:
@@ -41,17 +48,25 @@ def command(
     stop: Annotated[list[str] | None, typer.Option(metavar="TEXT", help="End before it; repeatable.")] = None,
     verify: Annotated[bool, typer.Option("--verify", help="Check the hash of every file first.")] = False,
     as_json: Json = False,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Take the prompt as a message, in the model's chat template.")
+    ] = False,
+    system: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="With --chat: what the model is told first.")
+    ] = None,
     quiet: Quiet = False,
 ) -> None:
-    """Continue a prompt; the text goes to stdout as it comes."""
+    """Continue a prompt, or answer it with --chat; the text goes to stdout as it comes."""
     from moqc.runtime.artifact import load
     from moqc.runtime.generate import generate_text
     from moqc.runtime.sampling import Sampling
 
     if quiet or as_json:
         log.be_quiet()
+    if system is not None and not chat:
+        raise UserError("--system has no meaning without --chat")
     model = load(artifact, verify=verify)
-    ids = model.encode(prompt)
+    ids = model.chat_prompt(conversation(prompt, system)) if chat else model.encode(prompt)
     room = model.manifest.cache.context - len(ids)
     limit = max_tokens if max_tokens is not None else max(1, min(DEFAULT_TOKENS, room))
     produced: list[int] = []

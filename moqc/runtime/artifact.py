@@ -6,7 +6,7 @@ import importlib.metadata
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, cast, overload
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -14,8 +14,10 @@ from numpy.typing import ArrayLike, NDArray
 from moqc.errors import ArtifactError, TargetError, UserError
 from moqc.log import logger
 from moqc.manifest import LIBRARY, Manifest, check_hash, check_sizes, read_manifest
-from moqc.runtime.generate import generate_text, generate_tokens
-from moqc.runtime.sampling import Sampling
+from moqc.runtime.batch import Row, check_prompts, run_rows
+from moqc.runtime.chat import ChatTemplate, Message
+from moqc.runtime.generate import TextBuilder, answer_length, generate_text, generate_tokens
+from moqc.runtime.sampling import Sampler, Sampling
 from moqc.runtime.session import Session
 from moqc.runtime.tokenizer import Tokenizer
 from moqc.runtime.tvm_runtime import import_runtime
@@ -62,6 +64,7 @@ class Artifact:
         logits = np.concatenate(parts) if len(parts) > 1 else parts[0]
         return logits if tokens.ndim == 2 else logits[0]
 
+    @overload
     def generate(
         self,
         prompt: str | Sequence[int],
@@ -71,12 +74,65 @@ class Artifact:
         top_p: float = 1.0,
         seed: int | None = None,
         stop: Sequence[str] = (),
-    ) -> str:
-        """The text that follows `prompt` (text or token ids); options as for `stream`."""
-        pieces = self.stream(
-            prompt, max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed, stop=stop
-        )
-        return "".join(pieces)
+    ) -> str: ...
+
+    @overload
+    def generate(
+        self,
+        prompt: list[str] | list[list[int]],
+        *,
+        max_tokens: int | None = None,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int | None = None,
+        stop: Sequence[str] = (),
+    ) -> list[str]: ...
+
+    def generate(
+        self,
+        prompt: str | Sequence[int] | list[str] | list[list[int]],
+        *,
+        max_tokens: int | None = None,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int | None = None,
+        stop: Sequence[str] = (),
+    ) -> str | list[str]:
+        """The text that follows `prompt` (text or token ids), or each of a list of prompts.
+
+        Prompts of any lengths run together, as many as the compiled batch has rows; the result is that of one
+        after the other. Options as for `stream`; `seed` and `max_tokens` are for each prompt.
+        """
+        sampling = Sampling(temperature, top_p, seed)
+        if isinstance(prompt, str) or not prompt or isinstance(prompt[0], int | np.integer):
+            ids = self.encode(cast("str | Sequence[int]", prompt))
+            tokens = self.tokens(ids, sampling, max_tokens=max_tokens)
+            return "".join(generate_text(self.tokenizer, ids, tokens, stop))
+        prompts = [self.encode(cast("str | Sequence[int]", one)) for one in prompt]
+        check_prompts(prompts, self.manifest, max_tokens)
+        return self._generate_batch(prompts, sampling, max_tokens, stop)
+
+    def _generate_batch(
+        self, prompts: list[list[int]], sampling: Sampling, max_tokens: int | None, stop: Sequence[str]
+    ) -> list[str]:
+        cache, ends = self.manifest.cache, frozenset(self.manifest.generation.eos_token_ids)
+        texts: list[str] = []
+        for start in range(0, len(prompts), cache.batch):
+            rows = [
+                Row(
+                    ids,
+                    Sampler(sampling),
+                    ends,
+                    answer_length(cache.context, len(ids), max_tokens),
+                    TextBuilder(self.tokenizer, ids, stop),
+                )
+                for ids in prompts[start : start + cache.batch]
+            ]
+            session = self.session()
+            while any(row.pending for row in rows):
+                run_rows(session, rows, cache.chunk)
+            texts += [row.text for row in rows]
+        return texts
 
     def stream(
         self,
@@ -104,6 +160,15 @@ class Artifact:
         """Token ids that follow `ids`; an end-of-text token ends it and is not part of it."""
         ends = frozenset(self.manifest.generation.eos_token_ids)
         return generate_tokens(self.session(), ids, sampling, ends, max_tokens)
+
+    def chat_prompt(self, messages: Sequence[Message]) -> list[int]:
+        """Token ids of a conversation (dicts of ``role`` and ``content``) up to the model's next answer.
+
+        Give them to `generate` or `stream`. Raises UserError where the model has no chat template, or its
+        template refuses the messages.
+        """
+        text = ChatTemplate.of(self.path).render(messages)
+        return self.tokenizer.encode(text, special=False)  # the template writes them itself
 
     def encode(self, prompt: str | Sequence[int]) -> list[int]:
         """Token ids of a prompt. Raises UserError where there are none."""

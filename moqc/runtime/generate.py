@@ -20,15 +20,21 @@ def generate_tokens(
 
     Raises UserError at the call, not at the first token, when prompt and answer do not fit the context.
     """
+    count = answer_length(session.context, len(prompt), max_tokens)
+    return _tokens(session, prompt, Sampler(sampling), ends, count)
+
+
+def answer_length(context: int, prompt: int, max_tokens: int | None) -> int:
+    """Tokens that may follow a prompt of `prompt` tokens. Raises UserError where `max_tokens` do not fit."""
     if max_tokens is not None and max_tokens < 1:
         raise UserError(f"max-tokens {max_tokens}: must be at least 1")
-    room = session.context - len(prompt)
+    room = context - prompt
     if room < (max_tokens or 1):
         raise UserError(
-            f"a prompt of {len(prompt)} tokens and {max_tokens or 1} new ones do not fit the artifact's "
-            f"context of {session.context}: shorten one or compile with a larger --context"
+            f"a prompt of {prompt} tokens and {max_tokens or 1} new ones do not fit the artifact's "
+            f"context of {context}: shorten one or compile with a larger --context"
         )
-    return _tokens(session, prompt, Sampler(sampling), ends, max_tokens or room)
+    return max_tokens or room
 
 
 def _tokens(
@@ -48,16 +54,35 @@ def generate_text(
     tokenizer: Tokenizer, prompt: Sequence[int], tokens: Iterable[int], stops: Sequence[str]
 ) -> Iterator[str]:
     """Text of `tokens` in whole characters, ending before the first of the `stops`."""
-    return _text(Detokenizer(tokenizer, prompt), tokens, StopFilter(stops))
+    return _text(TextBuilder(tokenizer, prompt, stops), tokens)
 
 
-def _text(detokenizer: Detokenizer, tokens: Iterable[int], stop: StopFilter) -> Iterator[str]:
+def _text(builder: TextBuilder, tokens: Iterable[int]) -> Iterator[str]:
     for token in tokens:
-        if piece := stop.push(detokenizer.push(token)):
+        if piece := builder.push(token):
             yield piece
-        if stop.stopped:
+        if builder.stopped:
             return
-    if piece := stop.push(detokenizer.flush()):
+    if piece := builder.finish():
         yield piece
-    if not stop.stopped and (piece := stop.flush()):
-        yield piece
+
+
+class TextBuilder:
+    """Turns the tokens after `prompt` into text that ends before the first of the `stops`."""
+
+    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], stops: Sequence[str]) -> None:
+        self._detokenizer, self._stop = Detokenizer(tokenizer, prompt), StopFilter(stops)
+
+    @property
+    def stopped(self) -> bool:
+        """Whether one of the stops was met; nothing follows then."""
+        return self._stop.stopped
+
+    def push(self, token: int) -> str:
+        """The text that became certain with `token`."""
+        return self._stop.push(self._detokenizer.push(token))
+
+    def finish(self) -> str:
+        """What is left when no token follows."""
+        piece = self._stop.push(self._detokenizer.flush())
+        return piece if self.stopped else piece + self._stop.flush()

@@ -54,9 +54,19 @@ class Session:
         return logits[:, -1]
 
     def _run(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:
-        """One call of the compiled function."""
+        """One call of the compiled function on the next tokens of every row."""
         rows, count = ids.shape
         positions = np.broadcast_to(np.arange(self.length, self.length + count), (rows, count))
+        logits = self.run_at(ids, positions)
+        self.length += count
+        return logits
+
+    def run_at(self, ids: NDArray[np.int64], positions: NDArray[np.int64]) -> NDArray[np.float32]:
+        """One call of the compiled function: logits [B, S, V] of `ids` int64 [B, S] at `positions` [B, S].
+
+        Row b sees and extends cache row b. Position -1 is padding: its logits mean nothing. Nothing is
+        checked, and `length` stays as it is.
+        """
         tensor = self._runtime.tensor
         result = self._main(
             tensor(np.ascontiguousarray(ids)),
@@ -65,7 +75,6 @@ class Session:
             self._caches,
         )
         self._caches = result[1:]
-        self.length += count
         return cast("NDArray[np.float32]", np.from_dlpack(result[0]))
 
     def _check(self, ids: NDArray[np.int64]) -> None:

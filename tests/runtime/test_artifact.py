@@ -49,6 +49,36 @@ def test_generate_recites_and_stops_at_the_end_token(artifact, toy):
     assert artifact.generate("I") == toy.text[1:]
 
 
+def test_prompts_of_any_lengths_together(artifact, toy):
+    """Each says the text from its own position on: five prompts, two rows, chunks of eight tokens."""
+    prompts = ["I", "Il était une", toy.text[:30], "Il", "Il é"]
+    single = [artifact.generate(prompt) for prompt in prompts]
+    assert single == [toy.text[len(prompt) :] for prompt in prompts]
+    assert artifact.generate(prompts) == single
+    encoded = [artifact.encode(prompt) for prompt in prompts]
+    assert artifact.generate(encoded) == single
+    for options in (
+        {"max_tokens": 3},
+        {"stop": ["une"]},
+        {"temperature": 2.0, "top_p": 0.9, "seed": 3, "max_tokens": 20},
+    ):
+        single = [artifact.generate(prompt, **options) for prompt in prompts]
+        assert artifact.generate(prompts, **options) == single
+
+
+@pytest.mark.parametrize(
+    ("prompts", "options", "says"),
+    [
+        (["I", ""], {}, "prompt is empty"),
+        (["I", "a" * 60], {"max_tokens": 5}, "prompt 2 of 2: .*context of 64"),
+        ([[1], [1, 257]], {}, "prompt 2: token ids"),
+    ],
+)
+def test_bad_lists_of_prompts(artifact, prompts, options, says):
+    with pytest.raises(UserError, match=says):
+        artifact.generate(prompts, **options)
+
+
 def test_stream_never_splits_a_character(artifact, toy):
     pieces = list(artifact.stream("I"))
     assert "".join(pieces) == toy.text[1:]
