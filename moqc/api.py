@@ -35,8 +35,9 @@ if TYPE_CHECKING:
     from moqc.passes.pipeline import Pipeline
     from moqc.pipelines import Debug
     from moqc.predict.plan import Plan
+    from moqc.report.data import Report
 
-_INSPECTED = ("bits", "linear_bits", "pipeline", "versions", "numerics", "quality")
+_INSPECTED = ("bits", "linear_bits", "pipeline", "versions", "numerics", "quality", "recipe", "calibration")
 
 
 def compile(
@@ -393,8 +394,12 @@ def recipe(artifact: str | Path | None = None) -> Recipe:
 
 
 def inspect(artifact: str | Path) -> dict[str, Any]:
-    """What an artifact is: target, sizes, bits of every expert and more. Reads its manifest only."""
-    manifest = read_manifest(Path(artifact))
+    """What an artifact is: target, sizes, bits of every expert and why. Reads two small files of it only."""
+    from moqc.report.data import read_report
+    from moqc.report.page import cold_rows, uniform_rows, why
+
+    report = read_report(Path(artifact))
+    manifest = report.manifest
     content = manifest.model_dump(mode="json")
     return {
         "source": manifest.source.path,
@@ -407,4 +412,28 @@ def inspect(artifact: str | Path) -> dict[str, Any]:
         "context": manifest.cache.context,
         "batch": manifest.cache.batch,
         **{key: content[key] for key in _INSPECTED},
+        "why": why(report),
+        "uniform": uniform_rows(report),
+        "least_used": cold_rows(report),
     }
+
+
+def read_report(artifact: str | Path, add: Sequence[Path | str] = ()) -> Report:
+    """The report of an artifact, with the JSON results of other commands in the files `add`.
+
+    Raises UserError for a folder that is no artifact, or a file that no command printed.
+    """
+    from moqc.report import data
+
+    return data.read_report(Path(artifact), dict(data.read_extra(Path(path)) for path in add))
+
+
+def write_report(artifact: str | Path, path: str | Path, add: Sequence[Path | str] = ()) -> None:
+    """Write the report of an artifact as one HTML file that needs nothing else; `add` as in `read_report`."""
+    from moqc.report.page import render
+
+    text = render(read_report(artifact, add))
+    try:
+        Path(path).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror}); give another file") from error

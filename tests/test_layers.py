@@ -39,6 +39,7 @@ LAYERS = {
     "moqc.evaluate": 9,
     "moqc.bench": 9,
     "moqc.predict": 9,
+    "moqc.report": 9,
     "moqc.inputs": 10,
     "moqc.synthesis": 10.5,
     "moqc.api": 10.5,

@@ -3,22 +3,47 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
 from moqc.commands.options import ArtifactArgument, Json, print_json, print_table
 
 
-def command(artifact: ArtifactArgument, as_json: Json = False) -> None:
-    """Show target, sizes and the bits of every expert of an artifact."""
-    from moqc.api import inspect
+def command(
+    artifact: ArtifactArgument,
+    html: Annotated[
+        Path | None, typer.Option("--html", metavar="FILE", help="Write the report as one HTML page there.")
+    ] = None,
+    add: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--add",
+            metavar="FILE",
+            help="What compare, eval, bench or bench-kernels printed with --json; repeatable.",
+        ),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Show what an artifact is: target, sizes, the bits of every expert and why it got them."""
+    from moqc.api import inspect, read_report, write_report
 
+    if html is not None:
+        write_report(artifact, html, add or ())
+        typer.echo(f"{html}: written", err=True)
+        return
     content = inspect(artifact)
     if as_json:
         print_json(content)
-    else:
-        _print(content)
+        return
+    from rich.console import Console
+
+    from moqc.report.terminal import print_report
+
+    _print(content)
+    typer.echo()
+    print_report(read_report(artifact, add or ()), Console(highlight=False))
 
 
 def _print(content: dict[str, Any]) -> None:

@@ -1,0 +1,1 @@
+"""What an artifact is and why: the report of `moqc inspect`, as data, as HTML and for the terminal."""

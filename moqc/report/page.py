@@ -1,0 +1,242 @@
+"""The report as one HTML file that needs nothing else: no network, no scripts."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import jinja2
+import numpy as np
+from markupsafe import Markup
+
+from moqc.report.data import Block, Report
+from moqc.report.frontier import Point, frontier, uniform_points
+from moqc.report.svg import bits_color, heat_map, layer_bars, line_chart, shade, solid
+
+_COLD = 12
+"""Experts listed as least used."""
+
+
+def render(report: Report) -> str:
+    """The page."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("moqc.report"), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters["bytes"] = _bytes
+    template = environment.get_template("report.html.jinja")
+    manifest = report.manifest
+    return template.render(
+        report=report,
+        manifest=manifest,
+        sizes=manifest.sizes,
+        panels=_panels(report),
+        legend=_legend(report),
+        why=why(report),
+        trade=_trade(report),
+        uniform=uniform_rows(report),
+        cold=cold_rows(report),
+        command=_command(report),
+        linears=sorted(Counter(manifest.linear_bits.values()).items()),
+        extras=report.extras,
+    )
+
+
+def _bytes(count: int) -> str:
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.2f} MiB"
+
+
+def _command(report: Report) -> str | None:
+    if report.recipe is None:
+        return None
+    return report.recipe.command(report.manifest.source.path, f"{report.name}-moqc")
+
+
+def _panels(report: Report) -> list[dict[str, Any]]:
+    """The heat maps side by side: bits by projection, then what they were decided by, then by layer."""
+    labels = [block.label for block in report.blocks]
+    panels: list[dict[str, Any]] = []
+
+    def add(title: str, note: str, svg: str) -> None:
+        panels.append({"title": title, "note": note, "svg": Markup(svg)})
+
+    for projection in report.projections:
+        rows = [list(map(float, block.bits[projection])) for block in report.blocks]
+        add(
+            f"bits of {projection}",
+            "file bits per weight",
+            heat_map(rows, labels, solid, _format_tip(report, projection), f"bits of {projection}"),
+        )
+    shares = [block.share for block in report.blocks]
+    if all(share is not None for share in shares):
+        add("activation", "share of the layer's routed tokens", _shaded(report, lambda b: b.share, "{:.2%}"))
+    cheap = _middle_format(report)
+    if cheap is not None:
+        add(
+            "harm",
+            f"if stored in {cheap}; square root",
+            _shaded(
+                report,
+                lambda b: np.sqrt(harm) if (harm := b.harm(cheap)) is not None else None,
+                "{:.3g}",
+                over_all=True,
+            ),
+        )
+    known = [block.sensitivity for block in report.blocks]
+    if all(value is not None for value in known):
+        largest = max(value for value in known if value is not None) or 1.0
+        values = [(value or 0.0) / largest for value in known]
+        texts = [f"{value:.2f}" for value in values]
+        add(
+            "sensitivity",
+            "of the answer to its errors",
+            layer_bars(values, texts, labels, "sensitivity of each layer"),
+        )
+    means = [float(block.mean_bits.mean()) for block in report.blocks]
+    add(
+        "mean bits",
+        "of the layer's experts",
+        layer_bars(means, [f"{value:.2f}" for value in means], labels, "mean bits of each layer"),
+    )
+    return panels
+
+
+def _format_tip(report: Report, projection: str) -> Callable[[int, int], str]:
+    def tip(row: int, expert: int) -> str:
+        block = report.blocks[row]
+        name = block.formats[projection][expert]
+        used = "" if block.share is None else f", {block.share[expert]:.2%} of its tokens"
+        return f"layer {block.label}, expert {expert}, {projection}: {name}{used}"
+
+    return tip
+
+
+def _shaded(report: Report, values: Callable[[Block], Any], text: str, *, over_all: bool = False) -> str:
+    """A heat map of values relative to the largest, of their layer or of all layers."""
+    found = [values(block) for block in report.blocks]
+    top = max((float(np.max(row)) for row in found), default=1.0) or 1.0
+    scaled = [
+        [float(value) / (top if over_all else float(np.max(row)) or 1.0) for value in row] for row in found
+    ]
+
+    def tip(row: int, expert: int) -> str:
+        return f"layer {report.blocks[row].label}, expert {expert}: {text.format(float(found[row][expert]))}"
+
+    return heat_map(scaled, [block.label for block in report.blocks], shade, tip, "by expert")
+
+
+def _middle_format(report: Report) -> str | None:
+    """The measured format nearest to 2.2 bits: cheap enough that differences between experts show."""
+    names = report.measured_formats
+    return min(names, key=lambda name: abs(report.uniform_bits(name) - 2.2), default=None)
+
+
+def _legend(report: Report) -> list[dict[str, Any]]:
+    """Formats in use with their color and count, ascending."""
+    counts: Counter[str] = Counter()
+    bits: dict[str, float] = {}
+    for block in report.blocks:
+        for projection, names in block.formats.items():
+            counts.update(names)
+            bits |= dict(zip(names, map(float, block.bits[projection]), strict=True))
+    total = sum(counts.values())
+    return [
+        {"name": name, "color": bits_color(bits[name]), "share": counts[name] / total, "bits": bits[name]}
+        for name in sorted(counts, key=lambda name: bits[name])
+    ]
+
+
+def why(report: Report) -> list[str]:
+    """Sentences on who got bits: extremes by layer, and what bits go along with."""
+    if not report.blocks:
+        return []
+    means = [float(block.mean_bits.mean()) for block in report.blocks]
+    most, least = int(np.argmax(means)), int(np.argmin(means))
+    sentences = [
+        f"Layer {report.blocks[most].label} got the most bits ({means[most]:.2f} on average), layer "
+        f"{report.blocks[least].label} the fewest ({means[least]:.2f})."
+    ]
+    by_projection = {
+        name: float(np.mean([block.bits[name].mean() for block in report.blocks]))
+        for name in report.projections
+    }
+    ordered = sorted(by_projection, key=lambda name: -by_projection[name])
+    listed = ", ".join(f"{name} {by_projection[name]:.2f}" for name in ordered)
+    sentences.append(f"By projection: {listed} bits.")
+    bits = np.concatenate([block.mean_bits for block in report.blocks])
+    for label, values in (
+        ("an expert's share of the tokens", [block.share for block in report.blocks]),
+        ("its measured harm", [block.harm(_middle_format(report) or "") for block in report.blocks]),
+    ):
+        if all(value is not None for value in values) and bits.std() > 0:
+            joined = np.concatenate([value for value in values if value is not None])
+            sentences.append(
+                f"Rank correlation of bits with {label}: {_rank_correlation(bits, joined):+.2f}."
+            )
+    return sentences
+
+
+def _rank_correlation(a: Any, b: Any) -> float:
+    """Spearman's, ties by average ranks."""
+    from scipy.stats import spearmanr
+
+    return float(spearmanr(a, b).statistic)
+
+
+def _trade(report: Report) -> Markup | None:
+    """The chart of size against predicted harm, in units of the plan's harm."""
+    cost = report.plan_cost
+    if not cost:
+        return None
+    unit = [Point(point.name, point.bits, point.cost / cost) for point in frontier(report)]
+    dots = [Point(point.name, point.bits, point.cost / cost) for point in uniform_points(report)]
+    if not unit:
+        return None
+    plan = Point("this artifact", report.manifest.sizes.expert_file_bits_per_weight, 1.0)
+    return Markup(
+        line_chart(unit, dots, plan, "file bits per expert weight", "predicted harm, this artifact = 1")
+    )
+
+
+def uniform_rows(report: Report) -> list[dict[str, Any]]:
+    """One format for all, beside the plan: bits, size of all experts, and predicted harm relative to it."""
+    cost, weights = report.plan_cost, _expert_weights(report)
+    rows: list[dict[str, Any]] = []
+    for point in uniform_points(report):
+        harm = point.cost / cost if cost else None
+        size = round(point.bits * weights / 8)
+        rows.append({"name": point.name, "bits": point.bits, "bytes": size, "harm": harm})
+    plan_bits = report.manifest.sizes.expert_file_bits_per_weight
+    own: dict[str, Any] = {
+        "name": "this artifact",
+        "bits": plan_bits,
+        "bytes": round(plan_bits * weights / 8),
+        "harm": 1.0,
+    }
+    return sorted([*rows, own], key=lambda row: row["bits"]) if rows else []
+
+
+def _expert_weights(report: Report) -> int:
+    return sum(
+        shape.experts * rows * columns
+        for shape in report.shapes.values()
+        for rows, columns in (shape.shape(name) for name in shape.projections)
+    )
+
+
+def cold_rows(report: Report) -> list[dict[str, Any]]:
+    """The experts that calibration used least, with what they got."""
+    rows: list[dict[str, Any]] = [
+        {
+            "layer": block.label,
+            "expert": expert,
+            "tokens": int(block.tokens[expert]),
+            "share": float(block.share[expert]),
+            "bits": float(block.mean_bits[expert]),
+            "starved": int(block.tokens[expert]) < report.shapes[block.site].hidden,
+        }
+        for block in report.blocks
+        if block.tokens is not None and block.share is not None
+        for expert in range(block.experts)
+    ]
+    return sorted(rows, key=lambda row: row["tokens"])[:_COLD]
