@@ -16,6 +16,7 @@ from moqc.passes.measure_costs import FORMATS
 from moqc.passes.pipeline import Pipeline
 from moqc.quant.allocators.table import find_allocator
 from moqc.quant.formats import Format
+from moqc.quant.quantizers import STORABLE
 
 DEFAULT_QUANTIZER = "gptq"
 WIDEST_BITS = 4.0
@@ -64,7 +65,8 @@ class Plan:
     @property
     def needs_calibration(self) -> bool:
         """Whether calibration text is read."""
-        return self.quantizer != "rtn" or self.allocator != "uniform"
+        data_free = self.quantizer in STORABLE and STORABLE[self.quantizer].data_free
+        return not data_free or self.allocator != "uniform"
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +94,7 @@ def candidate_formats(bits: float) -> tuple[str, ...]:
 def allocation_pipeline(plan: Plan, bits: float) -> Pipeline:
     """The passes that end with moqc.bits: measure what the allocator reads, then allocate."""
     # What is measured with a simulated quantizer is measured with the one whose formats are real.
-    quantizer = plan.quantizer if plan.quantizer in ("rtn", "gptq") else DEFAULT_QUANTIZER
+    quantizer = plan.quantizer if plan.quantizer in STORABLE else DEFAULT_QUANTIZER
     analyses = ANALYSES.get(plan.allocator, (*ANALYSES["pmq"], *ANALYSES["global"]))
     formats = candidate_formats(bits)
     texts = [text.format(quantizer=quantizer, formats="+".join(formats)) for text in analyses]

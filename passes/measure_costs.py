@@ -17,6 +17,7 @@ from moqc.passes.base import Pass, PassContext
 from moqc.passes.measure_gradients import run_backward
 from moqc.passes.scaling import to_integers
 from moqc.quant.formats import Format
+from moqc.quant.quantizers import STORABLE
 
 FORMATS = ("int1-g128", "int2-g128", "int2-g64", "int3-g128", "int4-g128")
 LARGEST = 10**12
@@ -26,10 +27,10 @@ LARGEST = 10**12
 class MeasureCosts(Pass):
     """Quantize every expert projection alone, in every format, and measure the block's output error.
 
-    `quantizer` is "gptq" or "rtn". A unit's cost on a dataset is the squared error a token, multiplied by the
-    block's SENSITIVITY where that was measured; with ``curvature=token``, every component of the error is
-    weighted by the squared gradient of the loss there instead. The cost is the mean over the datasets plus
-    `robustness` times their standard deviation. Writes COSTS: ``{site: {projection: {format:
+    `quantizer` is one of gptq, awq, rtn and hqq. A unit's cost on a dataset is the squared error a token,
+    multiplied by the block's SENSITIVITY where that was measured; with ``curvature=token``, every component
+    of the error is weighted by the squared gradient of the loss there instead. The cost is the mean over the
+    datasets plus `robustness` times their standard deviation. Writes COSTS: ``{site: {projection: {format:
     [int] * E}}}``, scaled so that the largest of the module is 1e12; costs of different units add up.
     """
 
@@ -47,8 +48,10 @@ class MeasureCosts(Pass):
 
     def run(self, mod: IRModule, ctx: PassContext) -> IRModule:
         """Needs a checkpoint, calibration text and a workspace."""
-        if self.quantizer not in ("gptq", "rtn"):
-            raise PipelineError(f"{self.name}: quantizer={self.quantizer} is not one of gptq, rtn")
+        if self.quantizer not in STORABLE:
+            raise PipelineError(
+                f"{self.name}: quantizer={self.quantizer} is not one of {', '.join(STORABLE)}"
+            )
         if self.curvature not in ("block", "token"):
             raise PipelineError(f"{self.name}: curvature={self.curvature} is not one of block, token")
         if self.robustness < 0:

@@ -21,11 +21,10 @@ from moqc.passes.base import Pass, PassContext
 from moqc.passes.rewriting import Rewrite, apply_rewrite, new_parameter
 from moqc.quant.formats import Format
 from moqc.quant.layouts import DEFAULT, Layout, PackedTensors, find_layout
+from moqc.quant.quantizers import STORABLE
 from moqc.quant.tensor import Quantized
 
 ACTIVATIONS = ("float", "int8")
-QUANTIZERS = ("gptq", "rtn")
-"""Those of `moqc.calibrate.quantize` whose results moqc's formats can store."""
 
 
 class ExpertProvider(Protocol):
@@ -39,8 +38,8 @@ class ExpertProvider(Protocol):
 class QuantizeExperts(Pass):
     """Quantize the routed experts as moqc.bits says and group them into bit classes.
 
-    `quantizer` is "gptq" or "rtn"; `activations` tells whether the kernels read their inputs as floats or
-    quantize them to int8 by groups of 32.
+    `quantizer` is one of gptq, awq, rtn and hqq; `activations` tells whether the kernels read their inputs as
+    floats or quantize them to int8 by groups of 32.
     """
 
     name: ClassVar[str] = "quantize-experts"
@@ -55,9 +54,9 @@ class QuantizeExperts(Pass):
 
         checkpoint, workspace = ctx.need("checkpoint", self.name), ctx.need("workspace", self.name)
         params = ctx.need("params", self.name)
-        if self.quantizer not in QUANTIZERS:
+        if self.quantizer not in STORABLE:
             raise PipelineError(
-                f"{self.name}: quantizer={self.quantizer} is not one of {', '.join(QUANTIZERS)}"
+                f"{self.name}: quantizer={self.quantizer} is not one of {', '.join(STORABLE)}"
             )
         sites = check_plan(mod, self.activations)
         if not sites:

@@ -27,10 +27,9 @@ from moqc.calibrate.workspace import Workspace, digest
 from moqc.frontend.checkpoint import Checkpoint
 from moqc.log import track
 from moqc.quant.formats import Format
-from moqc.quant.gptq import quantize_gptq
 from moqc.quant.mcmoe import mcmoe_rtn
 from moqc.quant.problem import MCMOE_BITS
-from moqc.quant.rtn import quantize_rtn
+from moqc.quant.quantizers import STORABLE
 from moqc.quant.versions import QUANTIZER_VERSIONS
 
 VERSION = 1
@@ -60,7 +59,7 @@ def measure_costs(
 
     The number is ``Σ_t g_t² ‖E(x_t) - E_q(x_t)‖²`` over the dataset's tokens routed to the expert, per token
     of the dataset, taken from a `Sample`: the squared error in the block's output when this unit alone is
-    quantized with `quantizer` ("gptq" or "rtn"). With `gradients`, every squared component is multiplied by
+    quantized with `quantizer`, one of `STORABLE`. With `gradients`, every squared component is multiplied by
     the squared gradient of the loss there. Cached by site and format in the statistics' workspace.
     """
     workspace, version = statistics.workspace, QUANTIZER_VERSIONS[quantizer]
@@ -91,10 +90,7 @@ def _site_costs(
     costs: dict[str, list[list[float]]] = {}
     for projection in weights.projections:
         original = weights.matrices(projection)
-        if quantizer == "rtn":
-            quantized = quantize_rtn(original, fmt)
-        else:
-            quantized = quantize_gptq(original, measured.hessians(projection).matrices, fmt)[0]
+        quantized = STORABLE[quantizer].run(original, measured.hessians(projection).matrices, fmt)
         block = weights.substitute(**{projection: quantized.dequantize()})
         squared = (block.output(slice(None), sample.x) - exact).square_()
         if sample.curvature is not None:

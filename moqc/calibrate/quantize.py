@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -19,19 +20,20 @@ from moqc.errors import PipelineError
 from moqc.frontend.checkpoint import Checkpoint
 from moqc.log import logger, track
 from moqc.quant.formats import Format
-from moqc.quant.gptq import quantize_gptq
 from moqc.quant.mcmoe import quantize_mcmoe
+from moqc.quant.quantizers import STORABLE
 from moqc.quant.reference import Activations
-from moqc.quant.rtn import quantize_rtn
 from moqc.quant.tensor import Quantized
 from moqc.quant.versions import QUANTIZER_VERSIONS
 
 VERSION = 1
 """Of the procedure around the quantizers; part of every cache key, as are the versions of the quantizers."""
 
-QUANTIZERS = ("rtn", "gptq", "mcmoe")
-"""``rtn``: rounding with clip search, no data. ``gptq``: on the inputs that the quantized layers before give.
-``mcmoe``: MC-MoE's own procedure, simulated (its zero points are floats)."""
+QUANTIZERS = {
+    **{name: quantizer.doc for name, quantizer in STORABLE.items()},
+    "mcmoe": "MC-MoE's own procedure, simulated (its zero points are floats)",
+}
+"""Name -> what it does."""
 
 Plan = Mapping[str, Mapping[str, Sequence[str]]]
 """site -> projection -> format name of each expert."""
@@ -48,23 +50,24 @@ def quantize_experts(
 ) -> ExpertStore:
     """Quantize all experts as `plan` says; results come from the workspace where they are there.
 
-    `calibration` may be None for "rtn". Layers go in order: each is quantized for the inputs that the already
-    quantized layers give it. A result depends on the plan of its own and the earlier sites only, so plans
-    that begin alike share work, and an interrupted run continues where it stopped.
+    `calibration` may be None for quantizers that need no data. Layers go in order: each is quantized for the
+    inputs that the already quantized layers give it. A result depends on the plan of its own and the earlier
+    sites only, so plans that begin alike share work, and an interrupted run continues where it stopped.
     Raises PipelineError for an unknown quantizer, missing calibration text or a plan that does not fit.
     """
     if quantizer not in QUANTIZERS:
         raise PipelineError(f"unknown quantizer {quantizer!r}: one of {', '.join(QUANTIZERS)}")
-    if quantizer != "rtn" and calibration is None:
-        raise PipelineError(f"quantizer {quantizer} needs calibration text; rtn works without")
+    data_free = quantizer in STORABLE and STORABLE[quantizer].data_free
+    if not data_free and calibration is None:
+        raise PipelineError(f"quantizer {quantizer} needs calibration text; rtn and hqq work without")
     model = LayeredModel(checkpoint)
     _check(plan, model)
-    keys = _keys(model, plan, quantizer, calibration)
+    keys = _keys(model, plan, quantizer, None if data_free else calibration)
     missing = [index for index in range(model.layer_count) if not _cached(model, index, keys, workspace)]
-    if missing and (quantizer == "rtn" or calibration is None):
-        _round_sites(model, plan, keys, workspace)
+    if missing and (data_free or calibration is None):
+        _round_sites(model, plan, quantizer, keys, workspace)
     elif missing and calibration is not None:
-        procedure = _gptq_site if quantizer == "gptq" else _mcmoe_site
+        procedure = _mcmoe_site if quantizer == "mcmoe" else functools.partial(_storable_site, quantizer)
         _calibrated_sites(model, plan, keys, workspace, calibration, procedure, max(missing))
     return ExpertStore(keys, workspace)
 
@@ -86,7 +89,7 @@ def _check(plan: Plan, model: LayeredModel) -> None:
 def _keys(
     model: LayeredModel, plan: Plan, quantizer: str, calibration: CalibrationSet | None
 ) -> dict[str, str]:
-    source = None if quantizer == "rtn" or calibration is None else calibration.fingerprint
+    source = None if calibration is None else calibration.fingerprint
     versions = [VERSION, QUANTIZER_VERSIONS[quantizer]]
     base = digest("quantized", versions, model.checkpoint.fingerprint, quantizer, source)
     keys: dict[str, str] = {}
@@ -94,7 +97,7 @@ def _keys(
     for index in range(model.layer_count):
         for site in model.sites(index):
             chosen = {projection: list(formats) for projection, formats in plan[site].items()}
-            chain = digest(base if quantizer == "rtn" else chain, site, chosen)
+            chain = digest(base if calibration is None else chain, site, chosen)
             keys[site] = chain
     return keys
 
@@ -110,11 +113,16 @@ def _save(workspace: Workspace, key: str, result: SiteResult) -> None:
     workspace.save_tensors(key, tensors)
 
 
-def _round_sites(model: LayeredModel, plan: Plan, keys: dict[str, str], workspace: Workspace) -> None:
+def _round_sites(
+    model: LayeredModel, plan: Plan, quantizer: str, keys: dict[str, str], workspace: Workspace
+) -> None:
     for site in track(list(keys), "rounding experts"):
         if not workspace.has(keys[site]):
             weights = model.experts(site)
-            result = {name: _by_format(weights, name, plan[site][name], None) for name in weights.projections}
+            result = {
+                name: _by_format(quantizer, weights, name, plan[site][name], None)
+                for name in weights.projections
+            }
             _save(workspace, keys[site], result)
 
 
@@ -163,16 +171,16 @@ def _substituted(weights: ExpertWeights, result: SiteResult) -> ExpertWeights:
     return weights.substitute(**{name: part.dense().to(device) for name, part in result.items()})
 
 
-def _gptq_site(site: _Site) -> SiteResult:
+def _storable_site(quantizer: str, site: _Site) -> SiteResult:
     """Gate and up for the inputs of the block, then down for what the quantized gate and up make of them."""
     weights = site.weights
     counts = torch.bincount(site.captured.ids.flatten(), minlength=weights.expert_count)
     hessians = shrink(input_moments(site.captured, weights.expert_count), counts)
     result: SiteResult = {}
     for name in weights.projections[:-1]:
-        result[name] = _by_format(weights, name, site.formats[name], hessians.matrices)
+        result[name] = _by_format(quantizer, weights, name, site.formats[name], hessians.matrices)
     before_down = shrink(hidden_moments(site.captured, _substituted(weights, result)), counts)
-    result["down"] = _by_format(weights, "down", site.formats["down"], before_down.matrices)
+    result["down"] = _by_format(quantizer, weights, "down", site.formats["down"], before_down.matrices)
     starved = sorted({*hessians.starved, *before_down.starved})
     if starved:
         logger.debug("%s: %d starved experts: %s", site.name, len(starved), starved)
@@ -180,17 +188,19 @@ def _gptq_site(site: _Site) -> SiteResult:
 
 
 def _by_format(
-    weights: ExpertWeights, projection: str, formats: Sequence[str], hessian: Tensor | None
+    quantizer: str,
+    weights: ExpertWeights,
+    projection: str,
+    formats: Sequence[str],
+    hessian: Tensor | None,
 ) -> ProjectionResult:
     """Quantize one projection, all experts of a format in one batch."""
     classes: dict[Format, tuple[Tensor, Quantized]] = {}
     for name in sorted(set(formats)):
         experts = torch.tensor([expert for expert, chosen in enumerate(formats) if chosen == name])
         fmt, matrices = Format.parse(name), weights.matrices(projection)[experts]
-        if hessian is None:
-            classes[fmt] = (experts, quantize_rtn(matrices, fmt))
-        else:
-            classes[fmt] = (experts, quantize_gptq(matrices, hessian[experts], fmt)[0])
+        chosen = None if hessian is None else hessian[experts]
+        classes[fmt] = (experts, STORABLE[quantizer].run(matrices, chosen, fmt))
     return ProjectionResult(classes)
 
 

@@ -73,7 +73,7 @@ def allocators(as_json: Json = False) -> None:
         print_json({"allocators": rows, "quantizers": list(QUANTIZERS)})
         return
     print_table(("allocator", "what it does"), list(rows.items()))
-    print_table(("quantizer",), [(name,) for name in QUANTIZERS])
+    print_table(("quantizer", "what it does"), list(QUANTIZERS.items()))
 
 
 def formats(as_json: Json = False) -> None:

@@ -17,6 +17,7 @@ from moqc.frontend.checkpoint import Checkpoint
 from moqc.quant.formats import Format
 from moqc.quant.gptq import quantize_gptq
 from moqc.quant.mcmoe import quantize_mcmoe
+from moqc.quant.quantizers import STORABLE
 from moqc.quant.reference import experts
 from moqc.quant.rtn import quantize_rtn
 from moqc.quant.versions import QUANTIZER_VERSIONS
@@ -97,7 +98,7 @@ def test_gptq_works_on_what_the_quantized_layers_before_produce(
         assert float(same) > 0.98, name
 
 
-def test_gptq_leaves_less_output_error_than_rtn(
+def test_gptq_leaves_the_least_output_error(
     small: Any, calibration: CalibrationSet, tokens: Tensor, workspace: Workspace
 ) -> None:
     original = small()
@@ -105,12 +106,17 @@ def test_gptq_leaves_less_output_error_than_rtn(
     x, ids, weights = original.expert_inputs(tokens)[site]
     exact = LayeredModel(checkpoint).experts(site).apply(x, ids, weights)
     errors = {}
-    for quantizer in ("rtn", "gptq"):
-        plan = plan_for(checkpoint, ["int2-g32"] * 8)
-        store = quantize_experts(checkpoint, plan, quantizer, calibration, workspace)
+    for quantizer, fmt in [(name, "int2-g32") for name in STORABLE] + [("gptq", "tcq2-g32")]:
+        plan = plan_for(checkpoint, [fmt] * 8)
+        text = None if STORABLE[quantizer].data_free else calibration
+        store = quantize_experts(checkpoint, plan, quantizer, text, workspace)
         found = dense_block(checkpoint, store, site).apply(x, ids, weights)
-        errors[quantizer] = float((found - exact).norm())
-    assert errors["gptq"] < 0.8 * errors["rtn"]
+        errors[quantizer, fmt] = float((found - exact).norm())
+        assert store.get(site, "up", 3).format == Format.parse(fmt)
+    best = errors["gptq", "int2-g32"]
+    assert best < 0.8 * errors["rtn", "int2-g32"]
+    assert best < 0.8 * min(errors["hqq", "int2-g32"], errors["awq", "int2-g32"])
+    assert errors["gptq", "tcq2-g32"] < best  # with 2.25 bits a weight against 2.75
 
 
 def test_reference_forward_runs_the_quantized_model(small: Any, tokens: Tensor, workspace: Workspace) -> None:
@@ -241,7 +247,7 @@ def test_first_layer_gptq_agrees_with_the_statistics(
 @pytest.mark.parametrize(
     ("quantizer", "formats", "message"),
     [
-        ("awq", ["int2-g32"] * 8, "unknown quantizer 'awq'"),
+        ("spqr", ["int2-g32"] * 8, "unknown quantizer 'spqr'"),
         ("gptq", ["int2-g32"] * 8, "needs calibration text"),
         ("rtn", ["int2-g32"] * 7, "7 formats for gate, the block 8 experts"),
     ],

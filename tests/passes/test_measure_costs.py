@@ -71,7 +71,7 @@ def test_sensitivity_multiplies_costs(moe: IRModule, calibrated: Any) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"quantizer": "mcmoe"}, "quantizer=mcmoe is not one of gptq, rtn"),
+        ({"quantizer": "mcmoe"}, "quantizer=mcmoe is not one of rtn, hqq, awq, gptq"),
         ({"formats": ()}, "formats= is empty"),
         ({"curvature": "layer"}, "curvature=layer is not one of block, token"),
         ({"robustness": -1.0}, "robustness=-1 must not be negative"),

@@ -243,5 +243,5 @@ def test_needs_a_checkpoint(moe: IRModule) -> None:
 
 
 def test_refuses_a_quantizer_that_only_simulates(moe: IRModule) -> None:
-    with pytest.raises(PipelineError, match="quantizer=mcmoe is not one of gptq, rtn"):
+    with pytest.raises(PipelineError, match="quantizer=mcmoe is not one of rtn, hqq, awq, gptq"):
         QuantizeExperts(quantizer="mcmoe").run(BITS.put(moe, PLAN), PassContext(*[object()] * 5))
