@@ -96,7 +96,7 @@ def unpack_units(packed: PackedUnits, format: Format, rows: int, columns: int) -
     )
 
 
-def _fields(bits: int, lane: int, half: int, pair: int, row: int, h: int) -> list[Field]:
+def fields(bits: int, lane: int, half: int, pair: int, row: int, h: int) -> list[Field]:
     """Where a code is: of `lane` of four, `pair` (0..15) of a half unit, row half `row`, parity `h`."""
     if bits == 1:
         number = 32 * half + 2 * pair + h
@@ -118,7 +118,7 @@ def _fields(bits: int, lane: int, half: int, pair: int, row: int, h: int) -> lis
 def _placements(bits: int) -> list[tuple[tuple[int, ...], Field]]:
     """Every (lane, half, pair, row half, parity) with its fields."""
     positions = product(range(4), range(2), range(16), range(2), range(2))
-    return [(position, field) for position in positions for field in _fields(bits, *position)]
+    return [(position, field) for position in positions for field in fields(bits, *position)]
 
 
 def _pack_codes(codes: Bytes, bits: int) -> Bytes:

@@ -1,4 +1,4 @@
-// Device code of moqc's decode kernels (1 to 8 tokens) for NVIDIA GPUs, sm_80 and later.
+// Device code of moqc's decode kernels (each expert hit, 1 or 8 tokens at a time) for NVIDIA GPUs, sm_80 and later.
 //
 // Weights lie in the layout "mma16x256" (moqc/quant/pack_mma.py): a *unit* is 16 rows x 256 columns of one
 // matrix, `bits` times 512 bytes, so that lane l of a warp reads its part with `bits` loads of 16 bytes. A code is
@@ -8,6 +8,9 @@
 //
 // A warp keeps one unit's 256 columns of activations in 32 registers and streams the row tiles of a matrix past
 // them, STAGES tiles ahead: in registers, or through a ring of its own in shared memory.
+//
+// Activations are fp16 here, and preparing them multiplies by up to 16: where they reach LIMIT, a warp divides its
+// columns of a token by a power of two and multiplies it back into its partial sums.
 #ifndef MOQC_DEVICE
 #define MOQC_DEVICE
 #include <cuda_fp16.h>
@@ -18,6 +21,7 @@ using word = unsigned int;
 
 constexpr int ROWS = 16, COLUMNS = 256;   // of a unit
 constexpr float SCALE = 1048576.0f;       // 2^20: what prepare() leaves in every product
+constexpr float LIMIT = 4094.0f;          // of activations: 16 times it is the largest fp16
 
 __host__ __device__ constexpr int largest(int a) { return a; }
 template <class... Rest> __host__ __device__ constexpr int largest(int a, int b, Rest... rest) { return largest(a > b ? a : b, rest...); }
@@ -232,8 +236,29 @@ __device__ __forceinline__ uint4 load_columns(const float* p) {
   return *(const uint4*)h;
 }
 
+// 2^shift that brings |largest| under 2048 (0 or more), and that power of two.
+__device__ __forceinline__ int shift_of(float largest) { return max(0, (int)(__float_as_uint(largest) >> 23 & 255) - 127 - 10); }
+__device__ __forceinline__ float power(int shift) { return __uint_as_float((127 + shift) << 23); }
+__device__ __forceinline__ __half2 scaled(__half2 pair, float by) {
+  const float2 values = __half22float2(pair);
+  return __floats2half2_rn(values.x * by, values.y * by);
+}
+__device__ __forceinline__ __half2 scaled(float2 pair, float by) { return __floats2half2_rn(pair.x * by, pair.y * by); }
+__device__ __forceinline__ float largest_of(__half2 pair) { return fmaxf(fabsf(__low2float(pair)), fabsf(__high2float(pair))); }
+__device__ __forceinline__ float largest_of(float2 pair) { return fmaxf(fabsf(pair.x), fabsf(pair.y)); }
+template <class T> struct PairOf;
+template <> struct PairOf<__half> { using type = __half2; };
+template <> struct PairOf<float> { using type = float2; };
+
+// `mine`: a factor of this lane's token (lane / 4); returned: those of the accumulators' columns.
+__device__ __forceinline__ float2 factors(float mine, int lane) {
+  return make_float2(__shfl_sync(0xffffffffu, mine, lane % 4 * 8), __shfl_sync(0xffffffffu, mine, lane % 4 * 8 + 4));
+}
+
 // The lane's 64 of the unit's 256 columns: chunk v is columns first + 32 v + 8 (lane % 4) .. + 7 of `row`, zero from N on.
-template <int N, class T> __device__ __forceinline__ void load_x(word* x, const T* row, int first, bool there, int lane) {
+// Returns what the products of the accumulators' two columns are to be multiplied by, for large activations.
+template <int N, class T> __device__ __forceinline__ float2 load_x(word* x, const T* row, int first, bool there, int lane) {
+  __half2 largest = __float2half2_rn(0.0f);
 #pragma unroll
   for (int v = 0; v < 8; ++v) {
     const int k = first + 32 * v + 8 * (lane % 4);
@@ -241,6 +266,63 @@ template <int N, class T> __device__ __forceinline__ void load_x(word* x, const 
     if (there && (N % COLUMNS == 0 || k < N)) values = load_columns(row + k);
     x[4 * v] = values.x, x[4 * v + 1] = values.y, x[4 * v + 2] = values.z, x[4 * v + 3] = values.w;
   }
+#pragma unroll
+  for (int i = 0; i < 32; ++i) largest = __hmax2(largest, __habs2(*(const __half2*)&x[i]));
+  if (!__any_sync(0xffffffffu, largest_of(largest) >= LIMIT)) return make_float2(1.0f, 1.0f);
+  using Pair = typename PairOf<T>::type;   // once more, from what may be beyond fp16
+  float most = 0.0f;
+#pragma unroll 1
+  for (int i = 0; i < 32; ++i) {
+    const int k = first + 32 * (i / 4) + 8 * (lane % 4) + 2 * (i % 4);
+    if (there && (N % COLUMNS == 0 || k < N)) most = fmaxf(most, largest_of(*(const Pair*)(row + k)));
+  }
+  most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, 1));
+  most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, 2));
+  const int shift = shift_of(most);
+#pragma unroll
+  for (int i = 0; i < 32; ++i) {
+    const int k = first + 32 * (i / 4) + 8 * (lane % 4) + 2 * (i % 4);
+    __half2 pair = __float2half2_rn(0.0f);
+    if (there && (N % COLUMNS == 0 || k < N)) pair = scaled(*(const Pair*)(row + k), power(-shift));
+    x[i] = *(const word*)&pair;
+  }
+  return factors(power(shift), lane);
+}
+
+// The same from `hidden`, of which each 16 columns are divided by 2^shift: a byte each in `shifts`, 16 a unit.
+template <int N> __device__ __forceinline__ float2 load_hidden(word* x, const __half* row, const unsigned char* shifts, int first, bool there, int lane) {
+  uint4 given = {0, 0, 0, 0};
+  if (there) given = load_columns((const __half*)shifts);
+  word each[4] = {given.x, given.y, given.z, given.w};
+#pragma unroll
+  for (int v = 0; v < 8; ++v) {
+    const int k = first + 32 * v + 8 * (lane % 4);
+    uint4 values = {0, 0, 0, 0};
+    if (there && (N % COLUMNS == 0 || k < N)) values = load_columns(row + k);
+    x[4 * v] = values.x, x[4 * v + 1] = values.y, x[4 * v + 2] = values.z, x[4 * v + 3] = values.w;
+  }
+  if (N % COLUMNS != 0) {   // nobody wrote the bytes past the last row tile
+    const int tiles = (N + ROWS - 1) / ROWS - first / ROWS;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int valid = min(max(tiles - 4 * i, 0), 4);
+      each[i] &= valid == 4 ? 0xffffffffu : (1u << (8 * valid)) - 1;
+    }
+  }
+  if (!__any_sync(0xffffffffu, (each[0] | each[1] | each[2] | each[3]) != 0)) return make_float2(1.0f, 1.0f);
+  const word most4 = __vmaxu4(__vmaxu4(each[0], each[1]), __vmaxu4(each[2], each[3]));
+  const int most = max(max(most4 & 255, most4 >> 8 & 255), max(most4 >> 16 & 255, most4 >> 24));
+#pragma unroll
+  for (int v = 0; v < 8; ++v) {
+    const int shift = each[v / 2] >> (8 * (v % 2 * 2 + lane % 4 / 2)) & 255;
+    const float by = power(max(shift - most, -126));
+#pragma unroll
+    for (int i = 4 * v; i < 4 * v + 4; ++i) {
+      const __half2 pair = scaled(*(const __half2*)&x[i], by);
+      x[i] = *(const word*)&pair;
+    }
+  }
+  return factors(power(most), lane);
 }
 
 // ---------------------------------------------------------------------------------------------- partial sums
@@ -249,13 +331,13 @@ template <int N, class T> __device__ __forceinline__ void load_x(word* x, const 
 template <int TOKENS> __device__ __forceinline__ int place(int row, int token) {
   return TOKENS == 1 ? row : row * 8 + (((token >> 1 ^ row >> 2) & 3) << 1) + (token & 1);
 }
-template <int TOKENS> __device__ __forceinline__ void store_partial(float* tile, const float (&acc)[4], int lane) {
+template <int TOKENS> __device__ __forceinline__ void store_partial(float* tile, const float (&acc)[4], float2 factor, int lane) {
   const int row = lane / 4, token = lane % 4 * 2;
   if (TOKENS == 1) {
-    if (token == 0) tile[row] = acc[0], tile[row + 8] = acc[2];
+    if (token == 0) tile[row] = acc[0] * factor.x, tile[row + 8] = acc[2] * factor.x;
   } else {
-    *(float2*)(tile + place<TOKENS>(row, token)) = make_float2(acc[0], acc[1]);
-    *(float2*)(tile + place<TOKENS>(row + 8, token)) = make_float2(acc[2], acc[3]);
+    *(float2*)(tile + place<TOKENS>(row, token)) = make_float2(acc[0] * factor.x, acc[1] * factor.y);
+    *(float2*)(tile + place<TOKENS>(row + 8, token)) = make_float2(acc[2] * factor.x, acc[3] * factor.y);
   }
 }
 template <int WARPS, int TOKENS> __device__ __forceinline__ float sum_partials(const float* tile, int row, int token) {
@@ -316,7 +398,7 @@ template <class P, class All, int UNITS, int PHASES> struct Stream {
     for (int i = 0; i < P::STAGES - 1; ++i) fetch_one();
   }
   // TILES tiles of one format; `partials` is the warp's place in the first of them.
-  template <class F> __device__ __forceinline__ void run(const word* x, const float* sums, float* partials) {
+  template <class F> __device__ __forceinline__ void run(const word* x, const float* sums, float2 factor, float* partials) {
 #pragma unroll 1
     for (int tile = 0; tile < P::TILES; ++tile) {
       fetch_one();
@@ -330,7 +412,7 @@ template <class P, class All, int UNITS, int PHASES> struct Stream {
       const word* zeros = (const word*)(slot + All::CODES + All::SCALES + lane * (2 * F::GROUPS));
       float acc[4];
       dot<F>(acc, (const word*)codes, x, sums, scales, zeros);
-      store_partial<P::TOKENS>(partials + tile * (P::WARPS * ROWS * P::TOKENS), acc, lane);
+      store_partial<P::TOKENS>(partials + tile * (P::WARPS * ROWS * P::TOKENS), acc, factor, lane);
     }
   }
 };
@@ -383,7 +465,7 @@ __device__ __forceinline__ void stream_registers(float* partials, const Unit& fi
 #pragma unroll
   for (int i = 0; i < DEPTH; ++i) load(i);
   wait();
-  get_x(x);
+  const float2 factor = get_x(x);
   prepare<F>(x, sums);
 #pragma unroll 1
   for (int item = 0; item < ITEMS; ++item) {
@@ -394,7 +476,7 @@ __device__ __forceinline__ void stream_registers(float* partials, const Unit& fi
         float acc[4];
         dot<F>(acc, window.codes[i], x, sums, window.scales[i], window.zeros[i]);
         if (ITEMS == 1 ? tile + DEPTH < TOTAL : fetched < TOTAL * ITEMS) load(i);
-        store_partial<P::TOKENS>(partials + (tile + i) * TILE, acc, lane);
+        store_partial<P::TOKENS>(partials + (tile + i) * TILE, acc, factor, lane);
       }
     finish(item);
   }
@@ -410,18 +492,19 @@ __device__ __forceinline__ void stream_ring(char* ring, float* partials, const U
   stream.start();
   wait();
   int prepared = -1;
+  float2 factor = make_float2(1.0f, 1.0f);
 #pragma unroll 1
   for (int item = 0; item < P::ITEMS; ++item) {
 #pragma unroll 1
     for (int phase = 0; phase < PHASES; ++phase) {
       const int id = phase ? second.id : first.id;
       if (id != prepared) {
-        get_x(x);
+        factor = get_x(x);
         with_format(All{}, id, [&](auto format) { prepare<decltype(format)>(x, sums); });
         prepared = id;
       }
       with_format(All{}, id, [&](auto format) {
-        stream.template run<decltype(format)>(x, sums, partials + phase * P::TILES * TILE);
+        stream.template run<decltype(format)>(x, sums, factor, partials + phase * P::TILES * TILE);
       });
     }
     finish(item);
@@ -429,7 +512,7 @@ __device__ __forceinline__ void stream_ring(char* ring, float* partials, const U
 }
 
 // One warp's work in a block: PHASES matrices, one unit of each row tile. `wait` runs once the first weights are on their
-// way, `get_x` loads the raw activations, `finish(item)` is called by every warp of the block after TILES tiles of each.
+// way, `get_x` loads the raw activations (and returns their factors), `finish(item)` is called by every warp of the block after TILES tiles of each.
 template <class P, class All, int UNITS, int PHASES, class Wait, class GetX, class Finish>
 __device__ __forceinline__ void multiply(char* ring, float* partials, const Unit& first, const Unit& second, int lane, Wait wait, GetX get_x, Finish finish) {
   if constexpr (!P::REGISTERS) {
@@ -481,46 +564,6 @@ template <int COUNT, int EXPERTS, class Id> __device__ __forceinline__ int2 find
   }
 }
 
-// The experts that 2 to 8 tokens hit, in rising order: slots[n] = expert, shares[n][8] = its weight for each token (0
-// where a token does not choose it; duplicates add up), *hit = their number. One block; ids out of range are ignored.
-template <int EXPERTS, int TOP, class Id>
-__device__ __forceinline__ void route(const Id* ids, const float* weights, int tokens, int* slots, float* shares, int* hit) {
-  start_next_kernel();
-  __shared__ int counts[32];
-  __shared__ int chosen_ids[8 * TOP];
-  __shared__ float given[8 * TOP];
-  for (int i = threadIdx.x; i < tokens * TOP; i += blockDim.x) {
-    const Id id = ids[i];
-    chosen_ids[i] = id >= 0 && id < EXPERTS ? (int)id : -1;
-    given[i] = weights[i];
-  }
-  __syncthreads();
-  const int expert = threadIdx.x, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  float share[8];
-  bool chosen = false;
-#pragma unroll
-  for (int token = 0; token < 8; ++token) {
-    share[token] = 0.0f;
-    if (token < tokens)
-      for (int j = 0; j < TOP; ++j)
-        if (chosen_ids[token * TOP + j] == expert) chosen = true, share[token] += given[token * TOP + j];
-  }
-  const word ballot = __ballot_sync(0xffffffffu, chosen);
-  if (lane == 0) counts[warp] = __popc(ballot);
-  __syncthreads();
-  int slot = __popc(ballot & ((1u << lane) - 1)), total = 0;
-  for (int i = 0; i < (EXPERTS + 31) / 32; ++i) {
-    if (i < warp) slot += counts[i];
-    total += counts[i];
-  }
-  if (chosen) {
-    slots[slot] = expert;
-#pragma unroll
-    for (int token = 0; token < 8; ++token) shares[slot * 8 + token] = share[token];
-  }
-  if (threadIdx.x == 0) *hit = total;
-}
-
 // ---------------------------------------------------------------------------------------------- the two products
 // Gate functions of moqc/quant/activations.py; ALPHA and LIMIT are the bits of floats.
 __device__ __forceinline__ float silu(float v) { return v / (1.0f + __expf(-v)); }
@@ -547,25 +590,34 @@ MOQC_ACTIVATION(act_silu, false, silu(up))
 MOQC_ACTIVATION(act_gelu, false, gelu_erf(up))
 MOQC_ACTIVATION(act_relu2, false, fmaxf(up, 0.0f) * fmaxf(up, 0.0f))
 
-template <int H_, int I_, int EXPERTS_, class Activation_> struct Layer {
-  static constexpr int H = H_, I = I_, EXPERTS = EXPERTS_;
+// BIASES: bits of gate (1), up (2) and down (4).
+template <int H_, int I_, int EXPERTS_, int BIASES_, class Activation_> struct Layer {
+  static constexpr int H = H_, I = I_, EXPERTS = EXPERTS_, BIASES = BIASES_;
+  static constexpr int SHIFTS = (I_ + COLUMNS - 1) / COLUMNS * 16;   // bytes for one row of `hidden`
   static constexpr bool GATED = Activation_::GATED;
   using Activation = Activation_;
 };
 
-// hidden[slot][token][I] = share * act(gate x, up x) in fp16; y [tokens][H] is set to 0 for `down` to add to.
+// hidden[slot][column][I] = share * act(gate x + bias, up x + bias) in fp16, with `shifts` (see load_hidden); y [tokens][H]
+// is set to 0 for `down` to add to. For 1 token, slots and shares are the router's ids and weights; else `members` names
+// the token of each of a slot's 8 columns (-1: none, its share is 0).
 // Grid: slots x (row tiles of I / TILES); WARPS == units of H.
-template <class L, class P, class Gates, class Ups, class All, class X, class Id, class... Tensors>
-__device__ __forceinline__ void gate_up(void* memory, const X* x, int tokens, const Id* slots, const float* shares, const int* hit,
-                                        const int* table, __half* hidden, float* y, const Tensors*... packed) {
+template <class L, class P, class Gates, class Ups, class All, class Id, class X, class... Tensors>
+__device__ __forceinline__ void gate_up(void* memory, const X* x, int tokens, const void* slot_list, const void* share_list, const void* member_list,
+                                        const void* hit, const int* table, const void* gate_bias, const void* up_bias, void* hidden_rows,
+                                        void* shift_rows, float* y, const Tensors*... packed) {
   constexpr int UNITS = (L::H + COLUMNS - 1) / COLUMNS, ROW_TILES = (L::I + ROWS - 1) / ROWS, GROUPS = ROW_TILES / (P::TILES * P::ITEMS);
   constexpr int PHASES = L::GATED ? 2 : 1, TILE = P::WARPS * ROWS * P::TOKENS;
   static_assert(P::WARPS == UNITS && ROW_TILES % (P::TILES * P::ITEMS) == 0, "a warp for each unit of a row, whole groups of row tiles");
+  const Id* slots = (const Id*)slot_list;
+  const float* shares = (const float*)share_list;
+  __half* hidden = (__half*)hidden_rows;
+  unsigned char* shifts = (unsigned char*)shift_rows;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, slot = blockIdx.x / GROUPS, tile = blockIdx.x % GROUPS * (P::TILES * P::ITEMS);
-  if (P::TOKENS > 1) wait_for_previous_kernel();   // of `route`; a launch without the attribute does not wait
+  wait_for_previous_kernel();
   start_next_kernel();
-  for (int i = blockIdx.x * P::THREADS + threadIdx.x; i < tokens * L::H; i += gridDim.x * P::THREADS) y[i] = 0.0f;
-  if (P::TOKENS > 1 && slot >= *hit) return;
+  for (long long i = (long long)blockIdx.x * P::THREADS + threadIdx.x; i < (long long)tokens * L::H; i += (long long)gridDim.x * P::THREADS) y[i] = 0.0f;
+  if (P::TOKENS > 1 && slot >= *(const int*)hit) return;
   const void* const tensors[] = {packed...};
   long long expert;
   constexpr int CLASSES = largest(Gates::COUNT, Ups::COUNT);
@@ -578,46 +630,76 @@ __device__ __forceinline__ void gate_up(void* memory, const X* x, int tokens, co
   if constexpr (L::GATED) first = locate(Gates{}, tensors, first_place, matrix, unit, lane);
   float* partials = (float*)memory;
   char* ring = (char*)memory + PHASES * P::TILES * TILE * 4 + warp * (P::RINGS * All::SLOT);
-  const int token = P::TOKENS == 1 ? 0 : lane / 4;
-  const auto get_x = [&](word* values) { load_x<L::H>(values, x + (long long)token * L::H, warp * COLUMNS, token < tokens, lane); };
+  const int token = P::TOKENS == 1 ? 0 : ((const int*)member_list)[slot * P::TOKENS + lane / 4];
+  const auto get_x = [&](word* values) { return load_x<L::H>(values, x + (long long)token * L::H, warp * COLUMNS, token >= 0, lane); };
   const auto finish = [&](int item) {
     __syncthreads();
     for (int i = threadIdx.x; i < P::TILES * ROWS * P::TOKENS; i += P::THREADS) {
       const int t = i / (ROWS * P::TOKENS), row = i % ROWS, column = i / ROWS % P::TOKENS, out = (tile + item * P::TILES + t) * ROWS + row;
-      const float gate = sum_partials<P::WARPS, P::TOKENS>(partials + t * TILE, row, column);
-      const float up = L::GATED ? sum_partials<P::WARPS, P::TOKENS>(partials + (P::TILES + t) * TILE, row, column) : gate;
+      const bool inside = L::I % ROWS == 0 || out < L::I;
+      float gate = sum_partials<P::WARPS, P::TOKENS>(partials + t * TILE, row, column);
+      float up = L::GATED ? sum_partials<P::WARPS, P::TOKENS>(partials + (P::TILES + t) * TILE, row, column) : gate;
+      if ((L::BIASES & 1) && inside) gate += ((const float*)gate_bias)[expert * L::I + out];
+      if ((L::BIASES & 2) && inside) up += ((const float*)up_bias)[expert * L::I + out];
       const float share = shares[slot * P::TOKENS + column];
-      const float value = share == 0.0f ? 0.0f : share * L::Activation::of(gate, up);
-      if (L::I % ROWS == 0 || out < L::I) hidden[((long long)slot * P::TOKENS + column) * L::I + out] = __float2half(value);
+      float value = share == 0.0f || !inside ? 0.0f : share * L::Activation::of(gate, up);
+      const word sixteen = 0xffffu << (lane & 16);   // the lanes of this row tile and column
+      float most = fabsf(value);
+      int shift = 0;
+      if (__ballot_sync(sixteen, most >= LIMIT) != 0) {
+#pragma unroll
+        for (int other = 8; other > 0; other /= 2) most = fmaxf(most, __shfl_xor_sync(sixteen, most, other));
+        shift = shift_of(most), value *= power(-shift);
+      }
+      const long long at = (long long)slot * P::TOKENS + column;
+      if (inside) hidden[at * L::I + out] = __float2half(value);
+      if (row == 0) shifts[at * L::SHIFTS + out / ROWS] = (unsigned char)shift;
     }
     if (item + 1 < P::ITEMS) __syncthreads();   // before the partial sums are overwritten
   };
   multiply<P, All, UNITS, PHASES>(ring, partials + warp * (ROWS * P::TOKENS), first, second, lane, [] {}, get_x, finish);
 }
 
-// y[token][H] += sum over slots of down x hidden: one dot product over all experts hit, cut into blocks of WARPS units.
-// Where one block holds all of it (ADD false), y is written instead: no atomics, the same bits every time.
-template <class L, class P, bool ADD, class Downs, class All, class Id, class... Tensors>
-__device__ __forceinline__ void down(void* memory, const __half* hidden, int tokens, const Id* slots, const int* hit, int top, const int* table,
-                                     float* y, const Tensors*... packed) {
+// y[token][H] += sum over slots of down x hidden + share * bias, cut into blocks of WARPS units. Up to 8 tokens, column c
+// is token c in every slot, and all slots together are one dot product; where one block holds all of it (ADD false), y is
+// written instead: no atomics, the same bits every time. With more tokens (MANY), a block's units are of one slot.
+template <class L, class P, bool ADD, bool MANY, class Downs, class All, class Id, class... Tensors>
+__device__ __forceinline__ void down(void* memory, const void* hidden, const void* shifts, int tokens, const void* slot_list, const void* share_list,
+                                     const void* member_list, const void* hit, int top, const int* table, const void* bias, float* y,
+                                     const Tensors*... packed) {
   constexpr int UNITS = (L::I + COLUMNS - 1) / COLUMNS, ROW_TILES = (L::H + ROWS - 1) / ROWS, GROUPS = ROW_TILES / (P::TILES * P::ITEMS);
-  constexpr int TILE = P::WARPS * ROWS * P::TOKENS;
+  constexpr int TILE = P::WARPS * ROWS * P::TOKENS, SLICES = (UNITS + P::WARPS - 1) / P::WARPS;   // SLICES: of a slot, if MANY
   static_assert(ROW_TILES % (P::TILES * P::ITEMS) == 0, "whole groups of row tiles");
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, tile = blockIdx.x % GROUPS * (P::TILES * P::ITEMS);
-  const int number = blockIdx.x / GROUPS * P::WARPS + warp, slot = number / UNITS, column = number % UNITS;
-  const int experts = P::TOKENS == 1 ? top : *hit;
-  if (P::TOKENS > 1 && number - warp >= experts * UNITS) return;
+  const Id* slots = (const Id*)slot_list;
+  const float* shares = (const float*)share_list;
+  const int* members = (const int*)member_list;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, tile = blockIdx.x % GROUPS * (P::TILES * P::ITEMS), slice = blockIdx.x / GROUPS;
+  const int number = slice * P::WARPS + warp, slot = MANY ? slice / SLICES : number / UNITS;
+  const int column = MANY ? slice % SLICES * P::WARPS + warp : number % UNITS;
+  const int experts = P::TOKENS == 1 ? top : *(const int*)hit;
+  if (P::TOKENS > 1 && (MANY ? slot >= experts : number - warp >= experts * UNITS)) return;
   const void* const tensors[] = {packed...};
   float* partials = (float*)memory;
   long long expert = -1;
   int2 at = {0, 0};
-  if (slot < experts) at = find<Downs::COUNT, L::EXPERTS>(table + 4 * L::EXPERTS, slots + slot, expert, lane);
+  if (slot < experts && column < UNITS) at = find<Downs::COUNT, L::EXPERTS>(table + 4 * L::EXPERTS, slots + slot, expert, lane);
+  const auto biases = [&](int column, int out) {   // of the slots whose first unit is in this block
+    float sum = 0.0f;
+    const int first = MANY ? slot : (slice * P::WARPS + UNITS - 1) / UNITS, last = MANY ? slot + (slice % SLICES == 0) : (slice * P::WARPS + P::WARPS + UNITS - 1) / UNITS;
+    for (int s = first; s < min(last, experts); ++s) {
+      const long long e = slots[s];
+      if (e >= 0 && e < L::EXPERTS) sum += shares[s * P::TOKENS + column] * ((const float*)bias)[e * L::H + out];
+    }
+    return sum;
+  };
   const auto finish = [&](int item) {
     __syncthreads();
     for (int i = threadIdx.x; i < P::TILES * ROWS * P::TOKENS; i += P::THREADS) {
-      const int t = i / (ROWS * P::TOKENS), row = i % ROWS, token = i / ROWS % P::TOKENS, out = (tile + item * P::TILES + t) * ROWS + row;
-      const float sum = sum_partials<P::WARPS, P::TOKENS>(partials + t * TILE, row, token);
-      if (token >= tokens || (L::H % ROWS != 0 && out >= L::H)) continue;
+      const int t = i / (ROWS * P::TOKENS), row = i % ROWS, c = i / ROWS % P::TOKENS, out = (tile + item * P::TILES + t) * ROWS + row;
+      float sum = sum_partials<P::WARPS, P::TOKENS>(partials + t * TILE, row, c);
+      const int token = MANY ? members[slot * P::TOKENS + c] : c;
+      if (token < 0 || token >= tokens || (L::H % ROWS != 0 && out >= L::H)) continue;
+      if (L::BIASES & 4) sum += biases(c, out);
       if (ADD) add(y + (long long)token * L::H + out, sum);
       else y[(long long)token * L::H + out] = sum;
     }
@@ -626,14 +708,15 @@ __device__ __forceinline__ void down(void* memory, const __half* hidden, int tok
   float* const mine = partials + warp * (ROWS * P::TOKENS);
   if (expert >= 0 && expert < L::EXPERTS) {
     const Unit unit = locate(Downs{}, tensors, at, (long long)ROW_TILES * UNITS, (long long)tile * UNITS + column, lane);
-    const int token = P::TOKENS == 1 ? 0 : lane / 4;
-    const __half* row = hidden + ((long long)slot * P::TOKENS + token) * L::I;
+    const long long line = (long long)slot * P::TOKENS + (P::TOKENS == 1 ? 0 : lane / 4);
+    const __half* row = (const __half*)hidden + line * L::I;
+    const unsigned char* shift_row = (const unsigned char*)shifts + line * L::SHIFTS + column * 16;
     char* const ring = (char*)memory + P::TILES * TILE * 4 + warp * (P::RINGS * All::SLOT);
-    const auto get_x = [&](word* values) { load_x<L::I>(values, row, column * COLUMNS, token < tokens, lane); };
+    const auto get_x = [&](word* values) { return load_hidden<L::I>(values, row, shift_row, column * COLUMNS, true, lane); };
     multiply<P, All, UNITS, 1>(ring, mine, unit, unit, lane, [] { wait_for_previous_kernel(); }, get_x, finish);
   } else {
     const float nothing[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-    for (int t = 0; t < P::TILES; ++t) store_partial<P::TOKENS>(mine + t * TILE, nothing, lane);
+    for (int t = 0; t < P::TILES; ++t) store_partial<P::TOKENS>(mine + t * TILE, nothing, make_float2(1.0f, 1.0f), lane);
     wait_for_previous_kernel();   // before y is touched
     for (int item = 0; item < P::ITEMS; ++item) finish(item);
   }

@@ -1,127 +1,62 @@
-"""The decode kernels (1 to 8 tokens) of an experts block with packed weights, for NVIDIA GPUs.
+"""The decode kernels of an experts block with packed weights, for NVIDIA GPUs: 8 tokens of an expert at once.
 
-Two launches a layer: `gate_up_kernel` (with the activation function and the routing weight) and `down_kernel`
-(with the weighted sum); for 2 to 8 tokens `route_kernel` before them lists the experts hit. Each expert hit
-is read once, whatever its formats: all bit classes of a layer, different ones for gate, up and down too, are
-in one launch. The device code is ``device.cu``; here its templates are chosen and TVM is told how to launch
-them.
+Two launches a layer: `launch_gate_up` (with the activation function and the routing weight) and `launch_down`
+(with the weighted sum); for more than one token `launch_route` before them lists *slots*, an expert and up
+to 8 of its tokens. Each slot's expert is read once, whatever its formats: all bit classes of a layer,
+different ones for gate, up and down too, are in one launch. The device code is ``device.cu`` and
+``routing.cu``; here its templates are chosen and TVM is told how to launch them. `layer.py` puts a whole
+layer together; the functions at the end build each kernel by itself, for tests and benchmarks.
 """
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from importlib import resources
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tvm import tirx
-from tvm.backend.cuda.op import cuda_func_call
-from tvm.script.ir_builder import IRBuilder
-from tvm.tirx.script import builder as T
 
 from moqc.errors import InternalError, UserError
 from moqc.quant.activations import parse_activation
 from moqc.quant.formats import Format
-from moqc.quant.pack_mma import COLUMNS, ROWS, packed_shapes
-from moqc.schedules.cuda.plan import MAX_TOKENS, SHARED_BYTES, ExpertsShape, Plan, shared_bytes
+from moqc.quant.pack_mma import COLUMNS, ROWS
+from moqc.schedules.cuda.emit import Kernel, kernel
+from moqc.schedules.cuda.plan import COLUMN_TOKENS, SHARED_BYTES, ExpertsShape, Plan, shared_bytes
+
+CPP = {"int32": "int", "int64": "long long"}
+BIASES = ("gate_bias", "up_bias", "down_bias")
+
+Pointers = Mapping[str, Any]
+"""Addresses by name: a parameter's, a workspace section's; lists of them for ``gate``, ``up`` and
+``down``."""
 
 
-def _format(fmt: Format) -> str:
-    return f"moqc::Format<{fmt.bits}, {fmt.group}, {str(fmt.symmetric).lower()}>"
+def formats_of(formats: Sequence[Format]) -> str:
+    """The C++ type of a list of formats."""
+    each = [f"moqc::Format<{fmt.bits}, {fmt.group}, {str(fmt.symmetric).lower()}>" for fmt in formats]
+    return f"moqc::Formats<{', '.join(each)}>"
 
 
-def _formats(formats: Sequence[Format]) -> str:
-    return f"moqc::Formats<{', '.join(map(_format, formats))}>"
-
-
-def _layer(shape: ExpertsShape) -> str:
+def layer_of(shape: ExpertsShape) -> str:
+    """The C++ type of a layer."""
     activation = parse_activation(shape.activation)
     alpha, limit = (
         f"0x{struct.unpack('<I', struct.pack('<f', value))[0]:08x}u"
         for value in (activation.alpha, activation.limit)
     )
     function = f"moqc::act_{activation.kind}<{alpha}, {limit}>"
-    return f"moqc::Layer<{shape.hidden}, {shape.intermediate}, {shape.experts}, {function}>"
+    biases = sum(1 << BIASES.index(name) for name in shape.biases)
+    return f"moqc::Layer<{shape.hidden}, {shape.intermediate}, {shape.experts}, {biases}, {function}>"
+
+
+def distinct(*lists: Sequence[Format]) -> list[Format]:
+    """Every format once, the widest first."""
+    return sorted({fmt for formats in lists for fmt in formats}, key=lambda fmt: (-fmt.bits, fmt))
 
 
 def _plan(plan: Plan) -> str:
     registers = str(plan.registers).lower()
     return f"moqc::Plan<{plan.warps}, {plan.tiles}, {plan.stages}, {registers}, {plan.tokens}, {plan.items}>"
-
-
-def _distinct(*lists: Sequence[Format]) -> list[Format]:
-    """Every format once, the widest first."""
-    return sorted({fmt for formats in lists for fmt in formats}, key=lambda fmt: (-fmt.bits, fmt))
-
-
-class _Kernel:
-    """A PrimFunc that launches one device function."""
-
-    def __init__(self, builder: IRBuilder) -> None:
-        self._builder = builder
-
-    def parameter(self, name: str, shape: Sequence[Any], dtype: str) -> Any:
-        """Declare the next parameter, a buffer."""
-        extents = [tirx.const(extent, "int64") if isinstance(extent, int) else extent for extent in shape]
-        return IRBuilder.name(name, T.match_buffer(T.arg(name, T.handle()), extents, dtype))
-
-    def packed(self, name: str, formats: Sequence[Format], rows: int, columns: int) -> list[Any]:
-        """Declare the tensors of a projection's classes; pointers to codes, scales and zeros of each."""
-        pointers = []
-        for number, fmt in enumerate(formats):
-            count = tirx.Var(f"{name}_{number}", "int64")
-            codes_shape, groups_shape = packed_shapes(fmt, rows, columns)
-            prefix = f"{name}_{number}_"
-            codes = self.parameter(prefix + "codes", [count, *codes_shape], "uint8")
-            scales = self.parameter(prefix + "scales", [count, *groups_shape], "float16")
-            zeros = codes  # never read
-            if not fmt.symmetric:
-                zeros = self.parameter(prefix + "zeros", [count, *groups_shape], "uint8")
-            pointers += [pointer(codes), pointer(scales), pointer(zeros)]
-        return pointers
-
-    def launch(self, blocks: int, threads: int, shared: int, function: str, *arguments: Any) -> None:
-        """Run `function` of device.cu (template arguments too), on a pointer to `shared` bytes if any."""
-        source = resources.files("moqc.schedules.cuda").joinpath("device.cu").read_text()
-        with (
-            T.launch_thread("blockIdx.x", tirx.const(blocks, "int32")),
-            T.launch_thread("threadIdx.x", tirx.const(threads, "int32")),
-        ):
-            memory = []
-            if shared:
-                # The whole buffer: TVM shrinks one of which it only sees the address of an element.
-                memory = [T.alloc_buffer((shared,), "uint8", scope="shared.dyn").data]
-            T.evaluate(cuda_func_call(function, *memory, *arguments, source_code=source))
-
-    def finish(self, *, overlaps: bool) -> tirx.PrimFunc:
-        """The function; if it `overlaps`, it may start before the kernel ahead ends, and waits itself."""
-        function = self._builder.get()
-        if not overlaps:
-            return function
-        # "programtic" is TVM's spelling; the shared memory's size has to come last.
-        parameters = ["blockIdx.x", "threadIdx.x", "tirx.use_programtic_dependent_launch"]
-        return function.with_attr("tirx.kernel_launch_params", [*parameters, "tirx.use_dyn_shared_memory"])
-
-
-@contextmanager
-def _kernel(kind: str, **facts: Any) -> Iterator[_Kernel]:
-    builder = IRBuilder()
-    with builder, T.prim_func(is_private=True, s_tir=True):
-        T.func_attr(
-            {
-                "tirx.noalias": True,
-                "tirx.is_scheduled": True,
-                "op_pattern": 8,  # opaque: FuseOps leaves it alone
-                "moqc.kernel": {"kind": kind, **facts},
-            }
-        )
-        yield _Kernel(builder)
-
-
-def pointer(buffer: Any) -> Any:
-    """The address of a buffer's first element."""
-    return T.address_of(buffer[tuple(0 for _ in buffer.shape)])
 
 
 def _check(shape: ExpertsShape, plan: Plan, rows: int, projections: int, formats: Sequence[Format]) -> int:
@@ -130,7 +65,7 @@ def _check(shape: ExpertsShape, plan: Plan, rows: int, projections: int, formats
     tiles, total = -(-rows // ROWS), projections * plan.tiles
     if (
         tiles % (plan.tiles * plan.items)
-        or plan.tokens not in (1, MAX_TOKENS)
+        or plan.tokens not in (1, COLUMN_TOKENS)
         or shared > SHARED_BYTES
         or plan.warps > 32
     ):
@@ -140,89 +75,167 @@ def _check(shape: ExpertsShape, plan: Plan, rows: int, projections: int, formats
     return shared
 
 
-def route_kernel(shape: ExpertsShape, dtype: str) -> tirx.PrimFunc:
-    """Build the list of experts that 2 to 8 tokens hit.
-
-    Parameters of the PrimFunc: ids `dtype` ``[T, top_k]``, weights float32 ``[T, top_k]``, and the outputs
-    slots int32 ``[S]`` (experts hit, rising), shares float32 ``[S, 8]`` (weight of the expert for each token)
-    and hit int32 ``[1]`` (how many slots are used); ``S = shape.slots(8)``. Ids out of range are dropped.
-    """
+def launch_route(k: Kernel, shape: ExpertsShape, at: Pointers, tokens: tirx.Var) -> None:
+    """List the slots: `at` has ids and weights, and the outputs slots, members, shares and hit."""
     if shape.experts > 1024:
         raise UserError(f"{shape.experts} experts: the CUDA kernels take up to 1024")
-    with _kernel("route", experts=shape.experts, top_k=shape.top_k) as k:
-        tokens, slots = tirx.Var("t", "int64"), shape.slots(MAX_TOKENS)
-        ids = k.parameter("ids", [tokens, shape.top_k], dtype)
-        weights = k.parameter("weights", [tokens, shape.top_k], "float32")
-        outputs = [
-            k.parameter("slots", [slots], "int32"),
-            k.parameter("shares", [slots, MAX_TOKENS], "float32"),
-            k.parameter("hit", [1], "int32"),
-        ]
-        arguments = [pointer(ids), pointer(weights), tirx.Cast("int32", tokens), *map(pointer, outputs)]
-        threads = -(-shape.experts // 32) * 32
-        k.launch(1, threads, 0, f"moqc::route<{shape.experts}, {shape.top_k}>", *arguments)
-    return k.finish(overlaps=False)
+    threads = max(-(-shape.experts // 32) * 32, 512)
+    names = ("slots", "members", "shares", "hit")
+    arguments = [at["ids"], at["weights"], tirx.Cast("int32", tokens), *(at[name] for name in names)]
+    k.launch(1, threads, 0, f"moqc::route<{shape.experts}, {shape.top_k}>", *arguments)
 
 
-def gate_up_kernel(shape: ExpertsShape, plan: Plan, x_dtype: str, id_dtype: str = "int32") -> tirx.PrimFunc:
-    """Build the first product with the activation function.
-
-    Parameters of the PrimFunc: x `x_dtype` ``[T, H]`` (float16 or float32, read as float16: below 4094),
-    slots `id_dtype` ``[S]``, shares float32 ``[S, plan.tokens]``, hit int32 ``[1]`` (not for 1 token), table
-    int32 ``[3, E, 2]``, the classes of gate, then of up (codes, scales, zeros unless symmetric), and the
-    outputs hidden float16 ``[S, plan.tokens, I]`` and y float32 ``[T, H]``, which is cleared for
-    `down_kernel`. For 1 token, slots and shares are the router's ids and weights. A projection of one class
-    holds all experts in order.
-    """
-    formats = _distinct(shape.gate, shape.up)
+def launch_gate_up(
+    k: Kernel, shape: ExpertsShape, plan: Plan, at: Pointers, tokens: tirx.Var, slots: Any, id_dtype: str
+) -> None:
+    """The first product, for as many as `slots` slots; of `id_dtype`, and for 1 token the router's ids."""
+    formats = distinct(shape.gate, shape.up)
     shared = _check(shape, plan, shape.intermediate, 2 if shape.gate else 1, formats)
     if plan.warps != -(-shape.hidden // COLUMNS):
         raise InternalError(f"plan {plan}: gate and up want a warp for each {COLUMNS} of {shape.hidden}")
-    with _kernel("gate_up", plan=str(plan), formats=[str(fmt) for fmt in formats]) as k:
-        tokens, slots = tirx.Var("t", "int64"), shape.slots(plan.tokens)
-        x = k.parameter("x", [tokens, shape.hidden], x_dtype)
-        named = k.parameter("slots", [slots], id_dtype)
-        shares = k.parameter("shares", [slots, plan.tokens], "float32")
-        hit = k.parameter("hit", [1], "int32") if plan.tokens > 1 else None
-        table = k.parameter("table", [3, shape.experts, 2], "int32")
-        gate = k.packed("gate", shape.gate, shape.intermediate, shape.hidden)
-        up = k.packed("up", shape.up, shape.intermediate, shape.hidden)
-        hidden = k.parameter("hidden", [slots, plan.tokens, shape.intermediate], "float16")
-        y = k.parameter("y", [tokens, shape.hidden], "float32")
-        lists = ", ".join(map(_formats, (shape.gate, shape.up, formats)))
-        arguments = [pointer(x), tirx.Cast("int32", tokens), pointer(named), pointer(shares)]
-        arguments += [pointer(table if hit is None else hit), pointer(table), pointer(hidden), pointer(y)]
-        blocks = slots * (-(-shape.intermediate // ROWS) // (plan.tiles * plan.items))
-        function = f"moqc::gate_up<{_layer(shape)}, {_plan(plan)}, {lists}>"
-        k.launch(blocks, 32 * plan.warps, shared, function, *arguments, *gate, *up)
-    return k.finish(overlaps=plan.tokens > 1)
+    lists = ", ".join(map(formats_of, (shape.gate, shape.up, formats)))
+    function = f"moqc::gate_up<{layer_of(shape)}, {_plan(plan)}, {lists}, {CPP[id_dtype]}>"
+    names = ("slots", "shares", "members", "hit", "table", "gate_bias", "up_bias", "hidden", "shifts", "y")
+    arguments = [at["x"], tirx.Cast("int32", tokens), *(at[name] for name in names)]
+    blocks = slots * (-(-shape.intermediate // ROWS) // (plan.tiles * plan.items))
+    k.launch(blocks, 32 * plan.warps, shared, function, *arguments, *at["gate"], *at["up"])
 
 
-def down_kernel(shape: ExpertsShape, plan: Plan, id_dtype: str = "int32") -> tirx.PrimFunc:
-    """Build the second product with the weighted sum over a token's experts.
+def launch_down(
+    k: Kernel,
+    shape: ExpertsShape,
+    plan: Plan,
+    at: Pointers,
+    tokens: tirx.Var,
+    slots: Any,
+    id_dtype: str,
+    *,
+    many: bool = False,
+) -> None:
+    """The second product with the weighted sum; `many`: for more than 8 tokens.
 
-    Parameters of the PrimFunc: hidden float16 ``[S, plan.tokens, I]``, slots, hit and table as for
-    `gate_up_kernel`, the classes of down, and y float32 ``[T, H]``, added to in place. Where one block sees
-    all experts (1 token and ``plan.warps >= top_k * ceil(I / 256)``), y is written and its bits are the same
-    every time; else the order in which blocks add to it is not fixed.
+    Where one block sees all experts (1 token and ``plan.warps >= top_k * ceil(I / 256)``), y is written and
+    its bits are the same every time; else the order in which blocks add to it is not fixed.
     """
     shared = _check(shape, plan, shape.hidden, 1, shape.down)
-    formats = _distinct(shape.down)
-    with _kernel("down", plan=str(plan), formats=[str(fmt) for fmt in formats]) as k:
-        tokens, slots = tirx.Var("t", "int64"), shape.slots(plan.tokens)
-        hidden = k.parameter("hidden", [slots, plan.tokens, shape.intermediate], "float16")
-        named = k.parameter("slots", [slots], id_dtype)
-        hit = k.parameter("hit", [1], "int32") if plan.tokens > 1 else None
-        table = k.parameter("table", [3, shape.experts, 2], "int32")
-        down = k.packed("down", shape.down, shape.hidden, shape.intermediate)
-        y = k.parameter("y", [tokens, shape.hidden], "float32")
-        slices = -(-slots * -(-shape.intermediate // COLUMNS) // plan.warps)
-        adds = str(slices > 1 or plan.tokens > 1).lower()
-        function = (
-            f"moqc::down<{_layer(shape)}, {_plan(plan)}, {adds}, {_formats(shape.down)}, {_formats(formats)}>"
-        )
-        arguments = [pointer(hidden), tirx.Cast("int32", tokens), pointer(named)]
-        arguments += [pointer(table if hit is None else hit), tirx.const(shape.top_k, "int32")]
-        blocks = slices * (-(-shape.hidden // ROWS) // (plan.tiles * plan.items))
-        k.launch(blocks, 32 * plan.warps, shared, function, *arguments, pointer(table), pointer(y), *down)
-    return k.finish(overlaps=True)
+    units = -(-shape.intermediate // COLUMNS)
+    slices = slots * -(-units // plan.warps) if many else -(-slots * units // plan.warps)
+    if not isinstance(slots, int) and not many:
+        slices = (slots * units + (plan.warps - 1)) // plan.warps
+    adds = plan.tokens > 1 or slices > 1
+    flags = f"{str(adds).lower()}, {str(many).lower()}"
+    lists = f"{formats_of(shape.down)}, {formats_of(distinct(shape.down))}"
+    function = f"moqc::down<{layer_of(shape)}, {_plan(plan)}, {flags}, {lists}, {CPP[id_dtype]}>"
+    arguments = [at["hidden"], at["shifts"], tirx.Cast("int32", tokens)]
+    arguments += [at[name] for name in ("slots", "shares", "members", "hit")]
+    arguments += [tirx.const(shape.top_k, "int32"), at["table"], at["down_bias"], at["y"], *at["down"]]
+    blocks = slices * (-(-shape.hidden // ROWS) // (plan.tiles * plan.items))
+    k.launch(blocks, 32 * plan.warps, shared, function, *arguments)
+
+
+def declare_packed(k: Kernel, shape: ExpertsShape, *projections: str) -> dict[str, list[Any]]:
+    """Declare the classes of projections, in the order of their names."""
+    rows, columns = shape.intermediate, shape.hidden
+    return {
+        name: k.packed(name, getattr(shape, name), *((columns, rows) if name == "down" else (rows, columns)))
+        for name in projections
+    }
+
+
+def declare_biases(k: Kernel, shape: ExpertsShape, table: Any, *names: str) -> dict[str, Any]:
+    """Declare the biases there are; `table` stands in for the others, and is not read."""
+    widths = {"gate_bias": shape.intermediate, "up_bias": shape.intermediate, "down_bias": shape.hidden}
+    return {
+        name: k.parameter(name, [shape.experts, widths[name]], "float32") if name in shape.biases else table
+        for name in names
+    }
+
+
+def route_kernel(shape: ExpertsShape, dtype: str) -> tirx.PrimFunc:
+    """Build the lists of slots by themselves.
+
+    Parameters of the PrimFunc: ids `dtype` ``[T, top_k]``, weights float32 ``[T, top_k]``, and the outputs
+    slots int32 ``[S]`` (experts hit, rising), members int32 ``[S, 8]`` (tokens, -1 for none), shares float32
+    ``[S, 8]`` (weight of the expert for each of them, 0 for none) and hit int32 ``[1]`` (how many slots are
+    used); ``S`` at least ``shape.slots(T)``. Ids out of range are dropped.
+    """
+    with kernel("route", experts=shape.experts, top_k=shape.top_k) as k:
+        tokens, slots = tirx.Var("t", "int64"), tirx.Var("s", "int64")
+        at = {
+            "ids": k.parameter("ids", [tokens, shape.top_k], dtype),
+            "weights": k.parameter("weights", [tokens, shape.top_k], "float32"),
+            "slots": k.parameter("slots", [slots], "int32"),
+            "members": k.parameter("members", [slots, COLUMN_TOKENS], "int32"),
+            "shares": k.parameter("shares", [slots, COLUMN_TOKENS], "float32"),
+            "hit": k.parameter("hit", [1], "int32"),
+        }
+        launch_route(k, shape, at, tokens)
+    return k.finish()
+
+
+def gate_up_kernel(shape: ExpertsShape, plan: Plan, x_dtype: str, id_dtype: str = "int32") -> tirx.PrimFunc:
+    """Build the first product with the activation function by itself.
+
+    Parameters of the PrimFunc: x `x_dtype` ``[T, H]`` (float16 or float32, read as float16), slots
+    `id_dtype` ``[S]``, shares float32 ``[S, plan.tokens]``, members int32 ``[S, 8]`` and hit int32 ``[1]``
+    (not for 1 token), table int32 ``[3, E, 2]``, the classes of gate, then of up (codes, scales, zeros
+    unless symmetric), the biases of gate and up if any, and the outputs hidden float16 ``[S, plan.tokens,
+    I]``, shifts uint8 ``[S, plan.tokens, 16 ceil(I / 256)]`` (the exponents that 16 rows of hidden share, 0
+    unless they are large) and y float32 ``[T, H]``, which is cleared for `down_kernel`. For 1 token, slots
+    and shares are the router's ids and weights. A projection of one class holds all experts in order.
+    """
+    facts = {"plan": str(plan), "formats": [str(fmt) for fmt in distinct(shape.gate, shape.up)]}
+    with kernel("gate_up", **facts) as k:
+        tokens, slots = tirx.Var("t", "int64"), tirx.Var("s", "int64")
+        at = {"x": k.parameter("x", [tokens, shape.hidden], x_dtype)}
+        at |= _declare_slots(k, shape, plan, slots, id_dtype)
+        at |= declare_packed(k, shape, "gate", "up")
+        at |= declare_biases(k, shape, at["table"], "gate_bias", "up_bias")
+        at |= _declare_hidden(k, shape, plan, slots)
+        at["y"] = k.parameter("y", [tokens, shape.hidden], "float32")
+        launch_gate_up(k, shape, plan, at, tokens, slots, id_dtype)
+    return k.finish()
+
+
+def down_kernel(
+    shape: ExpertsShape, plan: Plan, id_dtype: str = "int32", *, many: bool = False
+) -> tirx.PrimFunc:
+    """Build the second product with the weighted sum over a token's experts by itself.
+
+    Parameters of the PrimFunc: hidden and shifts of `gate_up_kernel`, slots, shares, members, hit and table
+    as there, the classes of down, its bias if any, and y float32 ``[T, H]``, added to in place. `many` is
+    for more than 8 tokens.
+    """
+    facts = {"plan": str(plan), "formats": [str(fmt) for fmt in distinct(shape.down)], "many": many}
+    with kernel("down", **facts) as k:
+        tokens, slots = tirx.Var("t", "int64"), tirx.Var("s", "int64")
+        at = _declare_hidden(k, shape, plan, slots)
+        at |= _declare_slots(k, shape, plan, slots, id_dtype)
+        at |= declare_packed(k, shape, "down")
+        at |= declare_biases(k, shape, at["table"], "down_bias")
+        at["y"] = k.parameter("y", [tokens, shape.hidden], "float32")
+        used = shape.top_k if plan.tokens == 1 else slots
+        launch_down(k, shape, plan, at, tokens, used, id_dtype, many=many)
+    return k.finish()
+
+
+def _declare_slots(
+    k: Kernel, shape: ExpertsShape, plan: Plan, slots: tirx.Var, id_dtype: str
+) -> dict[str, Any]:
+    at = {
+        "slots": k.parameter("slots", [slots], id_dtype),
+        "shares": k.parameter("shares", [slots, plan.tokens], "float32"),
+    }
+    if plan.tokens > 1:
+        at["members"] = k.parameter("members", [slots, COLUMN_TOKENS], "int32")
+        at["hit"] = k.parameter("hit", [1], "int32")
+    at["table"] = k.parameter("table", [3, shape.experts, 2], "int32")
+    return {"members": at["table"], "hit": at["table"]} | at
+
+
+def _declare_hidden(k: Kernel, shape: ExpertsShape, plan: Plan, slots: tirx.Var) -> dict[str, Any]:
+    shifts = -(-shape.intermediate // COLUMNS) * (COLUMNS // ROWS)
+    return {
+        "hidden": k.parameter("hidden", [slots, plan.tokens, shape.intermediate], "float16"),
+        "shifts": k.parameter("shifts", [slots, plan.tokens, shifts], "uint8"),
+    }

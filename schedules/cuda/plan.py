@@ -9,8 +9,8 @@ from moqc.errors import UserError
 from moqc.quant.formats import Format
 from moqc.quant.pack_mma import COLUMNS, ROWS
 
-MAX_TOKENS = 8
-"""Tokens of one call: the columns of the tensor core's smallest product."""
+COLUMN_TOKENS = 8
+"""Tokens of a slot: the columns of the tensor core's smallest product."""
 MULTIPROCESSORS = 132
 """Of an H200, for which plans were chosen."""
 LARGE_ROWS = 256
@@ -23,7 +23,8 @@ SHARED_BYTES = 227 * 1024
 class ExpertsShape:
     """What the kernels of one layer depend on; `gate` is empty for activations without one.
 
-    Each projection lists the formats of its classes, in the order of its tensors.
+    Each projection lists the formats of its classes, in the order of its tensors; `biases` names those there
+    are, of ``gate_bias``, ``up_bias`` and ``down_bias``.
     """
 
     experts: int
@@ -34,8 +35,14 @@ class ExpertsShape:
     up: tuple[Format, ...]
     down: tuple[Format, ...]
     activation: str = "silu_glu"
+    biases: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        for fmt in (*self.gate, *self.up, *self.down):
+            if fmt.byte_scales or fmt.simulated:
+                raise UserError(
+                    f"format {fmt}: the CUDA kernels have int formats of 1, 2, 3, 4, 8 bits, no byte scales"
+                )
         if self.hidden % 8 or self.intermediate % 8:
             raise UserError(
                 f"experts of {self.hidden} x {self.intermediate}: the CUDA kernels want multiples of 8"
@@ -44,8 +51,11 @@ class ExpertsShape:
             raise UserError(f"hidden size {self.hidden}: the CUDA kernels take up to {32 * COLUMNS}")
 
     def slots(self, tokens: int) -> int:
-        """Experts that a call of up to `tokens` tokens may hit."""
-        return self.top_k if tokens == 1 else min(self.experts, MAX_TOKENS * self.top_k)
+        """The most slots (an expert and up to 8 of its tokens) that `tokens` tokens can take."""
+        pairs = tokens * self.top_k
+        if tokens == 1:
+            return self.top_k
+        return min(pairs, self.experts + (pairs // COLUMN_TOKENS if tokens > COLUMN_TOKENS else 0))
 
 
 @dataclass(frozen=True)
@@ -120,6 +130,13 @@ def down_plan(shape: ExpertsShape, tokens: int) -> Plan:
     if several and not large:
         return cut.ring(8)
     return cut.registers(8, 4 if bits == 2 and not large else 2, 16 if large or bits >= 3 else 8)
+
+
+def many_down_plan(shape: ExpertsShape) -> Plan:
+    """The plan of down for more than 8 tokens, where a block's units are of one slot."""
+    units, rows = -(-shape.intermediate // COLUMNS), -(-shape.hidden // ROWS)
+    warps = min(range(min(units, 8), 0, -1), key=lambda each: -(-units // each) * each)
+    return _Cut(warps, rows, COLUMN_TOKENS, shape.down, 1).registers(8, 2, 16)
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,8 @@ from pathlib import Path
 from moqc.errors import TargetError
 
 CUDA_HOME = Path("/usr/local/cuda")
+WARP_GROUP_THREADS = 384
+"""Threads of the kernels whose warp groups pass on registers (``grouped.py``)."""
 NO_DEVICE = 100
 """CUDA_ERROR_NO_DEVICE."""
 
@@ -39,9 +41,11 @@ def find_nvcc() -> Path:
 def compile_fatbin(source: str, architectures: Sequence[str]) -> bytes:
     """Machine code of CUDA C++ `source` for each of `architectures` (``sm_90``...), as one fat binary.
 
-    TargetError with the compiler's first error if it refuses.
+    sm_90 becomes sm_90a, which has the instructions of Hopper's warp groups. TargetError with the compiler's
+    first error if it refuses.
     """
-    codes = [f"-gencode=arch=compute_{arch[3:]},code={arch}" for arch in architectures]
+    numbers = [f"{arch[3:]}{'a' if arch == 'sm_90' else ''}" for arch in architectures]
+    codes = [f"-gencode=arch=compute_{number},code=sm_{number}" for number in numbers]
     with tempfile.TemporaryDirectory(prefix="moqc-nvcc-") as folder:
         text, binary = Path(folder, "kernels.cu"), Path(folder, "kernels.fatbin")
         text.write_text(source)
@@ -69,7 +73,9 @@ def prepare(architectures: Sequence[str]) -> None:
     ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
 
     def compile_source(source: str) -> bytes:
-        return compile_fatbin(source, architectures)
+        # One block a multiprocessor is what warp groups that pass on registers want to be told; TVM does not.
+        bounds = f"__launch_bounds__({WARP_GROUP_THREADS}"
+        return compile_fatbin(source.replace(f"{bounds})", f"{bounds}, 1)"), architectures)
 
     tvm.register_global_func("tvm_callback_cuda_compile", compile_source, override=True)
 

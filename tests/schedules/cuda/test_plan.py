@@ -46,5 +46,7 @@ def test_plans_of_a_large_and_a_small_layer():
 def test_refuses_sizes_it_cannot_take():
     with pytest.raises(UserError, match="multiples of 8"):
         ExpertsShape(4, 2, 100, 64, (), (Format(2),), (Format(2),))
+    with pytest.raises(UserError, match="no byte scales"):
+        ExpertsShape(4, 2, 64, 64, (), (Format.parse("tcq2-g64"),), (Format(2),))
     with pytest.raises(UserError, match="up to 8192"):
         ExpertsShape(4, 2, 16384, 64, (), (Format(2),), (Format(2),))

@@ -1,0 +1,108 @@
+"""One MoE layer with packed weights as one PrimFunc, for any number of tokens, on NVIDIA GPUs.
+
+The host looks at the number of tokens and launches what suits it: for 1 token the two decode kernels; for
+more, lists of slots first; for many, the grouped product. What the kernels leave for each other lies in one
+workspace.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tvm import tirx
+from tvm.tirx.script import builder as T
+
+from moqc.schedules.cuda.emit import Kernel, kernel
+from moqc.schedules.cuda.experts import (
+    BIASES,
+    declare_biases,
+    declare_packed,
+    launch_down,
+    launch_gate_up,
+    launch_route,
+)
+from moqc.schedules.cuda.grouped import launch_grouped
+from moqc.schedules.cuda.plan import (
+    COLUMN_TOKENS,
+    ExpertsShape,
+    down_plan,
+    gate_up_plan,
+    many_down_plan,
+)
+from moqc.schedules.cuda.workspace import ALIGNMENT, capacity_of, sections, workspace_bytes
+
+GROUPED_PAIRS = 8
+"""Tokens an expert, on average, from which on the grouped product is used."""
+
+
+def grouped_from(shape: ExpertsShape) -> int:
+    """The number of tokens from which on the grouped product is used."""
+    return max(COLUMN_TOKENS + 1, -(-GROUPED_PAIRS * shape.experts // shape.top_k))
+
+
+def experts_function(
+    shape: ExpertsShape, *, x_dtype: str = "float32", id_dtype: str = "int64", grouped: int | None = None
+) -> tirx.PrimFunc:
+    """Build the function of a layer; from `grouped` tokens on it uses the grouped product, which needs sm_90.
+
+    Its parameters: x `x_dtype` ``[T, H]`` (float16 or float32), ids `id_dtype` ``[T, top_k]`` (those out of
+    range are dropped), weights float32 ``[T, top_k]``, table int32 ``[3, E, 2]`` (projection, expert ->
+    class, index in the class), the classes of gate, up and down in layout mma16x256 (codes, scales, zeros
+    unless symmetric, each ``[number of experts, ...]``; a projection of one class holds all experts in
+    order), the biases named by the shape, float32, in the order gate ``[E, I]``, up ``[E, I]``, down ``[E,
+    H]``; and the outputs workspace uint8 ``[workspace_bytes(shape, T)]`` and y float32 ``[T, H]``.
+    """
+    formats = {name: [str(fmt) for fmt in getattr(shape, name)] for name in ("gate", "up", "down")}
+    with kernel("experts", **formats) as k:
+        tokens = tirx.Var("t", "int64")
+        at: dict[str, Any] = {
+            "x": k.parameter("x", [tokens, shape.hidden], x_dtype),
+            "ids": k.parameter("ids", [tokens, shape.top_k], id_dtype),
+            "weights": k.parameter("weights", [tokens, shape.top_k], "float32"),
+            "table": k.parameter("table", [3, shape.experts, 2], "int32"),
+        }
+        at |= declare_packed(k, shape, "gate", "up", "down")
+        at |= declare_biases(k, shape, at["table"], *BIASES)
+        workspace = k.bytes("workspace", workspace_bytes(shape, tokens))
+        at["y"] = k.parameter("y", [tokens, shape.hidden], "float32")
+        at["hit"], offset = T.address_of(workspace[0]), tirx.const(ALIGNMENT, "int64")
+        for name, size in sections(shape).items():
+            at[name] = T.address_of(workspace[offset])
+            offset = offset + capacity_of(shape, tokens) * size
+        with T.If(tokens == 1):
+            with T.Then():
+                one = at | {"slots": at["ids"], "shares": at["weights"]}
+                launch_gate_up(k, shape, gate_up_plan(shape, 1), one, tokens, shape.top_k, id_dtype)
+                launch_down(k, shape, down_plan(shape, 1), one, tokens, shape.top_k, id_dtype)
+            with T.Else(), T.If(tokens > 0), T.Then():
+                _several(k, shape, at, tokens, grouped)
+    return k.finish()
+
+
+def _several(
+    k: Kernel, shape: ExpertsShape, at: dict[str, Any], tokens: tirx.Var, grouped: int | None
+) -> None:
+    """Two or more tokens: slots of 8."""
+    pairs = tokens * shape.top_k
+    few = tirx.min(pairs, tirx.const(shape.experts, "int64"))
+    most = tirx.min(pairs, shape.experts + pairs // COLUMN_TOKENS)
+    launch_route(k, shape, at, tokens)
+    if grouped is None:
+        _slots(k, shape, at, tokens, few, most)
+        return
+    with T.If(tokens < grouped):
+        with T.Then():
+            _slots(k, shape, at, tokens, few, most)
+        with T.Else():
+            launch_grouped(k, shape, at, tokens, most, capacity_of(shape, tokens))
+
+
+def _slots(k: Kernel, shape: ExpertsShape, at: dict[str, Any], tokens: tirx.Var, few: Any, most: Any) -> None:
+    """Each slot by itself: `few` slots up to 8 tokens, else `most`."""
+    plan, slots = gate_up_plan(shape, COLUMN_TOKENS), tirx.if_then_else(tokens <= COLUMN_TOKENS, few, most)
+    launch_gate_up(k, shape, plan, at, tokens, slots, "int32")
+    with T.If(tokens <= COLUMN_TOKENS):
+        with T.Then():
+            launch_down(k, shape, down_plan(shape, COLUMN_TOKENS), at, tokens, few, "int32")
+        with T.Else():
+            launch_down(k, shape, many_down_plan(shape), at, tokens, most, "int32", many=True)
