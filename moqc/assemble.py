@@ -13,7 +13,7 @@ from moqc.certificate import certify
 from moqc.codegen import build, export
 from moqc.describe import analysis, count_weights, describe
 from moqc.errors import InternalError
-from moqc.log import logger
+from moqc.log import event
 from moqc.manifest import ANALYSIS, CARD, LIBRARY, Manifest
 from moqc.package import from_torch, write_artifact
 from moqc.passes.base import PassContext
@@ -44,7 +44,7 @@ def assemble(
     draft = describe(
         mod, checkpoint, ctx.target, passes, chunk=chunk, recipe=recipe, calibration=ctx.calibration
     )
-    logger.info("building for %s", ctx.target.name)
+    event("stage", f"building for {ctx.target.name}", stage="build")
     executable = build(mod, ctx.target)
 
     def load(name: str) -> StoredTensor:
@@ -58,7 +58,7 @@ def assemble(
         def place(path: Path) -> None:
             shutil.move(library, path)
 
-        logger.info("certifying kernels")
+        event("stage", "certifying kernels", stage="certify")
         numerics = certify(library, mod, ctx.target, load)
         return write_artifact(
             out,

@@ -9,7 +9,7 @@ from pathlib import Path
 from tvm import IRModule
 
 from moqc.errors import BudgetError, UserError
-from moqc.log import logger
+from moqc.log import event
 from moqc.passes.allocate_bits import MOST_BITS
 from moqc.passes.base import PassContext
 from moqc.passes.measure_costs import FORMATS
@@ -154,6 +154,8 @@ def run_passes(pipeline: Pipeline, mod: IRModule, ctx: PassContext, debug: Debug
         print_after=debug.print_after,
         time_passes=debug.time_passes,
         stop_after=debug.stop_after,
-        progress=lambda number, count, text: logger.info("[%d/%d] %s", number, count, text),
+        progress=lambda number, count, text: event(
+            "pass", f"[{number}/{count}] {text}", number=number, count=count, text=text
+        ),
         report=lambda text: print(text, file=sys.stderr),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from moqc.calibrate.capture import Batches, Captured, Recorder
 from moqc.calibrate.experts import ExpertWeights
 from moqc.calibrate.layers import ExpertsFunction, LayeredModel, LoadedLayer, Stream, computed, split_batches
+from moqc.calibrate.progress import report_site
 from moqc.calibrate.statistics import hidden_moments, input_moments, shrink
 from moqc.calibrate.store import ExpertStore, ProjectionResult, read_projections
 from moqc.calibrate.text import CalibrationSet
@@ -152,10 +154,13 @@ def _calibrated_sites(
             for site in model.sites(index):
                 weights = model.experts(site)
                 if not workspace.has(keys[site]):
+                    start = time.monotonic()
                     captured = _inputs_of(site, layer, stream, done)
                     with torch.inference_mode():
                         result = procedure(_Site(site, weights, plan[site], captured))
                     _save(workspace, keys[site], result)
+                    seconds = time.monotonic() - start
+                    report_site(site, weights, _substituted(weights, result), captured, seconds)
                 done[site] = _substituted(weights, read_projections(workspace.load_tensors(keys[site])))
             layer.run(stream, computed(done))
 

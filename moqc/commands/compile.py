@@ -90,11 +90,16 @@ def command(
         typer.Option("--recipe", metavar="FILE", help="YAML file of these options; see `moqc recipe`."),
     ] = None,
     quiet: Quiet = False,
+    log_json: Annotated[
+        bool, typer.Option("--log-json", help="Progress and notes on stderr as one JSON object a line.")
+    ] = False,
 ) -> None:
     """Compile a checkpoint into an artifact."""
     from moqc.api import compile
     from moqc.pipelines import Debug
 
+    if log_json:
+        log.use_json()
     if quiet:
         log.be_quiet()
     options = {
