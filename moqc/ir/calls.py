@@ -20,6 +20,7 @@ FIXED_ARGUMENTS = {
     "relax.moqc.embedding": ("ids",),
     "relax.moqc.attention": ("q", "k", "v", "positions"),
     "relax.moqc.cached_attention": ("q", "k", "v", "positions", "k_cache", "v_cache"),
+    "relax.moqc.prune_routing": ("x", "ids", "weights", "positions"),
 }
 """Operator name -> its leading arguments; the ones after them are named by the attribute `operands`."""
 

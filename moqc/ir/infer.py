@@ -52,3 +52,8 @@ def infer_cached_attention(call: relax.Call, builder: Any) -> relax.TupleType:
     """The output of attention and both caches, in the types they came in."""
     caches = [tensor_type(call, "k_cache", 4), tensor_type(call, "v_cache", 4)]
     return relax.TupleType([infer_attention(call, builder), *caches])
+
+
+def infer_prune_routing(call: relax.Call, _builder: Any) -> relax.TupleType:
+    """The types of ids and weights."""
+    return relax.TupleType([tensor_type(call, "ids", 2), tensor_type(call, "weights", 2)])

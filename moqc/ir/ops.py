@@ -11,6 +11,7 @@ with 17 digits.
 | linear             | x [...,K], codes, scales, zeros?, bias?                 | [...,rows]            |
 | embedding          | ids int [...], codes, scales, zeros?                    | [...,columns]         |
 | attention          | q [B,H,S,D], k [B,Hk,S,D], v [B,Hk,S,Dv], positions     | [B,S,H,Dv]            |
+| prune_routing      | x [T,H], ids, weights [T,k], positions [T], strength, limits | (ids, weights) [T,k] |
 | cached_attention   | the same, k_cache [B,Hk,C,D], v_cache [B,Hk,C,Dv]       | ([B,S,H,Dv], caches)  |
 """
 
@@ -51,6 +52,7 @@ __all__ = [
     "LINEAR",
     "MIXED_EXPERTS",
     "PROJECTIONS",
+    "PRUNE_ROUTING",
     "attention",
     "attributes",
     "bit_classes",
@@ -64,6 +66,7 @@ __all__ = [
     "operand",
     "operands",
     "plain",
+    "prune_routing",
 ]
 
 EXPERTS = "relax.moqc.experts"
@@ -72,6 +75,7 @@ LINEAR = "relax.moqc.linear"
 EMBEDDING = "relax.moqc.embedding"
 ATTENTION = "relax.moqc.attention"
 CACHED_ATTENTION = "relax.moqc.cached_attention"
+PRUNE_ROUTING = "relax.moqc.prune_routing"
 
 EXPERT_OPERANDS = ("gate", "up", "down", "gate_bias", "up_bias", "down_bias")
 """Operands an experts call may have, in their order; up and down are always there."""
@@ -92,6 +96,7 @@ def experts(
 ) -> relax.Call:
     """One MoE layer's routed experts before quantization.
 
+    A pair with an id outside ``0 .. E - 1`` is dropped: kernels read and compute nothing for it.
     ``y[t] = sum_j weights[t,j] * (down[e] @ act(gate[e] @ x[t], up[e] @ x[t]) + biases)`` with
     ``e = ids[t,j]``. `tensors` are `operands` (a subsequence of `EXPERT_OPERANDS`): gate and up [E,I,H],
     down [E,H,I], gate_bias and up_bias [E,I], down_bias [E,H]. `activation` is a name of
@@ -133,6 +138,30 @@ def mixed_experts(
         intermediate=intermediate,
         layout=layout,
     )
+
+
+def prune_routing(
+    x: relax.Expr,
+    ids: relax.Expr,
+    weights: relax.Expr,
+    positions: relax.Expr,
+    *tensors: relax.Expr,
+    site: str,
+    rule: str,
+    exponent: str,
+    renormalize: int,
+    first: int,
+    operands: Sequence[str],
+) -> relax.Call:
+    """Drop the experts of each token that are not worth their work; (ids, weights) of the pruned block.
+
+    The arithmetic is that of `moqc.quant.routing.SitePruning`: `rule` is ``mass`` or ``ratio``, `exponent` a
+    float's repr. A dropped pair has id -1 and weight 0, which every lowering of the experts blocks must skip:
+    no weights read, no row computed. `operands` are strength float32 [E] and limits float32 [3]: limit,
+    peak and margin. `positions` is int64 [T]; a token of position < 0 is padding and loses all its experts.
+    """
+    attrs = {"site": site, "rule": rule, "exponent": exponent, "renormalize": renormalize, "first": first}
+    return _call(PRUNE_ROUTING, (x, ids, weights, positions, *tensors), **attrs, operands=list(operands))
 
 
 def linear(
@@ -216,6 +245,7 @@ _RULES: dict[str, tuple[Callable[..., relax.Call], Callable[[relax.Call, Any], A
     EMBEDDING: (embedding, infer.infer_embedding),
     ATTENTION: (attention, infer.infer_attention),
     CACHED_ATTENTION: (cached_attention, infer.infer_cached_attention),
+    PRUNE_ROUTING: (prune_routing, infer.infer_prune_routing),
 }
 
 

@@ -9,7 +9,7 @@ from tvm import IRModule, relax
 
 from moqc.errors import VerifyError
 from moqc.ir.annotations import PARAMS
-from moqc.ir.ops import EXPERTS, attributes, is_call, operand, operands
+from moqc.ir.ops import EXPERTS, PRUNE_ROUTING, attributes, is_call, operand, operands
 
 INPUTS = 2
 """Leading parameters of main that are not weights: input_ids and positions."""
@@ -144,7 +144,8 @@ def find_linears(mod: IRModule) -> list[LinearSite]:
 def router_outputs(mod: IRModule, linears: set[relax.Var]) -> set[relax.Var]:
     """The outputs in `linears` from which the ids or weights of an experts block are computed.
 
-    The walk goes backward from those two operands and stops at the first linear on every path.
+    The walk goes backward from those two operands and stops at the first linear on every path. Pruning also
+    reads the block's input, which does not make what computes that a router.
     """
     values = dict(bindings(mod["main"]))
     pending = []
@@ -159,7 +160,11 @@ def router_outputs(mod: IRModule, linears: set[relax.Var]) -> set[relax.Var]:
             continue
         seen.add(expr)
         if expr not in linears and expr in values:
-            pending.extend(relax.analysis.free_vars(values[expr]))
+            value = values[expr]
+            if is_call(value, PRUNE_ROUTING):
+                pending.extend([operand(value, "ids"), operand(value, "weights")])
+            else:
+                pending.extend(relax.analysis.free_vars(value))
     return seen & linears
 
 

@@ -190,6 +190,19 @@ def _check_attention(call: relax.Call) -> None:
         _check(call, "v_cache", named["v_cache"].ty, (slots, key_heads, capacity, value_width))
 
 
+def _check_prune_routing(call: relax.Call) -> None:
+    named = operands(call)
+    hidden = _extents(call, "x", 2, last=True)[-1]
+    _check_routing(call, hidden)
+    _check(call, "positions", named["positions"].ty, (named["x"].ty.shape[0],), ("int64",))
+    if attributes(call)["operands"] != ["strength", "limits"]:
+        raise VerifyError(f"{describe(call)}: its operands are strength and limits")
+    _check(call, "strength", named["strength"].ty, (_extents(call, "strength", 1, last=True)[0],))
+    _check(call, "limits", named["limits"].ty, (3,))
+    _check_choice(call, "rule", ("mass", "ratio"))
+    _check_number(call, "exponent")
+
+
 _RULES: dict[str, Callable[[relax.Call], None]] = {
     ops.EXPERTS: _check_experts,
     ops.MIXED_EXPERTS: _check_mixed,
@@ -197,6 +210,7 @@ _RULES: dict[str, Callable[[relax.Call], None]] = {
     ops.EMBEDDING: _check_embedding,
     ops.ATTENTION: _check_attention,
     ops.CACHED_ATTENTION: _check_attention,
+    ops.PRUNE_ROUTING: _check_prune_routing,
 }
 
 

@@ -1,0 +1,136 @@
+"""Which of a token's experts are worth their work: the rules of online expert pruning, in torch.
+
+A rule looks at one token at a time, so it serves prefill and decode, any batch and any attention kernel. Its
+input is what an experts block is called with; its output replaces the expert ids and weights of that call.
+
+A dropped pair has id `DROPPED` and weight 0. Kernels and the reference give a pair with an id outside
+``0 .. E - 1`` to no expert: nothing is read or computed for it.
+
+`SitePruning` has the rules that are compiled (`R.moqc.prune_routing`). `literal_keep` is MC-MoE's published
+procedure (arXiv 2410.06270), which needs the length of the sequence and is for comparison only.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+DROPPED = -1
+"""Expert id of a dropped pair."""
+
+Kind = Literal["mass", "ratio"]
+
+
+@dataclass(frozen=True)
+class SitePruning:
+    """The pruning of one experts block, calibrated.
+
+    A pair's contribution is ``c = (|weight| * strength[expert]) ** exponent``.
+
+    * ``mass``: keep the smallest set of a token's experts, largest contributions first, that has at least
+      `limit` of their sum. ``limit = 1 - tau``.
+    * ``ratio``: keep what has at least `limit` of the token's largest contribution.
+
+    An expert of strength 0 is removed: it is never kept. Of a token that must not be pruned every other
+    expert is kept; it is one at a position below `first` (attention sinks), with a largest absolute input
+    above `peak` (massive activations), or whose two largest weights differ by less than `margin` times their
+    sum (the router cannot tell). A token of position below 0 is padding, and keeps nothing.
+
+    `renormalize`: the model divides routing weights by their sum, so kept weights are scaled to the sum of all.
+    """
+
+    kind: Kind
+    limit: float
+    strength: Tensor
+    renormalize: bool
+    exponent: float = 1.0
+    first: int = 0
+    peak: float = math.inf
+    margin: float = 0.0
+
+    def contributions(self, ids: Tensor, weights: Tensor) -> Tensor:
+        """Contribution of each pair, float32 [T, k]; 0 for an id that is no expert."""
+        known = (ids >= 0) & (ids < len(self.strength))
+        strength = self.strength[torch.where(known, ids, 0)]
+        return torch.where(known, (weights.abs() * strength) ** self.exponent, 0.0)
+
+    def keep(self, x: Tensor, ids: Tensor, weights: Tensor, positions: Tensor) -> Tensor:
+        """Which pairs are kept, bool [T, k], for x [T, H], ids and weights [T, k], positions int64 [T]."""
+        scores = self.contributions(ids, weights)
+        chosen = keep_mass(scores, self.limit) if self.kind == "mass" else keep_ratio(scores, self.limit)
+        chosen = chosen | self.protected(x.abs().amax(1), weights, positions)[:, None]
+        return chosen & (scores > 0) & (positions >= 0)[:, None]
+
+    def protected(self, peaks: Tensor, weights: Tensor, positions: Tensor) -> Tensor:
+        """Tokens that must not be pruned, bool [T]; `peaks` [T] are the largest absolute inputs."""
+        return (positions < self.first) | (peaks > self.peak) | (router_margin(weights) < self.margin)
+
+    def apply(self, x: Tensor, ids: Tensor, weights: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """The ids and weights of the pruned call."""
+        return drop(ids, weights, self.keep(x, ids, weights, positions), self.renormalize)
+
+
+def keep_mass(scores: Tensor, limit: float) -> Tensor:
+    """The largest of `scores` [T, k] that make up at least `limit` of their sum; equal ones in their order."""
+    before = (_precedes(scores) * scores[:, None, :]).sum(2)
+    return before < limit * scores.sum(1, keepdim=True)
+
+
+def keep_ratio(scores: Tensor, limit: float) -> Tensor:
+    """Those of `scores` [T, k] that are at least `limit` of the row's largest."""
+    return scores >= limit * scores.amax(1, keepdim=True)
+
+
+def _precedes(scores: Tensor) -> Tensor:
+    """bool [T, k, k]: whether score i comes before score j (``[t, j, i]``), the largest first."""
+    mine, other = scores[:, :, None], scores[:, None, :]
+    place = torch.arange(scores.shape[1])
+    return (other > mine) | ((other == mine) & (place[None, :] < place[:, None]))
+
+
+def router_margin(weights: Tensor) -> Tensor:
+    """(largest - second) / (largest + second) of each row of `weights` [T, k]; 1 where k is 1."""
+    if weights.shape[1] == 1:
+        return torch.ones(len(weights))
+    top = weights.abs().topk(2, dim=1).values
+    return (top[:, 0] - top[:, 1]) / top.sum(1).clamp(min=torch.finfo(top.dtype).tiny)
+
+
+def drop(ids: Tensor, weights: Tensor, keep: Tensor, renormalize: bool) -> tuple[Tensor, Tensor]:
+    """Ids and weights without the pairs that are not kept; see `SitePruning` for `renormalize`."""
+    kept = torch.where(keep, weights, 0.0)
+    if renormalize:
+        total = kept.sum(1, keepdim=True)
+        kept = kept * torch.where(total == 0, 1.0, weights.sum(1, keepdim=True) / total)
+    return torch.where(keep, ids, DROPPED), kept
+
+
+def renormalizes(weights: Tensor) -> bool:
+    """Whether rows of `weights` [T, k] have one sum, as a model's that divides by it have.
+
+    Their standard deviation may be 1e-3 of their mean: routers may compute in bfloat16.
+    """
+    sums = weights.double().sum(1)
+    return bool(sums.std(correction=0) <= 1e-3 * sums.mean().abs())
+
+
+def literal_keep(weights: Tensor, x: Tensor, positions: Tensor, window: int, limit: float) -> Tensor:
+    """MC-MoE's pruning as its code does it, for one whole window after the other: bool [T, k].
+
+    Expert j >= 2 of a token is dropped if ``w_j / w_1 < limit``, except for the 2 % of each window's tokens
+    of largest ``I_j = ||x_j||_1 * a_j / (window - j)``, j from 0. a_j should be the attention that token j
+    receives; the code sums over the keys instead of the queries, so that a_j is 1.
+    """
+    importance = x.abs().sum(1) / (window - positions)
+    count = max(1, int(LITERAL_SHARE * window))
+    order = importance.reshape(-1, window).topk(min(count, window), dim=1).indices
+    protected = torch.zeros(len(x) // window, window, dtype=torch.bool).scatter(1, order, True)
+    return keep_ratio(weights.abs(), limit) | protected.reshape(-1, 1)
+
+
+LITERAL_SHARE = 0.02
+"""Share of a window's tokens that MC-MoE never prunes."""

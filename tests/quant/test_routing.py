@@ -1,0 +1,137 @@
+"""The rules of expert pruning against brute force and hand-made cases."""
+
+import itertools
+import math
+
+import pytest
+import torch
+
+from moqc.quant.routing import (
+    DROPPED,
+    SitePruning,
+    drop,
+    keep_mass,
+    keep_ratio,
+    literal_keep,
+    renormalizes,
+    router_margin,
+)
+
+
+def pruning(**options):
+    defaults = {"kind": "mass", "limit": 0.9, "strength": torch.ones(6), "renormalize": True}
+    return SitePruning(**{**defaults, **options})
+
+
+def call(tokens=5, top_k=3, experts=6, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.rand(tokens, experts, generator=generator).argsort(1)[:, :top_k]
+    weights = torch.rand(tokens, top_k, generator=generator) + 0.05
+    x = torch.randn(tokens, 8, generator=generator)
+    return x, ids, weights / weights.sum(1, keepdim=True), torch.arange(10, 10 + tokens)
+
+
+@pytest.mark.parametrize("limit", [0.05, 0.5, 0.8, 0.95, 1.0])
+def test_mass_keeps_the_smallest_set_that_is_enough(limit):
+    scores = torch.rand(40, 4, generator=torch.Generator().manual_seed(1))
+    kept = keep_mass(scores, limit)
+    for row, mine in zip(scores, kept, strict=True):
+        enough = [
+            subset
+            for size in range(1, 5)
+            for subset in itertools.combinations(range(4), size)
+            if row[list(subset)].sum() >= limit * row.sum() - 1e-6
+        ]
+        size = len(enough[0])
+        best = max((s for s in enough if len(s) == size), key=lambda s: row[list(s)].sum())
+        assert mine.nonzero().flatten().tolist() == list(best)
+
+
+def test_equal_scores_are_kept_in_their_order():
+    assert keep_mass(torch.tensor([[0.25, 0.25, 0.25, 0.25]]), 0.5).tolist() == [[True, True, False, False]]
+
+
+def test_ratio_compares_with_the_largest_wherever_it_is():
+    scores = torch.tensor([[0.1, 0.5, 0.3], [0.3, 0.3, 0.3]])
+    assert keep_ratio(scores, 0.5).tolist() == [[False, True, True], [True, True, True]]
+
+
+def test_a_dropped_pair_has_no_expert_and_the_rest_keeps_the_sum():
+    ids, weights = drop(
+        torch.tensor([[3, 1, 0]]), torch.tensor([[0.5, 0.3, 0.2]]), torch.tensor([[True, True, False]]), True
+    )
+    assert ids.tolist() == [[3, 1, DROPPED]]
+    assert weights.tolist()[0] == pytest.approx([0.625, 0.375, 0.0])
+    _, plain = drop(ids, weights, torch.tensor([[True, False, True]]), False)
+    assert plain.tolist()[0] == pytest.approx([0.625, 0.0, 0.0])
+
+
+@pytest.mark.parametrize("kind", ["mass", "ratio"])
+def test_strength_decides_as_the_weight_does(kind):
+    x, ids, weights, positions = call()
+    strength = torch.linspace(0.5, 3, 6)
+    kept = pruning(kind=kind, strength=strength, limit=0.6).keep(x, ids, weights, positions)
+    same = keep_mass if kind == "mass" else keep_ratio
+    assert torch.equal(kept, same(weights * strength[ids], 0.6))
+    assert 0 < int((~kept).sum()) < kept.numel()
+
+
+def test_an_expert_without_strength_is_never_kept():
+    x, ids, weights, positions = call(first := 4)
+    strength = torch.ones(6)
+    strength[ids[:, 0]] = 0
+    rule = pruning(strength=strength, limit=1.0, first=100)
+    kept_ids, kept = rule.apply(x, ids, weights, positions)
+    assert not (torch.isin(ids, torch.nonzero(strength == 0)) & (kept_ids != DROPPED)).any()
+    alive = (kept_ids != DROPPED).any(1)
+    assert torch.allclose(kept.sum(1)[alive], torch.ones(int(alive.sum())))
+    assert first == len(kept_ids)
+
+
+def test_nothing_left_is_zero_and_not_nan():
+    x, ids, weights, positions = call()
+    kept_ids, kept = pruning(strength=torch.zeros(6)).apply(x, ids, weights, positions)
+    assert (kept_ids == DROPPED).all()
+    assert (kept == 0).all()
+
+
+def test_an_id_that_is_no_expert_stays_dropped():
+    x, ids, weights, positions = call()
+    ids[0, 1], ids[1, 2] = -1, 6
+    kept_ids, kept = pruning(limit=1.0).apply(x, ids, weights, positions)
+    assert (kept_ids[0, 1], kept_ids[1, 2]) == (DROPPED, DROPPED)
+    assert (kept[0, 1], kept[1, 2]) == (0, 0)
+
+
+def test_protected_tokens_keep_all_and_padding_nothing():
+    x, ids, weights, _ = call()
+    x[3, 5] = -50
+    weights[4] = torch.tensor([0.34, 0.33, 0.33])
+    positions = torch.tensor([0, 7, -1, 8, 9])
+    kept = pruning(kind="ratio", limit=1.0, first=4, peak=40.0, margin=0.05).keep(x, ids, weights, positions)
+    assert kept.sum(1).tolist() == [3, 1, 0, 3, 3]
+
+
+def test_margin_is_that_of_the_two_largest():
+    weights = torch.tensor([[0.1, 0.5, 0.3], [0.2, 0.2, 0.1]])
+    assert router_margin(weights).tolist() == pytest.approx([0.25, 0.0])
+    assert router_margin(torch.ones(2, 1)).tolist() == [1, 1]
+
+
+def test_a_constant_sum_is_a_renormalization():
+    weights = torch.rand(50, 4, generator=torch.Generator().manual_seed(0))
+    assert not renormalizes(weights)
+    assert renormalizes(2.5 * weights / weights.sum(1, keepdim=True))
+    assert renormalizes(weights / weights.sum(1, keepdim=True) * (1 + 1e-4 * torch.randn(50, 1)))
+
+
+def test_literal_protection_is_the_norm_over_the_tokens_left():
+    window, rows = 100, 2
+    x = torch.ones(rows * window, 4)
+    x[7] = 400  # 1600 / 93 is above the last token's 4 / 1
+    weights = torch.tensor([0.9, 0.1]).repeat(rows * window, 1)
+    kept = literal_keep(weights, x, torch.arange(window).repeat(rows), window, 0.5)
+    whole = kept.all(1).nonzero().flatten().tolist()
+    assert whole == [7, 99, 198, 199]
+    assert kept[:, 0].all()
+    assert math.isclose(float(kept.float().mean()), (200 + 4) / 400)
