@@ -23,6 +23,7 @@ from moqc.schedules.cpu.lower_dense import (
     lower_rms_norm,
     lower_topk,
 )
+from moqc.schedules.cpu.prune import lower_prune_routing
 from moqc.targets import Target
 
 LOWERINGS: dict[str, dict[str, Lowering]] = {
@@ -33,6 +34,7 @@ LOWERINGS: dict[str, dict[str, Lowering]] = {
         ops.EMBEDDING: lower_embedding,
         ops.ATTENTION: lower_attention,
         ops.CACHED_ATTENTION: lower_attention,
+        ops.PRUNE_ROUTING: lower_prune_routing,
     }
 }
 """Folder under schedules/ -> operator -> how it is lowered there."""

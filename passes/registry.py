@@ -31,6 +31,7 @@ BUILTIN: dict[str, str] = {
     "profile-weights": "moqc.passes.profile_weights:ProfileWeights",
     "measure-similarity": "moqc.passes.measure_similarity:MeasureSimilarity",
     "allocate-bits": "moqc.passes.allocate_bits:AllocateBits",
+    "prune-routing": "moqc.passes.prune_routing:PruneRouting",
     "quantize-experts": "moqc.passes.quantize_experts:QuantizeExperts",
     "quantize-linears": "moqc.passes.quantize_linears:QuantizeLinears",
     "synthesize-weights": "moqc.passes.synthesize_weights:SynthesizeWeights",

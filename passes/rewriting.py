@@ -18,11 +18,14 @@ class Rewrite:
     """What to change: collected first, applied once.
 
     `values`: variable -> the expression that it is bound to from now on. `parameters`: weight -> the new
-    parameters, by name, that take its place; it is itself dropped, unless something still uses it.
+    parameters, by name, that take its place; it is itself dropped, unless something still uses it. `before`:
+    variable -> bindings that come ahead of its own. `added`: new parameters, by name, after all weights.
     """
 
     values: dict[relax.Var, relax.Expr] = field(default_factory=dict)
     parameters: dict[relax.Var, dict[str, relax.Var]] = field(default_factory=dict)
+    before: dict[relax.Var, list[relax.VarBinding]] = field(default_factory=dict)
+    added: dict[str, relax.Var] = field(default_factory=dict)
 
 
 def new_parameter(name: str, ty: relax.TensorType) -> relax.Var:
@@ -34,11 +37,13 @@ def apply_rewrite(mod: IRModule, rewrite: Rewrite) -> IRModule:
     """`mod` with main changed as `rewrite` says, dead bindings removed, PARAMS following the parameters."""
     main = mod["main"]
     body = relax.SeqExpr(
-        [_block(block, rewrite.values) for block in main.body.blocks],
+        [_block(block, rewrite) for block in main.body.blocks],
         main.body.body,
     )
     added = [variable for new in rewrite.parameters.values() for variable in new.values()]
-    wide = relax.Function([*main.params, *added], body, main.ret_ty, main.is_pure, main.attrs)
+    wide = relax.Function(
+        [*main.params, *added, *rewrite.added.values()], body, main.ret_ty, main.is_pure, main.attrs
+    )
     lean = relax.analysis.remove_all_unused(wide)
     parameters, names = _parameters(mod, rewrite, set(relax.analysis.free_vars(lean.body)))
     result = mod.clone()
@@ -49,8 +54,19 @@ def apply_rewrite(mod: IRModule, rewrite: Rewrite) -> IRModule:
     return PARAMS.put(result, names)
 
 
-def _block(block: relax.BindingBlock, values: Mapping[relax.Var, relax.Expr]) -> relax.BindingBlock:
-    bindings = [_binding(binding, values) for binding in block.bindings]
+def bind_before(rewrite: Rewrite, variable: relax.Var, value: relax.Expr, name: str) -> relax.Var:
+    """A new variable bound to `value` ahead of `variable`."""
+    value = relax.BlockBuilder().normalize(value)
+    bound = relax.DataflowVar(name, value.ty)
+    rewrite.before.setdefault(variable, []).append(relax.VarBinding(bound, value))
+    return bound
+
+
+def _block(block: relax.BindingBlock, rewrite: Rewrite) -> relax.BindingBlock:
+    bindings = []
+    for binding in block.bindings:
+        bindings += rewrite.before.get(binding.var, [])
+        bindings.append(_binding(binding, rewrite.values))
     kind = relax.DataflowBlock if isinstance(block, relax.DataflowBlock) else relax.BindingBlock
     return kind(bindings)
 
@@ -70,11 +86,18 @@ def _parameters(
     old: list[Any] = list(mod["main"].params)
     parameters = old[:INPUTS]
     names: list[str] = []
-    for variable in old[INPUTS:]:
+    last = INPUTS + len(weights)
+    for number, variable in enumerate(old[INPUTS:], INPUTS):
+        if number == last:
+            names += rewrite.added
+            parameters += rewrite.added.values()
         kept = {weights[variable]: variable} if variable in weights else {}
         replacing = rewrite.parameters.get(variable)
         if replacing is not None:
             kept = replacing if variable not in used else {**kept, **replacing}
         names += kept
         parameters += kept.values() if variable in weights else [variable]
+    if len(old) == last:
+        names += rewrite.added
+        parameters += rewrite.added.values()
     return parameters, names

@@ -117,6 +117,9 @@ SIMILARITY: Key[dict[str, int]] = Key(
     "measure-similarity",
     "site -> cosine similarity of the residual stream before and after the block, in parts per million",
 )
+PRUNING: Key[dict[str, Any]] = Key(
+    "moqc.pruning", "prune-routing", "site -> the rule, what it skips, and how often each expert is kept"
+)
 BITS: Key[dict[str, dict[str, list[str]]]] = Key(
     "moqc.bits", "allocate-bits", "site -> projection (gate, up, down) -> format name of each expert"
 )
@@ -145,6 +148,7 @@ KEYS: dict[str, Key[Any]] = {
         GRADIENTS,
         WEIGHTS,
         SIMILARITY,
+        PRUNING,
         BITS,
         LINEAR_BITS,
         CACHE,

@@ -6,7 +6,7 @@ input is what an experts block is called with; its output replaces the expert id
 A dropped pair has id `DROPPED` and weight 0. Kernels and the reference give a pair with an id outside
 ``0 .. E - 1`` to no expert: nothing is read or computed for it.
 
-`SitePruning` has the rules that are compiled (`R.moqc.prune_routing`). `literal_keep` is MC-MoE's published
+`SitePruning` has the rules that are compiled (`R.moqc.prune_routing`). `LiteralPruning` is MC-MoE's published
 procedure (arXiv 2410.06270), which needs the length of the sequence and is for comparison only.
 """
 
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -23,6 +23,24 @@ DROPPED = -1
 """Expert id of a dropped pair."""
 
 Kind = Literal["mass", "ratio"]
+
+
+@dataclass(frozen=True)
+class Features:
+    """What the rules look at of a token's hidden state, [T] each.
+
+    `peaks`: its largest absolute element; `norms`: the sum of all absolute elements; `positions` int64.
+    """
+
+    peaks: Tensor
+    norms: Tensor
+    positions: Tensor
+
+    @classmethod
+    def of(cls, x: Tensor, positions: Tensor) -> Features:
+        """The features of the block's input x [T, H]."""
+        size = x.abs()
+        return cls(size.amax(1), size.sum(1), positions)
 
 
 @dataclass(frozen=True)
@@ -40,7 +58,7 @@ class SitePruning:
     above `peak` (massive activations), or whose two largest weights differ by less than `margin` times their
     sum (the router cannot tell). A token of position below 0 is padding, and keeps nothing.
 
-    `renormalize`: the model divides routing weights by their sum, so kept weights are scaled to the sum of all.
+    `renormalize`: the model divides routing weights by their sum, so kept ones are scaled to the sum of all.
     """
 
     kind: Kind
@@ -58,24 +76,57 @@ class SitePruning:
         strength = self.strength[torch.where(known, ids, 0)]
         return torch.where(known, (weights.abs() * strength) ** self.exponent, 0.0)
 
-    def keep(self, x: Tensor, ids: Tensor, weights: Tensor, positions: Tensor) -> Tensor:
-        """Which pairs are kept, bool [T, k], for x [T, H], ids and weights [T, k], positions int64 [T]."""
+    def select(self, features: Features, ids: Tensor, weights: Tensor) -> Tensor:
+        """Which pairs are kept, bool [T, k], for ids and weights [T, k]."""
         scores = self.contributions(ids, weights)
         chosen = keep_mass(scores, self.limit) if self.kind == "mass" else keep_ratio(scores, self.limit)
-        chosen = chosen | self.protected(x.abs().amax(1), weights, positions)[:, None]
-        return chosen & (scores > 0) & (positions >= 0)[:, None]
+        chosen = chosen | self.protected(features, weights)[:, None]
+        return chosen & (scores > 0) & (features.positions >= 0)[:, None]
 
-    def protected(self, peaks: Tensor, weights: Tensor, positions: Tensor) -> Tensor:
-        """Tokens that must not be pruned, bool [T]; `peaks` [T] are the largest absolute inputs."""
-        return (positions < self.first) | (peaks > self.peak) | (router_margin(weights) < self.margin)
+    def protected(self, features: Features, weights: Tensor) -> Tensor:
+        """Tokens that must not be pruned, bool [T]."""
+        early, massive = features.positions < self.first, features.peaks > self.peak
+        return early | massive | (router_margin(weights) < self.margin)
 
-    def apply(self, x: Tensor, ids: Tensor, weights: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """The ids and weights of the pruned call."""
-        return drop(ids, weights, self.keep(x, ids, weights, positions), self.renormalize)
+
+@dataclass(frozen=True)
+class LiteralPruning:
+    """MC-MoE's pruning as its code does it, on whole windows of tokens of equal length.
+
+    Expert j >= 2 of a token is dropped if ``w_j / w_1 < limit``, except for the 2 % of each window's tokens
+    of largest ``I_j = ||x_j||_1 * a_j / (window - j)``, j from 0. a_j should be the attention that token j
+    receives; the code sums over the keys instead of the queries, so that a_j is 1. Its layers and medians,
+    written down for Mixtral, are not part of it: all layers are pruned, with limits of their own.
+    """
+
+    limit: float
+    renormalize: bool
+
+    def select(self, features: Features, ids: Tensor, weights: Tensor) -> Tensor:
+        """Which pairs are kept, bool [T, k], for ids and weights [T, k] of whole windows."""
+        window = int(features.positions.max()) + 1
+        importance = (features.norms / (window - features.positions)).reshape(-1, window)
+        order = importance.topk(max(1, int(LITERAL_SHARE * window)), dim=1).indices
+        protected = torch.zeros(importance.shape, dtype=torch.bool).scatter(1, order, True)
+        return keep_ratio(weights.abs(), self.limit) | protected.reshape(-1, 1)
+
+
+LITERAL_SHARE = 0.02
+"""Share of a window's tokens that MC-MoE never prunes."""
+
+Pruning: TypeAlias = SitePruning | LiteralPruning
+
+
+def prune(
+    pruning: Pruning, x: Tensor, ids: Tensor, weights: Tensor, positions: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The ids and weights [T, k] of the pruned block with input x [T, H] at positions int64 [T]."""
+    keep = pruning.select(Features.of(x, positions), ids, weights)
+    return drop(ids, weights, keep, pruning.renormalize)
 
 
 def keep_mass(scores: Tensor, limit: float) -> Tensor:
-    """The largest of `scores` [T, k] that make up at least `limit` of their sum; equal ones in their order."""
+    """The largest of `scores` [T, k] that make up at least `limit` of their sum; ties in order."""
     before = (_precedes(scores) * scores[:, None, :]).sum(2)
     return before < limit * scores.sum(1, keepdim=True)
 
@@ -86,7 +137,7 @@ def keep_ratio(scores: Tensor, limit: float) -> Tensor:
 
 
 def _precedes(scores: Tensor) -> Tensor:
-    """bool [T, k, k]: whether score i comes before score j (``[t, j, i]``), the largest first."""
+    """Bool [T, k, k]: whether score i comes before score j (``[t, j, i]``), the largest first."""
     mine, other = scores[:, :, None], scores[:, None, :]
     place = torch.arange(scores.shape[1])
     return (other > mine) | ((other == mine) & (place[None, :] < place[:, None]))
@@ -116,21 +167,3 @@ def renormalizes(weights: Tensor) -> bool:
     """
     sums = weights.double().sum(1)
     return bool(sums.std(correction=0) <= 1e-3 * sums.mean().abs())
-
-
-def literal_keep(weights: Tensor, x: Tensor, positions: Tensor, window: int, limit: float) -> Tensor:
-    """MC-MoE's pruning as its code does it, for one whole window after the other: bool [T, k].
-
-    Expert j >= 2 of a token is dropped if ``w_j / w_1 < limit``, except for the 2 % of each window's tokens
-    of largest ``I_j = ||x_j||_1 * a_j / (window - j)``, j from 0. a_j should be the attention that token j
-    receives; the code sums over the keys instead of the queries, so that a_j is 1.
-    """
-    importance = x.abs().sum(1) / (window - positions)
-    count = max(1, int(LITERAL_SHARE * window))
-    order = importance.reshape(-1, window).topk(min(count, window), dim=1).indices
-    protected = torch.zeros(len(x) // window, window, dtype=torch.bool).scatter(1, order, True)
-    return keep_ratio(weights.abs(), limit) | protected.reshape(-1, 1)
-
-
-LITERAL_SHARE = 0.02
-"""Share of a window's tokens that MC-MoE never prunes."""

@@ -71,7 +71,9 @@ def prune_kernel(shape: PruneShape) -> tirx.PrimFunc:
                 bind(tirx.all(position >= int64(0), score > _f(0), tirx.any(protected, good)))
                 for score, good in zip(scores, worth, strict=True)
             ]
-            left = [bind(T.if_then_else(stays, share, _f(0))) for stays, share in zip(kept, shares, strict=True)]
+            left = [
+                bind(T.if_then_else(stays, share, _f(0))) for stays, share in zip(kept, shares, strict=True)
+            ]
             factor = _factor(shares, left) if shape.renormalize else None
             for j, stays in enumerate(kept):
                 dropped = tirx.const(DROPPED, shape.ids)
