@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from moqc.evaluate.artifact import Evaluation
     from moqc.evaluate.compare import Comparison
     from moqc.evaluate.probes import Probe
+    from moqc.evaluate.skips import SkipComparison
     from moqc.frontend.checkpoint import Checkpoint
     from moqc.passes.pipeline import Pipeline
     from moqc.pipelines import Debug
@@ -54,6 +55,10 @@ def compile(
     calibration_tokens: int = 32_768,
     context: int | None = None,
     max_batch: int = 4,
+    prune: float | None = None,
+    prune_loss: float | None = None,
+    prune_rule: str = "mass",
+    cold_expert_policy: str = "keep",
     cache: Path | str | None = None,
     force: bool = False,
     seed: int = 0,
@@ -78,6 +83,10 @@ def compile(
         calibration_tokens: how many tokens of it, all files together.
         context: most tokens of a sequence; None: the model's own limit, at most 4096.
         max_batch: most sequences at once.
+        prune: share of the routed experts' work that tokens skip, such as 0.15.
+        prune_loss: instead of a share, by how many nats the loss on calibration text may rise.
+        prune_rule: which experts a token skips, "mass", "odp" or "topk-threshold".
+        cold_expert_policy: for experts that no calibration token keeps: "keep", "demote" or "remove".
         cache: folder for intermediate results, by which an interrupted compilation continues.
         force: replace an existing artifact.
         seed: for what is drawn at random.
@@ -105,6 +114,10 @@ def compile(
             "calibration_tokens": calibration_tokens,
             "context": context,
             "max_batch": max_batch,
+            "prune": prune,
+            "prune_loss": prune_loss,
+            "prune_rule": prune_rule,
+            "cold_expert_policy": cold_expert_policy,
             "seed": seed,
             "pipeline": pipeline,
         },
@@ -121,8 +134,9 @@ def compile(
     from moqc.ir.text import print_module
     from moqc.passes.base import PassContext
     from moqc.passes.pipeline import Pipeline
-    from moqc.pipelines import Plan, default_pipeline, run_passes
+    from moqc.pipelines import Plan, Pruning, default_pipeline, run_passes
 
+    pruning = Pruning.of(prune, prune_loss, prune_rule, cold_expert_policy)
     machine = find_target(target)
     if max_batch < 1:
         raise UserError(f"max-batch {max_batch}: must be at least 1")
@@ -131,7 +145,13 @@ def compile(
     length = context_length(checkpoint.config, context)
     passes = (
         default_pipeline(
-            plan, bits=bits, linears=linears, activations=activations, context=length, max_batch=max_batch
+            plan,
+            bits=bits,
+            linears=linears,
+            activations=activations,
+            context=length,
+            max_batch=max_batch,
+            pruning=pruning,
         )
         if pipeline is None
         else Pipeline.parse(pipeline)
@@ -141,7 +161,7 @@ def compile(
         if start_from is None:
             _check_buildable(passes)
     workspace = open_workspace(cache)
-    calibrating = pipeline is not None or plan.needs_calibration
+    calibrating = pipeline is not None or pruning is not None or plan.needs_calibration
     texts = read_calibration(checkpoint, calibration, calibration_tokens, seed) if calibrating else None
     check_architecture(checkpoint, workspace, machine)
     with param_store(workspace.root, debug.dump_ir, start_from) as params:
@@ -352,6 +372,46 @@ def compare(
     }
     bench = Bench.open(checkpoint, workspace, probes)
     return compare_plans(contexts, bench, parsed, bits, linears=linears)
+
+
+def compare_pruning(
+    model: str | Path,
+    texts: Sequence[Path | str],
+    *,
+    bits: Sequence[float],
+    plans: Sequence[str],
+    prune: float,
+    rules: Sequence[str],
+    linears: str = "none",
+    tokens: int | None = None,
+    window: int = 512,
+    calibration: Sequence[Path | str] | None = None,
+    calibration_tokens: int = 32_768,
+    cache: Path | str | None = None,
+    seed: int = 0,
+) -> SkipComparison:
+    """Evaluate rules that skip `prune` of the experts' work, on every plan; see `moqc.evaluate.skips`."""
+    require_compiler()
+    from moqc.evaluate.bench import Bench
+    from moqc.evaluate.metrics import evaluation_windows
+    from moqc.evaluate.skips import check_rules, compare_skips
+    from moqc.frontend.checkpoint import Checkpoint
+    from moqc.passes.base import PassContext
+    from moqc.pipelines import Plan
+
+    check_rules(rules)
+    parsed = [(text, Plan.parse(text)) for text in plans]
+    checkpoint = Checkpoint.open(resolve_model(model))
+    workspace = open_workspace(cache)
+    windows = evaluation_windows(texts, checkpoint.path / "tokenizer.json", tokens=tokens, window=window)
+    ctx = PassContext(
+        checkpoint=checkpoint,
+        calibration=read_calibration(checkpoint, calibration, calibration_tokens, seed),
+        workspace=workspace,
+        seed=seed,
+    )
+    bench = Bench.open(checkpoint, workspace, {})
+    return compare_skips(ctx, bench, windows, parsed, bits, prune, rules, linears=linears)
 
 
 def _probes(

@@ -17,7 +17,17 @@ from moqc.calibrate.text import CalibrationSet
 from moqc.errors import ModelError
 from moqc.frontend.checkpoint import Checkpoint
 from moqc.frontend.shards import read_json
-from moqc.ir.annotations import BITS, CACHE, CHANNELS, KERNELS, KEYS, LINEAR_BITS, PARAMS, SCHEMA
+from moqc.ir.annotations import (
+    BITS,
+    CACHE,
+    CHANNELS,
+    KERNELS,
+    KEYS,
+    LINEAR_BITS,
+    PARAMS,
+    PRUNING,
+    SCHEMA,
+)
 from moqc.ir.sites import weight_names
 from moqc.manifest import (
     Activations,
@@ -26,6 +36,7 @@ from moqc.manifest import (
     Generation,
     Manifest,
     Parameter,
+    SitePruning,
     Sizes,
     Source,
     TargetRecord,
@@ -76,6 +87,7 @@ def describe(
             for site, projections in (BITS.get(mod) or {}).items()
         },
         linear_bits=LINEAR_BITS.get(mod) or {},
+        pruning={site: _pruning(entry) for site, entry in (PRUNING.get(mod) or {}).items()},
         activations=_activations(mod),
         sizes=_NO_SIZES,
         parameters=parameters(mod),
@@ -114,6 +126,12 @@ def analysis(mod: IRModule, checkpoint: Checkpoint) -> str:
         "annotations": measured,
     }
     return json.dumps(content, ensure_ascii=False, separators=(",", ":")) + "\n"
+
+
+def _pruning(entry: dict[str, Any]) -> SitePruning:
+    """PRUNING of one site as the manifest has it."""
+    rest = {key: value for key, value in entry.items() if key not in ("skipped_ppm", "renormalize")}
+    return SitePruning(skipped=entry["skipped_ppm"] / 1e6, renormalize=bool(entry["renormalize"]), **rest)
 
 
 def _activations(mod: IRModule) -> Activations:

@@ -116,6 +116,23 @@ class Generation(Record):
     pad_token_id: int | None = None
 
 
+class SitePruning(Record):
+    """How one experts block is pruned, and what that did on calibration text."""
+
+    rule: str
+    skipped: float
+    """Share of the (token, expert) pairs that are skipped."""
+    renormalize: bool
+    chosen: tuple[int, ...]
+    """Pairs of each expert that the router chose."""
+    kept: tuple[int, ...]
+    """Pairs of each expert that are left."""
+    cold: tuple[int, ...]
+    """Experts without any."""
+    policy: Literal["keep", "demote", "remove"]
+    """What became of them."""
+
+
 class KernelNumerics(Record):
     """A packed kernel against the reference, measured when it was compiled; see `moqc.certificate`."""
 
@@ -146,6 +163,8 @@ class Manifest(Record):
     """site -> projection -> format of each expert."""
     linear_bits: dict[str, str]
     """site -> format of the other quantized matrices."""
+    pruning: dict[str, SitePruning] = {}
+    """site -> how tokens skip its experts, and the coverage of each; empty where nothing is pruned."""
     activations: Activations
     sizes: Sizes
     parameters: tuple[Parameter, ...]

@@ -70,6 +70,33 @@ class Plan:
 
 
 @dataclass(frozen=True, slots=True)
+class Pruning:
+    """What `prune-routing` is told; its docstring says what the fields mean."""
+
+    share: float = 0.0
+    loss: float = 0.0
+    rule: str = "mass"
+    cold: str = "keep"
+
+    @classmethod
+    def of(cls, share: float | None, loss: float | None, rule: str, cold: str) -> Pruning | None:
+        """The pruning asked for, None for none. Raises UserError for options that do not go together."""
+        if share is None and loss is None:
+            if cold != "keep":
+                raise UserError("cold experts are found by pruning: give --prune or --prune-loss too")
+            return None
+        if share is not None and loss is not None:
+            raise UserError("prune by a share of the work or by a loss, not by both")
+        amount = loss if share is None else share
+        if amount is None or not 0 < amount < 1:
+            raise UserError(f"prune {amount:g}: must be above 0 and below 1")
+        return cls(share or 0.0, loss or 0.0, rule, cold)
+
+    def __str__(self) -> str:
+        return f"prune-routing{{rule={self.rule} share={self.share!r} loss={self.loss!r} cold={self.cold}}}"
+
+
+@dataclass(frozen=True, slots=True)
 class Debug:
     """What to show of the passes; the fields are options of `moqc compile` and `moqc opt`."""
 
@@ -112,6 +139,7 @@ def default_pipeline(
     activations: str,
     context: int,
     max_batch: int,
+    pruning: Pruning | None = None,
 ) -> Pipeline:
     """All passes of `moqc compile`, from the imported module to one that can be built.
 
@@ -123,7 +151,8 @@ def default_pipeline(
     check_bits(bits)
     linears = check_lowering(linears, activations, max_batch)
     quantizing = Pipeline.parse(
-        f"quantize-experts{{quantizer={plan.quantizer} activations={activations}}},"
+        ("" if pruning is None else f"{pruning},")
+        + f"quantize-experts{{quantizer={plan.quantizer} activations={activations}}},"
         f"quantize-linears{{linears={linears} embeddings={linears} activations={activations}}}"
     )
     rest = lowering_pipeline(context, max_batch)

@@ -36,6 +36,12 @@ class Recipe(BaseModel):
         default=None, description="tokens a sequence; null: the model's, at most 4096"
     )
     max_batch: int = Field(default=4, description="sequences at once")
+    prune: float | None = Field(default=None, description="share of the experts' work to skip; null: none")
+    prune_loss: float | None = Field(default=None, description="instead, nats that the loss may rise by")
+    prune_rule: str = Field(default="mass", description="what to skip: mass, odp or topk-threshold")
+    cold_expert_policy: str = Field(
+        default="keep", description="experts no calibration token keeps: keep, demote or remove"
+    )
     seed: int = Field(default=0, description="for what is drawn at random")
     pipeline: str | None = Field(default=None, description="passes instead of the default ones")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
@@ -13,7 +13,7 @@ from tvm import IRModule, relax
 from moqc.calibrate.workspace import ParamStore
 from moqc.errors import PipelineError
 from moqc.ir import ops
-from moqc.ir.annotations import BITS, PARAMS, Key
+from moqc.ir.annotations import BITS, PARAMS, PRUNING, Key
 from moqc.ir.packed import mixed_operands, packed_types
 from moqc.ir.sites import ExpertSite, bindings, expert_site, weight_names
 from moqc.log import track
@@ -102,7 +102,10 @@ def rewrite_experts(
     plan = BITS.of(mod)
     for _, call in track(list(_experts_calls(mod)), "packing experts"):
         site = expert_site(call)
-        classes = {name: bit_classes(plan[site.site][name]) for name in site.projections}
+        classes = {
+            name: bit_classes(plan[site.site][name], removed_experts(mod, site.site))
+            for name in site.projections
+        }
         for name, array in pack_site(site, classes, provider, find_layout(layout)):
             params.put(f"{site.site}.{name}", array)
     return mix_experts(mod, activations, layout)
@@ -113,9 +116,13 @@ def mix_experts(mod: IRModule, activations: str, layout: str = DEFAULT) -> IRMod
     plan, rewrite = BITS.of(mod), Rewrite()
     for variable, call in _experts_calls(mod):
         site, named = expert_site(call), ops.operands(call)
-        classes = {name: bit_classes(plan[site.site][name]) for name in site.projections}
+        classes = {
+            name: bit_classes(plan[site.site][name], removed_experts(mod, site.site))
+            for name in site.projections
+        }
         packed = _packed_parameters(site, classes, layout)
-        rewrite.values[variable] = _mixed_call(call, classes, packed, activations, layout)
+        removed = removed_experts(mod, site.site)
+        rewrite.values[variable] = _mixed_call(call, classes, packed, activations, layout, removed)
         for number, projection in enumerate(site.projections):
             prefixes = (f"{projection}.", "table") if number == 0 else (f"{projection}.",)
             rewrite.parameters[named[projection]] = {
@@ -130,6 +137,7 @@ def _mixed_call(
     packed: Mapping[str, relax.Var],
     activations: str,
     layout: str,
+    removed: Sequence[int],
 ) -> relax.Call:
     """The mixed_experts call that takes the place of the experts `call`."""
     site, named = expert_site(call), ops.operands(call)
@@ -146,15 +154,23 @@ def _mixed_call(
         classes=[f"{projection}:{format}" for projection, members in formats.items() for format in members],
         intermediate=site.intermediate,
         layout=layout,
+        removed=removed,
     )
 
 
-def bit_classes(formats: Sequence[str]) -> dict[Format, list[int]]:
+def bit_classes(formats: Sequence[str], removed: Collection[int] = ()) -> dict[Format, list[int]]:
     """Format -> its experts in ascending order, formats ascending: the bit classes of one projection."""
-    classes: dict[Format, list[int]] = {format: [] for format in sorted(map(Format.parse, set(formats)))}
-    for expert, name in enumerate(formats):
-        classes[Format.parse(name)].append(expert)
+    stored = {expert: Format.parse(name) for expert, name in enumerate(formats) if expert not in removed}
+    classes: dict[Format, list[int]] = {format: [] for format in sorted(set(stored.values()))}
+    for expert, format in stored.items():
+        classes[format].append(expert)
     return classes
+
+
+def removed_experts(mod: IRModule, site: str) -> list[int]:
+    """The experts of `site` that pruning never keeps, by its policy for cold experts."""
+    entry = (PRUNING.get(mod) or {}).get(site, {"policy": "keep"})
+    return list(entry["cold"]) if entry["policy"] == "remove" else []
 
 
 def routing_table(classes: Mapping[str, Mapping[Format, list[int]]], experts: int) -> npt.NDArray[np.int32]:

@@ -253,23 +253,31 @@ def reference_logits(
     linears: Mapping[str, Quantized] | None = None,
 ) -> Iterator[Tensor]:
     """As `reference_forward`, for batches of any windows, on `compute_device()`."""
-    replaced = {f"{site}.weight": matrix for site, matrix in (linears or {}).items()}
-
-    def override(name: str) -> Tensor | None:
-        return replaced[name].dequantize() if name in replaced else None
-
-    model = LayeredModel(checkpoint, override=override, activations=activations)
+    model = overridden(checkpoint, linears or {}, activations)
     stream = model.start(batches)
     for index in range(model.layer_count):
-        experts = _experts_function(model, index, store, activations)
+        experts = experts_function(model, index, store, activations)
         with model.layer(index) as layer:
             layer.run(stream, experts)
     yield from model.logits(stream)
 
 
-def _experts_function(
+def overridden(
+    checkpoint: Checkpoint, linears: Mapping[str, Quantized], activations: Activations = "float"
+) -> LayeredModel:
+    """The model with the matrices `linears` (site -> matrix) in place of its own."""
+    replaced = {f"{site}.weight": matrix for site, matrix in linears.items()}
+
+    def override(name: str) -> Tensor | None:
+        return replaced[name].dequantize() if name in replaced else None
+
+    return LayeredModel(checkpoint, override=override, activations=activations)
+
+
+def experts_function(
     model: LayeredModel, index: int, store: ExpertStore | None, activations: Activations
 ) -> ExpertsFunction:
+    """Layer `index` with the experts of `store`, or with the original ones."""
     if store is None:
         return model.original_experts(index)
     blocks = {site: _substituted(model.experts(site), store.site(site)) for site in model.sites(index)}

@@ -67,7 +67,7 @@ def _measure(captured: Captured, weights: ExpertWeights, window: int) -> dict[st
 
 def _grams(weights: ExpertWeights, x: Tensor, ids: Tensor) -> Tensor:
     """Inner products float32 [T, k, k] of the outputs of each token's experts."""
-    outputs = torch.zeros(*ids.shape, x.shape[1])
+    outputs = torch.zeros(*ids.shape, x.shape[1], device=x.device)
     for expert, tokens, slots in routed(ids, weights.expert_count):
         outputs[tokens, slots] = weights.output(expert, x[tokens])
     return outputs @ outputs.mT
@@ -105,15 +105,16 @@ class PrunedExperts:
         positions = torch.arange(self.window).repeat(len(call.x) // self.window)
         pruning = self.prunings.get(call.site)
         ids, weights = call.ids, call.weights
-        if pruning is not None:
-            ids, weights = prune(pruning, call.x, ids, weights, positions)
+        if pruning is not None:  # the rules are on the CPU; a device may run the model
+            pruned = prune(pruning, call.x.cpu(), ids.cpu(), weights.cpu(), positions)
+            ids, weights = (tensor.to(call.x.device) for tensor in pruned)
         self._count(self.chosen, call.site, call.ids)
         self._count(self.kept, call.site, ids)
         return replace(call, ids=ids, weights=weights)
 
     def _count(self, counts: dict[str, Tensor], site: str, ids: Tensor) -> None:
         before = counts.get(site, torch.zeros(0, dtype=torch.int64))
-        found = torch.bincount(ids[ids >= 0].flatten(), minlength=len(before))
+        found = torch.bincount(ids[ids >= 0].flatten().cpu(), minlength=len(before))
         counts[site] = found + torch.nn.functional.pad(before, (0, len(found) - len(before)))
 
     @property

@@ -27,7 +27,8 @@ FLOOR = 1e-3
 class Skipping:
     """What the pruning of one model on one calibration text is made of.
 
-    `curvature`: site -> nats of KL divergence per relative squared error of the block's output.
+    `curvature`: site -> nats of KL divergence per relative squared error of the block's output. `key` names
+    all of it in caches.
     """
 
     checkpoint: Checkpoint
@@ -35,6 +36,7 @@ class Skipping:
     workspace: Workspace
     samples: dict[str, RoutingSample]
     curvature: dict[str, float]
+    key: str
 
     @classmethod
     def of(
@@ -52,7 +54,8 @@ class Skipping:
         }
         largest = max(harm.values()) or 1.0
         curvature = {site: max(value, FLOOR * largest) for site, value in harm.items()}
-        return cls(checkpoint, calibration, workspace, samples, curvature)
+        key = digest("skipping", VERSION, checkpoint.fingerprint, calibration.fingerprint, seed)
+        return cls(checkpoint, calibration, workspace, samples, curvature, key)
 
     def prunings(self, rule: str, share: float) -> dict[str, Pruning]:
         """Site -> the pruning with which `rule` skips `share` of all pairs."""
@@ -66,7 +69,7 @@ class Skipping:
         """
         reachable = [share for share in shares if share <= 0.95 * most_share(self.samples)]
         candidates: list[Mapping[str, Pruning]] = [self.prunings(rule, share) for share in reachable]
-        key = digest("shares", VERSION, rule, reachable)
+        key = digest("shares", self.key, rule, reachable)
         rises = measure_losses(self.checkpoint, self.calibration, self.workspace, candidates, key)
         # More skipped work never counts as cheaper: what a small text gains by chance is no gain.
         rising = np.maximum.accumulate(np.maximum(rises, 0.0))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -24,7 +24,13 @@ from moqc.commands.options import (
     split_integers,
     split_numbers,
 )
+from moqc.commands.units import parse_share
+from moqc.errors import UserError
 
+if TYPE_CHECKING:
+    from moqc.evaluate.skips import SkipComparison
+
+RULES = "mass,odp,odp-literal,topk-threshold"
 PLANS = (
     "uniform:rtn,uniform:gptq,frequency,block-importance,outlier-score,"
     "ewq,moqa,pmq,pmq:mcmoe,gemq,mxmoe,global"
@@ -36,8 +42,22 @@ def command(
     text: Text,
     bits: Annotated[str, typer.Option(metavar="N,...", help="Expert file bits per weight.")] = "2.5",
     allocators: Annotated[
-        str, typer.Option("--allocators", metavar="PLAN,...", help="Allocator, or allocator:quantizer.")
-    ] = PLANS,
+        str | None,
+        typer.Option(
+            "--allocators",
+            metavar="PLAN,...",
+            help="Allocator, or allocator:quantizer. [default: all; with --prune: global]",
+        ),
+    ] = None,
+    prune: Annotated[
+        str | None,
+        typer.Option(
+            "--prune", metavar="SHARE", help="Compare rules that skip this share of the experts' work."
+        ),
+    ] = None,
+    prune_rules: Annotated[
+        str, typer.Option("--prune-rules", metavar="RULE,...", help="Rules to compare with --prune.")
+    ] = RULES,
     linears: Annotated[
         str, typer.Option(metavar="FORMAT", help="Format of the other matrices, or none: as they are.")
     ] = "none",
@@ -68,15 +88,38 @@ def command(
     quiet: Quiet = False,
 ) -> None:
     """Evaluate plans side by side: their sizes, and their losses on the same text."""
-    from moqc.api import compare
+    from moqc.api import compare, compare_pruning
 
     if quiet or as_json:
         log.be_quiet()
+    if prune is not None:
+        if unseen or tasks or problems or as_markdown or len(split_integers(seeds)) != 1:
+            raise UserError("with --prune there is text only, one seed, and no Markdown table")
+        pruned = compare_pruning(
+            model,
+            text,
+            bits=split_numbers(bits),
+            plans=split("global" if allocators is None else allocators),
+            prune=parse_share(prune),
+            rules=split(prune_rules),
+            linears=linears,
+            tokens=tokens,
+            window=window,
+            calibration=calib,
+            calibration_tokens=calib_tokens,
+            cache=cache,
+            seed=split_integers(seeds)[0],
+        )
+        if as_json:
+            print_json(pruned.to_dict())
+        else:
+            _print_skips(pruned)
+        return
     result = compare(
         model,
         text,
         bits=split_numbers(bits),
-        plans=split(allocators),
+        plans=split(PLANS if allocators is None else allocators),
         linears=linears,
         tokens=tokens,
         window=window,
@@ -99,3 +142,23 @@ def command(
         return
     typer.echo(f"{headline(result)}\n")
     print_table(*table(result))
+
+
+def _print_skips(result: SkipComparison) -> None:
+    typer.echo(f"{result.share:.1%} of the experts' work to skip, on {result.tokens} predictions\n")
+    print_table(
+        ("plan", "bits", "rule", "skipped", "loss", "increase", "KLD", "bytes a token"),
+        [
+            (
+                row.plan,
+                row.target_bits,
+                row.rule,
+                row.skipped_fraction,
+                row.loss,
+                row.loss_increase,
+                row.kld,
+                row.active_bytes_per_token,
+            )
+            for row in result.rows
+        ],
+    )

@@ -29,6 +29,7 @@ from moqc.commands.options import (
     pipeline_text,
     split,
 )
+from moqc.commands.units import parse_share
 
 _RENAMED = {"calib": "calibration", "calib_tokens": "calibration_tokens"}
 """Option -> its key in a recipe."""
@@ -72,6 +73,26 @@ def command(
     calib_tokens: CalibrationTokens = 32_768,
     context: Context = None,
     max_batch: MaxBatch = 4,
+    prune: Annotated[
+        str | None,
+        typer.Option("--prune", metavar="SHARE", help="Skip this share of the experts' work, such as 15%."),
+    ] = None,
+    prune_loss: Annotated[
+        float | None,
+        typer.Option("--prune-loss", metavar="NATS", help="Skip what raises the loss by at most this."),
+    ] = None,
+    prune_rule: Annotated[
+        str,
+        typer.Option("--prune-rule", metavar="RULE", help="What to skip: mass, odp or topk-threshold."),
+    ] = "mass",
+    cold_expert_policy: Annotated[
+        str,
+        typer.Option(
+            "--cold-expert-policy",
+            metavar="POLICY",
+            help="Experts that no calibration token keeps: keep, demote to the smallest format, or remove.",
+        ),
+    ] = "keep",
     cache: Cache = None,
     force: Annotated[bool, typer.Option("--force", "-f", help="Replace an existing artifact.")] = False,
     seed: Seed = 0,
@@ -113,6 +134,10 @@ def command(
         "calib_tokens": calib_tokens,
         "context": context,
         "max_batch": max_batch,
+        "prune": None if prune is None else parse_share(prune),
+        "prune_loss": prune_loss,
+        "prune_rule": prune_rule,
+        "cold_expert_policy": cold_expert_policy,
         "seed": seed,
         "pipeline": pipeline_text(pipeline),
     }

@@ -1,4 +1,4 @@
-"""Bytes and seconds as people write and read them."""
+"""Bytes, seconds and shares as people write and read them."""
 
 from __future__ import annotations
 
@@ -21,6 +21,18 @@ def parse_bytes(text: str) -> int:
 def parse_seconds(text: str) -> float:
     """``25ms`` or ``0.1s``; UserError for anything else."""
     return _parse(text, _SECONDS, "a time such as 25ms or 0.1s")
+
+
+def parse_share(text: str) -> float:
+    """``15%`` or ``0.15``; UserError for anything that is not above 0 and below 1."""
+    number, percent = text.strip().removesuffix("%"), text.strip().endswith("%")
+    try:
+        share = float(number) / (100 if percent else 1)
+    except ValueError:
+        share = 0.0
+    if not 0 < share < 1:
+        raise UserError(f"{text!r}: expected a share above 0 and below 1, such as 15% or 0.15")
+    return share
 
 
 def _parse(text: str, units: dict[str, float] | dict[str, int], what: str) -> float:

@@ -66,9 +66,9 @@ class Bench:
         return {name: self.workspace.load_json(key) for name, key in keys.items()}
 
     def _logits(self, batches: list[Tensor], store: ExpertStore | None, linears: Linears) -> Iterator[Tensor]:
-        return reference_logits(self.checkpoint, batches, store, linears=self._quantized(linears))
+        return reference_logits(self.checkpoint, batches, store, linears=self.quantized(linears))
 
-    def _quantized(self, linears: Linears) -> dict[str, Quantized]:
+    def quantized(self, linears: Linears) -> dict[str, Quantized]:
         """Site -> matrix, made when first used; a tied parameter gets the matrix of the stored one."""
         found: dict[str, Quantized] = {}
         for site, fmt in linears.items():

@@ -118,6 +118,7 @@ def mixed_experts(
     classes: Sequence[str],
     intermediate: int,
     layout: str = DEFAULT,
+    removed: Sequence[int] = (),
 ) -> relax.Call:
     """The routed experts of one layer with packed weights, grouped into bit classes.
 
@@ -125,7 +126,8 @@ def mixed_experts(
     projection, index in the class), then ``gate.0.codes`` (uint8), ``gate.0.scales`` (float16),
     ``gate.0.zeros`` (uint8, absent when symmetric), ..., then the biases. The packed tensors are stacks of
     matrices in `layout`, of `moqc.quant.layouts`. `classes` lists ``projection:format`` in the order of the
-    operands, `activations` is ``float`` or ``int8``, `intermediate` the unpadded I.
+    operands, `activations` is ``float`` or ``int8``, `intermediate` the unpadded I. Experts in `removed` are in
+    no class; pruning must not keep them, and their entries in the table mean nothing.
     """
     return _call(
         MIXED_EXPERTS,
@@ -137,6 +139,7 @@ def mixed_experts(
         classes=list(classes),
         intermediate=intermediate,
         layout=layout,
+        removed=list(removed),
     )
 
 

@@ -142,7 +142,7 @@ def _check_mixed(call: relax.Call) -> None:
             count = _extents(call, prefix + "codes", 5)[0]
             _check_packed(call, prefix, format, rows, columns, (count,))
             stacked += count
-        if stacked != experts:
+        if stacked + len(attrs.get("removed", ())) != experts:
             raise VerifyError(f"{describe(call)}: {projection} has {stacked} experts, the table {experts}")
     for name in biases:
         _check(call, name, named[name].ty, _bias_shapes(experts, hidden, intermediate)[name])

@@ -1,0 +1,94 @@
+"""Limits for a share of the work: reached, cheapest first, and errors that are those of the block itself."""
+
+import pytest
+import torch
+
+from moqc.errors import UserError
+from moqc.quant.routing import Features, LiteralPruning, SitePruning, drop
+from moqc.quant.skips import FIRST, RULES, RoutingSample, calibrate, most_share, skipped
+
+EXPERTS, TOP_K, HIDDEN, WINDOW, ROWS = 6, 3, 8, 40, 12
+
+
+def make(seed=0, scale=1.0, renormalize=True):
+    """A sample, and the outputs [T, k, H] that it was made of."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = ROWS * WINDOW
+    ids = torch.rand(tokens, EXPERTS, generator=generator).argsort(1)[:, :TOP_K]
+    weights = torch.rand(tokens, TOP_K, generator=generator) ** 3 + 0.01
+    if renormalize:
+        weights = weights / weights.sum(1, keepdim=True)
+    outputs = scale * torch.randn(tokens, TOP_K, HIDDEN, generator=generator) * (1 + ids[..., None])
+    x = torch.randn(tokens, HIDDEN, generator=generator)
+    features = Features.of(x, torch.arange(WINDOW).repeat(ROWS))
+    return RoutingSample(EXPERTS, ids, weights, outputs @ outputs.mT, features), outputs
+
+
+@pytest.mark.parametrize("renormalize", [True, False])
+def test_errors_are_those_of_the_block(renormalize):
+    sample, outputs = make(renormalize=renormalize)
+    assert sample.renormalize == renormalize
+    keep = torch.rand(sample.ids.shape, generator=torch.Generator().manual_seed(1)) < 0.7
+    kept = drop(sample.ids, sample.weights, keep, renormalize)[1]
+    whole = (outputs * sample.weights[..., None]).sum(1)
+    change = (outputs * kept[..., None]).sum(1) - whole
+    expected = change.square().sum(1) / whole.square().sum(1)
+    assert torch.allclose(sample.errors(keep), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_strength_is_the_change_without_the_expert():
+    sample, outputs = make(renormalize=False)
+    expert = 2
+    tokens, slots = torch.where(sample.ids == expert)
+    whole = (outputs * sample.weights[..., None]).sum(1)[tokens].norm(dim=1)
+    expected = (outputs[tokens, slots].norm(dim=1) / whole).mean()
+    assert float(sample.strength[expert]) == pytest.approx(float(expected), rel=1e-3)
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("share", [0.05, 0.3])
+def test_every_rule_skips_the_share(rule, share):
+    samples = {"a": make(0)[0], "b": make(1)[0]}
+    prunings = calibrate(rule, samples, {"a": 1.0, "b": 3.0}, share)
+    assert skipped(samples, prunings) == pytest.approx(share, abs=0.01)
+    assert all(
+        isinstance(p, LiteralPruning if rule == "odp-literal" else SitePruning) for p in prunings.values()
+    )
+    if rule == "odp":
+        assert all(samples[site].skipped(p) == pytest.approx(share, abs=0.01) for site, p in prunings.items())
+    if rule in ("mass", "odp"):
+        early = samples["a"].features.positions < FIRST
+        assert samples["a"].keep(prunings["a"])[early].all()
+
+
+def test_mass_spares_the_site_where_errors_hurt():
+    samples = {"a": make(0)[0], "b": make(0)[0]}
+    prunings = calibrate("mass", samples, {"a": 1.0, "b": 20.0}, 0.3)
+    assert samples["a"].skipped(prunings["a"]) > 1.5 * samples["b"].skipped(prunings["b"])
+
+
+def test_mass_has_the_least_error():
+    samples = {"a": make(0)[0], "b": make(1)[0]}
+    curvature = {"a": 1.0, "b": 3.0}
+
+    def harm(rule):
+        prunings = calibrate(rule, samples, curvature, 0.3)
+        return sum(
+            curvature[site] * float(sample.errors(sample.keep(prunings[site])).sum())
+            for site, sample in samples.items()
+        )
+
+    assert harm("mass") < min(harm(rule) for rule in RULES if rule != "mass")
+
+
+@pytest.mark.parametrize("share", [0.0, 0.66, 0.9])
+def test_a_share_out_of_reach_is_refused(share):
+    samples = {"a": make(0)[0]}
+    assert most_share(samples) == pytest.approx(2 / 3)
+    with pytest.raises(UserError, match=r"the most is 63\.3%"):
+        calibrate("mass", samples, {"a": 1.0}, share)
+
+
+def test_an_unknown_rule_is_refused():
+    with pytest.raises(UserError, match=r"'best'.*mass, odp"):
+        calibrate("best", {"a": make(0)[0]}, {"a": 1.0}, 0.1)
