@@ -102,10 +102,8 @@ def rewrite_experts(
     plan = BITS.of(mod)
     for _, call in track(list(_experts_calls(mod)), "packing experts"):
         site = expert_site(call)
-        classes = {
-            name: bit_classes(plan[site.site][name], removed_experts(mod, site.site))
-            for name in site.projections
-        }
+        removed = removed_experts(mod, site.site)
+        classes = {name: bit_classes(plan[site.site][name], removed) for name in site.projections}
         for name, array in pack_site(site, classes, provider, find_layout(layout)):
             params.put(f"{site.site}.{name}", array)
     return mix_experts(mod, activations, layout)
@@ -116,12 +114,9 @@ def mix_experts(mod: IRModule, activations: str, layout: str = DEFAULT) -> IRMod
     plan, rewrite = BITS.of(mod), Rewrite()
     for variable, call in _experts_calls(mod):
         site, named = expert_site(call), ops.operands(call)
-        classes = {
-            name: bit_classes(plan[site.site][name], removed_experts(mod, site.site))
-            for name in site.projections
-        }
-        packed = _packed_parameters(site, classes, layout)
         removed = removed_experts(mod, site.site)
+        classes = {name: bit_classes(plan[site.site][name], removed) for name in site.projections}
+        packed = _packed_parameters(site, classes, layout)
         rewrite.values[variable] = _mixed_call(call, classes, packed, activations, layout, removed)
         for number, projection in enumerate(site.projections):
             prefixes = (f"{projection}.", "table") if number == 0 else (f"{projection}.",)

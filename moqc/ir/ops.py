@@ -126,8 +126,8 @@ def mixed_experts(
     projection, index in the class), then ``gate.0.codes`` (uint8), ``gate.0.scales`` (float16),
     ``gate.0.zeros`` (uint8, absent when symmetric), ..., then the biases. The packed tensors are stacks of
     matrices in `layout`, of `moqc.quant.layouts`. `classes` lists ``projection:format`` in the order of the
-    operands, `activations` is ``float`` or ``int8``, `intermediate` the unpadded I. Experts in `removed` are in
-    no class; pruning must not keep them, and their entries in the table mean nothing.
+    operands, `activations` is ``float`` or ``int8``, `intermediate` the unpadded I. Experts in `removed` are
+    in no class; pruning must not keep them, and their entries in the table mean nothing.
     """
     return _call(
         MIXED_EXPERTS,
