@@ -68,7 +68,7 @@ FIELDS: dict[int, tuple[tuple[Field, ...], ...]] = {
 TRELLIS_FIELDS: dict[int, tuple[tuple[Field, ...], ...]] = {
     1: tuple((Field(0, v, 1),) for v in range(FOURS)),
     2: tuple((Field(0, v, 1), Field(1, v, 1, 1)) for v in range(FOURS)),
-    3: tuple((Field(0, v, 1), Field(1 + v // 4, v % 4 * 2, 2, 1)) for v in range(FOURS)),
+    3: tuple((Field(0, v, 1), Field(1 + v % 4 // 2, v // 4 * 4 + v % 2 * 2, 2, 1)) for v in range(FOURS)),
 }
 """Likewise, by bits, for what trellis formats store of a weight: ``u + 2 * high``."""
 BYTE_SCALE_SHIFT = 7

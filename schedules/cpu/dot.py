@@ -64,30 +64,36 @@ class DotFamily:
         return low + (high[0] << splat(4, self.lanes, "int32")) if high else low
 
     def extract(self, word: Any, field: Field) -> Any:
-        """The bits of `field` of every byte of `word`, uint32xL, moved to their place in the code.
-
-        GFNI does in one instruction what else takes a shift and a mask.
-        """
+        """The bits of `field` of every byte of `word`, uint32xL, moved to their place in the code."""
         if field.width == 8:
             return word
-        if self.affine and field.shift != field.place:
-            kept = range(field.place, field.place + field.width)
+        return self.move(word, field.shift - field.place, field.mask << field.place)
+
+    def move(self, word: Any, distance: int, mask: int) -> Any:
+        """Every byte of uint32xL `word` shifted right by `distance` (left below 0), of it the bits of `mask`.
+
+        `mask` must not ask for bits that come from another byte. GFNI does in one instruction what else
+        takes a shift and a mask.
+        """
+        if self.affine and distance != 0:
             # Byte 7 - i of the matrix selects what becomes bit i.
-            matrix = sum(1 << 8 * (7 - i) + i + field.shift - field.place for i in kept)
+            matrix = sum(1 << 8 * (7 - i) + i + distance for i in range(8) if mask >> i & 1)
             size, name = 4 * self.lanes, "llvm.x86.vgf2p8affineqb.512"
             constant = T.reinterpret(f"uint8x{size}", splat(matrix, size // 8, "uint64"))
             bytes_ = T.reinterpret(f"uint8x{size}", word)
             moved = intrinsic(f"uint8x{size}", name, bytes_, constant, tirx.const(0, "int8"))
             return T.reinterpret(f"uint32x{self.lanes}", moved)
-        distance = field.shift - field.place
         if distance > 0:
             word = word >> splat(distance, self.lanes, "uint32")
         elif distance < 0:
             word = word << splat(-distance, self.lanes, "uint32")
-        return word & splat((field.mask << field.place) * 0x01010101, self.lanes, "uint32")
+        return word & splat(mask * 0x01010101, self.lanes, "uint32")
 
     def lookup(self, table: Sequence[int], indices: Any) -> Any:
-        """``table[index]`` for every byte of uint32xL `indices`; the table has at most 16 bytes."""
+        """``table[index]`` for every byte of uint32xL `indices`; the table has 16 bytes at most.
+
+        The low four bits of a byte are the index; the highest must be 0, the others do not matter.
+        """
         name = "llvm.x86.avx512.pshuf.b.512" if self.lanes == 16 else "llvm.x86.avx2.pshuf.b"
         size = f"uint8x{4 * self.lanes}"
         whole = [*table, *[0] * (16 - len(table))]

@@ -13,29 +13,44 @@ from tvm import tirx
 from tvm.tirx.script import builder as T
 
 from moqc.quant.formats import ROW_TILE, Format
-from moqc.quant.pack import LINE, TRELLIS_FIELDS
+from moqc.quant.pack import FOURS, LINE
 from moqc.schedules.cpu.dot import DotFamily
-from moqc.schedules.cpu.emit import Index, bind, load
+from moqc.schedules.cpu.emit import Index, bind, load, splat
 
 
 def trellis_operands(codes: Any, at: list[Index], fmt: Format, half: int, family: DotFamily) -> list[Any]:
-    """The eight dot operands of the tile at `at`, uint32xL: lane n has 4 values of row n, one a byte."""
+    """The eight dot operands of the tile at `at`, uint32xL: lane n has 4 values of row n, one a byte.
+
+    Operands v and v + 4 are made together: their codes are the nibbles of a byte.
+    """
     lanes = family.lanes
     whole = bind(T.reinterpret(f"uint32x{ROW_TILE}", load(codes, [*at, 0, 0], f"uint8x{LINE}")))
     own, before, earlier = (_rotated(whole, distance, half, lanes) for distance in range(3))
     middle = bind(own ^ earlier)
-    words: list[Any] = [None]
+    high: list[Any] = []
     for line in range(1, fmt.bits):
         raw = load(codes, [*at, line, half * 4 * lanes], f"uint8x{4 * lanes}")
-        words.append(bind(T.reinterpret(f"uint32x{lanes}", raw)))
-    result = []
-    for u, *rest in TRELLIS_FIELDS[fmt.bits]:
-        index = family.extract(before, u) | family.extract(middle, u._replace(place=1))
-        for field in rest:
-            index = index | family.extract(words[field.line], field._replace(place=field.place + 1))
-        direct = fmt.values == tuple(range(fmt.levels))
-        result.append(bind(index if direct else family.lookup(fmt.values, index)))
-    return result
+        high.append(bind(T.reinterpret(f"uint32x{lanes}", raw)))
+    pairs = []
+    for v in range(FOURS // 2):
+        nibbles = family.move(before, v, 0x11) | family.move(middle, v - 1, 0x22)
+        if fmt.bits == 2:
+            nibbles = nibbles | family.move(high[0], v - 2, 0x44)
+        elif fmt.bits == 3:
+            nibbles = nibbles | family.move(high[v // 2], v % 2 * 2 - 2, 0xCC)
+        pairs.append(_values(bind(nibbles), fmt, family))
+    return [bind(pair[position]) for position in range(2) for pair in pairs]
+
+
+def _values(nibbles: Any, fmt: Format, family: DotFamily) -> tuple[Any, Any]:
+    """The values of the codes in the low and in the high nibbles."""
+    if fmt.bits == 1:
+        return family.move(nibbles, 0, 0x0F), family.move(nibbles, 4, 0x0F)
+    if fmt.bits == 2:  # the highest bits of the nibbles are 0, also those that a shift brings from elsewhere
+        shifted = nibbles >> splat(4, family.lanes, "uint32")
+        return family.lookup(fmt.values, nibbles), family.lookup(fmt.values, shifted)
+    low, high = family.move(nibbles, 0, 0x0F), family.move(nibbles, 4, 0x0F)
+    return family.lookup(fmt.values, low), family.lookup(fmt.values, high)
 
 
 def _rotated(whole: Any, distance: int, half: int, lanes: int) -> Any:

@@ -75,12 +75,12 @@ def test_trellis_layout_is_the_documented_one(bits: int) -> None:
         return int(packed.codes[n // 16, k // 32, 0, 4 * (n % 16) + k % 4]) >> (k % 32 // 4) & 1
 
     for n, k in [(0, 0), (1, 5), (2, 37), (15, 31), (16, 32), (17, 69), (19, 40)]:
-        first, width = n // 16 * 16, max(bits - 1, 1)
+        first, v = n // 16 * 16, k % 32 // 4
         before, earlier = (first + (n - distance) % 16 for distance in (1, 2))
-        line, i = divmod(k % 32 // 4, 8 // width)
         high = 0
         if bits > 1:
-            high = int(packed.codes[n // 16, k // 32, 1 + line, 4 * (n % 16) + k % 4]) >> (width * i)
+            line, shift = (1, v) if bits == 2 else (1 + v % 4 // 2, 4 * (v // 4) + 2 * (v % 2))
+            high = int(packed.codes[n // 16, k // 32, line, 4 * (n % 16) + k % 4]) >> shift
         high &= (1 << bits - 1) - 1
         assert 4 * high + 2 * (u(n, k) ^ u(earlier, k)) + u(before, k) == q.codes[n, k], (n, k)
     scale = np.array([packed.scales[1, 1, 3]], np.uint16) << 7
