@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterable, Iterator
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from moqc import log
 from moqc.commands.options import ArtifactArgument, Json, Quiet, print_json
+from moqc.commands.repl import Conversation, converse, prompt_session
 from moqc.errors import UserError
+
+if TYPE_CHECKING:
+    from moqc.runtime.artifact import Artifact
 
 DEFAULT_TOKENS = 128
 
@@ -19,6 +24,41 @@ def conversation(prompt: str, system: str | None) -> list[dict[str, str]]:
     """Messages that end with what the user says."""
     told = [] if system is None else [{"role": "system", "content": system}]
     return [*told, {"role": "user", "content": prompt}]
+
+
+def has_template(model: Artifact) -> bool:
+    """Whether the model was trained to chat."""
+    try:
+        model.chat_prompt(conversation("x", None))
+    except UserError:
+        return False
+    return True
+
+
+def _piped() -> str:
+    """The prompt on stdin; UserError where it is not text."""
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise UserError(f"stdin: the prompt is not UTF-8 ({error.reason}); give text") from error
+
+
+def _converse(talk: Conversation) -> None:
+    """The conversation on a terminal: answers on stdout, notes on stderr."""
+    manifest = talk.model.manifest
+    mode = "messages are answered" if talk.chat else "text is continued"
+    typer.echo(
+        f"{manifest.source.path}, {manifest.sizes.expert_file_bits_per_weight:.2f} bits, "
+        f"{manifest.target.name}; {mode}; /help for commands",
+        err=True,
+    )
+    session = prompt_session()
+
+    def write(piece: str) -> None:
+        typer.echo(piece, nl=False)
+        sys.stdout.flush()
+
+    converse(talk, lambda: session.prompt("> "), write, lambda text: typer.secho(text, dim=True, err=True))
 
 
 def _recorded(tokens: Iterable[int], record: list[int]) -> Iterator[int]:
@@ -30,7 +70,15 @@ def _recorded(tokens: Iterable[int], record: list[int]) -> Iterator[int]:
 
 def command(
     artifact: ArtifactArgument,
-    prompt: Annotated[str, typer.Option("--prompt", "-p", metavar="TEXT", help="Text to continue.")],
+    prompt: Annotated[
+        str | None,
+        typer.Option(
+            "--prompt",
+            "-p",
+            metavar="TEXT",
+            help="Text to continue. [default: what is piped in; on a terminal, a conversation]",
+        ),
+    ] = None,
     max_tokens: Annotated[
         int | None,
         typer.Option(
@@ -63,8 +111,21 @@ def command(
 
     if quiet or as_json:
         log.be_quiet()
+    if prompt is None and sys.stdin.isatty():
+        model = load(artifact, verify=verify)
+        talk = Conversation(
+            model,
+            chat or has_template(model),
+            Sampling(temperature, top_p, seed),
+            max_tokens or DEFAULT_TOKENS,
+            tuple(stop or ()),
+            system,
+        )
+        _converse(talk)
+        return
     if system is not None and not chat:
         raise UserError("--system has no meaning without --chat")
+    prompt = _piped() if prompt is None else prompt
     model = load(artifact, verify=verify)
     ids = model.chat_prompt(conversation(prompt, system)) if chat else model.encode(prompt)
     room = model.manifest.cache.context - len(ids)
