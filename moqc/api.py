@@ -49,7 +49,7 @@ def compile(
     linears: str = "int8-g64-sym",
     allocator: str = "global",
     quantizer: str = "gptq",
-    activations: str = "int8",
+    activations: str | None = None,
     target: str = "native",
     calibration: Sequence[Path | str] | None = None,
     calibration_tokens: int = 32_768,
@@ -77,7 +77,8 @@ def compile(
         linears: format of the other matrices, or "none".
         allocator: who decides on bits; a name of `moqc allocators`.
         quantizer: how matrices are rounded, "rtn" or "gptq".
-        activations: "int8" or "float" (exact) inputs of quantized matrices.
+        activations: "int8" or "float" inputs of quantized matrices; None: the target's default. "float" is
+            exact on CPUs, and rounded to float16 on GPUs.
         target: a name of `moqc.targets`.
         calibration: UTF-8 text files; None takes the built-in text.
         calibration_tokens: how many tokens of it, all files together.
@@ -129,6 +130,7 @@ def compile(
         raise UserError("no output folder: give one with -o")
     require_compiler()
     from moqc.assemble import assemble
+    from moqc.codegen import check_toolchain
     from moqc.frontend.checkpoint import Checkpoint
     from moqc.frontend.hf import MAX_CHUNK
     from moqc.ir.text import print_module
@@ -138,6 +140,8 @@ def compile(
 
     pruning = Pruning.of(prune, prune_loss, prune_rule, cold_expert_policy)
     machine = find_target(target)
+    check_toolchain(machine)
+    activations = machine.mode(activations)
     if max_batch < 1:
         raise UserError(f"max-batch {max_batch}: must be at least 1")
     plan = Plan.parse(f"{allocator}:{quantizer}")

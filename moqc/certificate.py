@@ -93,6 +93,7 @@ def certify(
     """
     kernels = [_Kernel(**entry) for entry in KERNELS.get(mod) or []]
     missing = sorted(target.features - host_features())
+    missing += [f"a GPU of {' or '.join(target.architectures)}"] if target.architectures else []
     if missing:
         reason = f"host lacks {', '.join(missing)}"
         return {

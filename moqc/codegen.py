@@ -25,6 +25,8 @@ from moqc.ir.sites import INPUTS, bindings
 from moqc.passes.base import PassContext
 from moqc.passes.legalize import Legalize
 from moqc.passes.schedule import Schedule
+from moqc.schedules.cuda.dense import advance_function
+from moqc.schedules.cuda.toolchain import find_nvcc, prepare
 from moqc.targets import Target
 
 Run = Callable[[npt.NDArray[Any], npt.NDArray[Any]], npt.NDArray[Any]]
@@ -60,6 +62,12 @@ def bundle(mod: IRModule) -> IRModule:
     return bundled
 
 
+def check_toolchain(target: Target) -> None:
+    """Raise TargetError where `target` needs a compiler that is not here: before hours of work."""
+    if target.architectures:
+        find_nvcc()
+
+
 def build(mod: IRModule, target: Target) -> VMExecutable:
     """Compile a module that went through legalize and schedule.
 
@@ -71,7 +79,52 @@ def build(mod: IRModule, target: Target) -> VMExecutable:
         raise TargetError(
             f"the model needs {', '.join(missing)}, which TVM's runtime library lacks; report this model"
         )
-    return tvm.compile(bundle(mod), tvm.target.Target(target.tvm))
+    machine = tvm.target.Target(target.tvm)
+    if not target.architectures:
+        return tvm.compile(bundle(mod), machine)
+    prepare(target.architectures)
+    # TVM's own pipeline for GPUs would legalize, fuse and schedule once more.
+    with machine:
+        return relax.build(_with_advance(bundle(mod)), machine, relax_pipeline=_gpu_pipeline())
+
+
+def _with_advance(mod: IRModule) -> IRModule:
+    """`mod` with a function advance(logits, ids, positions): a greedy step in place, on the device."""
+    logits = mod["main"].ret_ty
+    while isinstance(logits, relax.TupleType):
+        logits = logits.fields[0]
+    builder, batch = relax.BlockBuilder(mod), tirx.Var("batch", "int64")
+    types = [relax.TensorType([batch, 1, logits.shape[-1]], "float32")]
+    types += [relax.TensorType([batch, 1], "int64")] * 2
+    names = ("logits", "ids", "positions")
+    parameters = [relax.Var(name, ty) for name, ty in zip(names, types, strict=True)]
+    with builder.function("advance", parameters):
+        with builder.dataflow():
+            function = builder.add_func(advance_function(int(logits.shape[-1])), "moqc_advance")
+            call = relax.op.call_tir_inplace(function, relax.Tuple(parameters), [1, 2], types[1:])
+            result = builder.emit_output(call)
+        builder.emit_func_output(result)
+    built = builder.get()
+    return built if mod.attrs is None else built.with_attrs(dict(mod.attrs.items()))
+
+
+def _gpu_pipeline() -> tvm.transform.Pass:
+    """From scheduled kernels to instructions of the virtual machine."""
+    return tvm.transform.Sequential(
+        [
+            relax.transform.RewriteDataflowReshape(),
+            relax.transform.ToNonDataflow(),
+            relax.transform.RemovePurityChecking(),
+            relax.transform.CallTIRRewrite(),
+            relax.transform.StaticPlanBlockMemory(),
+            relax.transform.LowerAllocTensor(),
+            relax.transform.KillAfterLastUse(),
+            relax.transform.LowerRuntimeBuiltin(),
+            relax.transform.ComputePrimValue(),
+            relax.transform.VMShapeLower(),
+            relax.transform.AttachGlobalSymbol(),
+        ]
+    )
 
 
 def _called_packed(mod: IRModule, prefix: str) -> set[str]:

@@ -77,7 +77,9 @@ def describe(
             model_type=checkpoint.config.model_type,
             fingerprint=checkpoint.fingerprint,
         ),
-        target=TargetRecord(name=target.name, features=tuple(sorted(target.features))),
+        target=TargetRecord(
+            name=target.name, features=tuple(sorted(target.features)), architectures=target.architectures
+        ),
         versions=versions(),
         pipeline=str(pipeline),
         recipe=None if recipe is None else recipe.model_dump(mode="json"),
@@ -92,7 +94,11 @@ def describe(
         sizes=_NO_SIZES,
         parameters=parameters(mod),
         cache=CacheSpec(
-            context=context, batch=batch, chunk=min(chunk, context), tensors=tuple(map(tuple, tensors))
+            context=context,
+            batch=batch,
+            chunk=min(chunk, context),
+            tensors=tuple(map(tuple, tensors)),
+            dtype=cache["dtype"],
         ),
         vocabulary=checkpoint.config.get_text_config().vocab_size,
         generation=read_generation(checkpoint.path),

@@ -123,7 +123,8 @@ def check_architecture(checkpoint: Checkpoint, workspace: Workspace, target: Tar
     from moqc.targets import find_target, host_features
 
     # What is compiled here runs here: for another machine's target, this one's best kernels stand in.
-    target = target if target.features <= host_features() else find_target("native")
+    runs = target.features <= host_features() and not target.architectures
+    target = target if runs else find_target("native")
     compiler = partial(compile_and_run, target=target)
     verify_architecture(checkpoint.config, workspace.root, compiler, target.name)
 

@@ -67,6 +67,8 @@ class TargetRecord(Record):
     name: str
     features: tuple[str, ...]
     """CPU flags the code uses, by their Linux names."""
+    architectures: tuple[str, ...] = ()
+    """Of the GPUs that the library has machine code for; empty where the CPU computes."""
 
 
 class Versions(Record):
@@ -105,7 +107,9 @@ class CacheSpec(Record):
     chunk: int
     """Tokens a row may have in one call."""
     tensors: tuple[tuple[int, ...], ...]
-    """Shapes of the float32 cache arguments, in order."""
+    """Shapes of the cache arguments, in order."""
+    dtype: Literal["float32", "float16"] = "float32"
+    """Of the cache arguments."""
 
 
 class Generation(Record):

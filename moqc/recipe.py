@@ -28,7 +28,9 @@ class Recipe(BaseModel):
     linears: str = Field(default="int8-g64-sym", description="format of the other matrices, or none")
     allocator: str = Field(default="global", description="who decides on bits; see moqc allocators")
     quantizer: str = Field(default="gptq", description="how experts are rounded: gptq or rtn")
-    activations: str = Field(default="int8", description="inputs of quantized matrices: int8 or float")
+    activations: str | None = Field(
+        default=None, description="inputs of quantized matrices: int8 or float; null: the target's default"
+    )
     target: str = Field(default="native", description="machine to compile for; see moqc targets")
     calibration: tuple[str, ...] = Field(default=(), description="text files; empty: the built-in text")
     calibration_tokens: int = Field(default=32_768, description="tokens of it, all files together")

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from tvm import IRModule
 
 from moqc.assemble import assemble
+from moqc.codegen import check_toolchain
 from moqc.errors import InternalError
 from moqc.frontend.checkpoint import Checkpoint
 from moqc.frontend.hf import MAX_CHUNK, import_model
@@ -94,7 +95,7 @@ def synthesize_artifact(
     *,
     experts: tuple[str, ...],
     linears: str,
-    activations: str,
+    activations: str | None,
     target: str,
     context: int | None,
     max_batch: int,
@@ -111,6 +112,8 @@ def synthesize_artifact(
     """
     check_output(out, force=force)
     machine, declared = find_target(target), read_declared(config, layers)
+    activations = machine.mode(activations)
+    check_toolchain(machine)
     check_lowering(linears, activations, max_batch)
     parse_mix(experts)
     workspace = open_workspace(cache)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import platform
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,9 @@ class Target:
 
     `tvm` is the dict `tvm.target.Target` takes. `features` are the CPU flags (Linux names) the generated code
     uses; loading an artifact checks them. `schedules` names the folder under `schedules/`; `layout` the
-    packed weight layout its kernels read (`moqc.quant.pack`). `roofline` is None where nothing was measured.
+    packed weight layout its kernels read (`moqc.quant.layouts`). `activations` are the modes its kernels
+    have, the default first; `cache` is the dtype of its key-value caches. `architectures` are those of the
+    GPUs that the library has machine code for; empty for CPUs. `roofline` is None where nothing was measured.
     """
 
     name: str
@@ -39,8 +42,23 @@ class Target:
     features: frozenset[str]
     schedules: str = "cpu"
     layout: str = "interleaved16"
+    activations: tuple[str, ...] = ("int8", "float")
+    cache: str = "float32"
+    architectures: tuple[str, ...] = ()
     doc: str = ""
     roofline: Roofline | None = None
+
+    @property
+    def device(self) -> str:
+        """TVM's name of the device that runs the model: ``cpu`` or ``cuda``."""
+        return "cuda" if self.architectures else "cpu"
+
+    def mode(self, activations: str | None) -> str:
+        """The mode of activations asked for, or the default. TargetError if there are no kernels for it."""
+        if activations not in (None, *self.activations):
+            modes = ", ".join(self.activations)
+            raise TargetError(f"activations {activations!r}: the kernels of target {self.name} have {modes}")
+        return activations or self.activations[0]
 
     @property
     def vector_lanes(self) -> int:
@@ -80,6 +98,44 @@ TARGETS: dict[str, Target] = {
     )
 }
 
+CUDA_ARCHITECTURES = {"sm_80": 163, "sm_86": 99, "sm_87": 163, "sm_89": 99, "sm_90": 227}
+"""NVIDIA architectures that there are kernels for, and the KiB of shared memory a block may have there."""
+CUDA_DEFAULT = "cuda:sm_90@x86-64-v3"
+"""What ``cuda`` stands for."""
+
+
+def _cuda(name: str) -> Target:
+    """The target of ``cuda[:ARCHITECTURE[+ARCHITECTURE...]][@HOST]``; the default has what is left out."""
+    form = re.fullmatch(r"cuda(?::(?P<archs>[\w+]+))?(?:@(?P<host>[\w-]+))?", name)
+    defaults = re.fullmatch(r"cuda:(?P<archs>[\w+]+)@(?P<host>[\w-]+)", CUDA_DEFAULT)
+    if form is None or defaults is None:
+        raise TargetError(f"target {name!r}: expected for example {CUDA_DEFAULT} or cuda:sm_80+sm_90")
+    architectures = tuple(sorted(set((form["archs"] or defaults["archs"]).split("+"))))
+    for architecture in architectures:
+        if architecture not in CUDA_ARCHITECTURES:
+            known = ", ".join(CUDA_ARCHITECTURES)
+            raise TargetError(f"target {name!r}: unknown architecture {architecture!r}: known are {known}")
+    host = TARGETS.get(form["host"] or defaults["host"])
+    if host is None or host.architectures:
+        cpus = ", ".join(key for key, each in TARGETS.items() if not each.architectures)
+        raise TargetError(f"target {name!r}: unknown host {form['host']!r}: known are {cpus}")
+    shared = min(CUDA_ARCHITECTURES[architecture] for architecture in architectures) * 1024
+    tvm = {"kind": "cuda", "arch": architectures[0], "max_threads_per_block": 1024, "host": host.tvm}
+    return Target(
+        f"cuda:{'+'.join(architectures)}@{host.name}",
+        {**tvm, "max_shared_memory_per_block": shared},
+        host.features,
+        schedules="cuda",
+        layout="mma16x256",
+        activations=("float",),
+        cache="float16",
+        architectures=architectures,
+        doc="NVIDIA GPUs; cuda:ARCHITECTURE+...@HOST chooses, by default " + CUDA_DEFAULT,
+    )
+
+
+TARGETS["cuda"] = replace(_cuda("cuda"), name="cuda")
+
 
 def host_features() -> frozenset[str]:
     """CPU flags of this machine, by their Linux names."""
@@ -92,16 +148,21 @@ def host_features() -> frozenset[str]:
 
 
 def find_target(name: str) -> Target:
-    """The target called `name`; ``native`` is the most capable entry this machine supports.
+    """The target called `name`; ``native`` is the most capable CPU entry this machine supports.
+
+    ``cuda`` may name architectures and host, as in ``cuda:sm_80+sm_90@x86-64-v4``.
 
     Raises TargetError with the known names.
     """
     if name == "native":
         flags = host_features()
-        fitting = [target for target in TARGETS.values() if target.features <= flags]
+        cpus = [target for target in TARGETS.values() if not target.architectures]
+        fitting = [target for target in cpus if target.features <= flags]
         if not fitting:
             raise TargetError("native: this machine has no AVX2; moqc has no kernels for it")
         return max(fitting, key=lambda target: len(target.features))
+    if name.startswith(("cuda:", "cuda@")):
+        return _cuda(name)
     if name not in TARGETS:
         raise TargetError(f"unknown target {name!r}: known are native, {', '.join(TARGETS)}")
     return TARGETS[name]

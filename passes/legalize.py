@@ -1,7 +1,8 @@
-"""legalize: R.moqc.* and other operators that TVM has no fast CPU kernel for -> call_tir of our kernels."""
+"""legalize: R.moqc.* and other operators that TVM has no fast kernel for -> call_tir of our kernels."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -13,31 +14,60 @@ from moqc.ir import ops
 from moqc.ir.annotations import KERNELS, Key
 from moqc.ir.sites import bindings
 from moqc.passes.base import Pass, PassContext
+from moqc.passes.fusions import Fusions
 from moqc.passes.packed_kernels import Lowering, add_functions, packed_kernels
 from moqc.passes.patterns import is_top, match_linear, match_rms_norm
+from moqc.schedules.cpu import lower_dense as cpu_dense
 from moqc.schedules.cpu.lower import lower_embedding, lower_linear, lower_mixed_experts
-from moqc.schedules.cpu.lower_dense import (
-    lower_attention,
-    lower_dense_linear,
-    lower_experts,
-    lower_rms_norm,
-    lower_topk,
-)
 from moqc.schedules.cpu.prune import lower_prune_routing
+from moqc.schedules.cuda import lower as cuda
 from moqc.targets import Target
 
-LOWERINGS: dict[str, dict[str, Lowering]] = {
-    "cpu": {
-        ops.EXPERTS: lower_experts,
-        ops.MIXED_EXPERTS: lower_mixed_experts,
-        ops.LINEAR: lower_linear,
-        ops.EMBEDDING: lower_embedding,
-        ops.ATTENTION: lower_attention,
-        ops.CACHED_ATTENTION: lower_attention,
-        ops.PRUNE_ROUTING: lower_prune_routing,
-    }
+
+@dataclass(frozen=True)
+class Lowerings:
+    """How the targets of one folder under schedules/ lower moqc's operators and the groups of `patterns`."""
+
+    operators: Mapping[str, Lowering]
+    linear: Callable[..., relax.Expr]
+    rms_norm: Callable[..., relax.Expr]
+    topk: Lowering
+    fuses: bool = False
+    """Whether there are kernels for more than one operator: residuals, heads, routers."""
+
+
+LOWERINGS: dict[str, Lowerings] = {
+    "cpu": Lowerings(
+        {
+            ops.EXPERTS: cpu_dense.lower_experts,
+            ops.MIXED_EXPERTS: lower_mixed_experts,
+            ops.LINEAR: lower_linear,
+            ops.EMBEDDING: lower_embedding,
+            ops.ATTENTION: cpu_dense.lower_attention,
+            ops.CACHED_ATTENTION: cpu_dense.lower_attention,
+            ops.PRUNE_ROUTING: lower_prune_routing,
+        },
+        cpu_dense.lower_dense_linear,
+        cpu_dense.lower_rms_norm,
+        cpu_dense.lower_topk,
+    ),
+    "cuda": Lowerings(
+        {
+            ops.EXPERTS: cuda.lower_dense_experts,
+            ops.MIXED_EXPERTS: cuda.lower_mixed_experts,
+            ops.LINEAR: cuda.lower_linear,
+            ops.EMBEDDING: cuda.lower_embedding,
+            ops.ATTENTION: cuda.lower_uncached_attention,
+            ops.CACHED_ATTENTION: cuda.lower_attention,
+            ops.PRUNE_ROUTING: cuda.lower_prune_routing,
+        },
+        cuda.lower_dense_linear,
+        cuda.lower_rms_norm,
+        cuda.lower_topk,
+        fuses=True,
+    ),
 }
-"""Folder under schedules/ -> operator -> how it is lowered there."""
+"""Folder under schedules/ -> how it lowers."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +90,7 @@ class Legalize(Pass):
         lowering.builder_.update_func(mod.get_global_var("main"), relax.analysis.remove_all_unused(main))
         kernels = packed_kernels(mod)
         builder = relax.BlockBuilder(lowering.builder_.get())
-        add_functions(builder, kernels, mod, LOWERINGS[target.schedules], target)
+        add_functions(builder, kernels, mod, LOWERINGS[target.schedules].operators, target)
         result = builder.get()
         # The builder's module starts without attributes.
         result = result if mod.attrs is None else result.with_attrs(dict(mod.attrs.items()))
@@ -74,24 +104,51 @@ class _Lowering(PyExprMutator):  # type: ignore[misc]  # tvm has no types
     def __init__(self, mod: IRModule, target: Target) -> None:
         super().__init__(mod)
         self._target, self._definitions = target, dict(bindings(mod["main"]))
+        self._lowerings = LOWERINGS[target.schedules]
+        self._fusions = Fusions(self._definitions) if self._lowerings.fuses else None
 
     def visit_call_(self, call: relax.Call) -> relax.Expr:
         """Lower one call, its arguments first."""
         linear, norm = match_linear(call, self._definitions), match_rms_norm(call, self._definitions)
         if linear is not None:
             x, weight = self.visit_expr(linear.x), self.visit_expr(linear.weight)
-            return lower_dense_linear(self.builder_, x, weight, self._target)
+            return self._lowerings.linear(self.builder_, x, weight, self._target)
         if norm is not None:
             x = self.visit_expr(norm.x)
             weight = None if norm.weight is None else self.visit_expr(norm.weight)
-            return lower_rms_norm(self.builder_, x, weight, norm.epsilon, self._target)
+            return self._lowerings.rms_norm(self.builder_, x, weight, norm.epsilon, self._target)
+        fused = None if self._fusions is None else self._fused(call, self._fusions)
+        if fused is not None:
+            return fused
         call = self.builder_.normalize(self.visit_expr_post_order(call))
         if ops.is_call(call, "relax.take"):
             # An index out of range reads the nearest row; TVM's default mode reads out of bounds.
             return relax.op.take(call.args[0], call.args[1], call.attrs.axis, mode="clip")
         if is_top(call):
-            return lower_topk(self.builder_, call, self._target)
-        lowerings = LOWERINGS[self._target.schedules]
-        if ops.is_call(call, *lowerings):
-            return lowerings[str(call.op.name)](self.builder_, call, self._target)
+            return self._lowerings.topk(self.builder_, call, self._target)
+        if ops.is_call(call, *self._lowerings.operators):
+            return self._lowerings.operators[str(call.op.name)](self.builder_, call, self._target)
         return call
+
+    def _fused(self, call: relax.Call, fusions: Fusions) -> relax.Expr | None:
+        """One kernel for `call` and what it reads; what nobody else reads then is dead."""
+        router, residual, heads = fusions.router(call), fusions.residual(call), fusions.heads(call)
+        if router is not None:
+            types, x = list(call.ty.fields), self.visit_expr(router.x)
+            normalize = router.normalized is not None
+            return cuda.lower_router(self.builder_, x, types, softmax=True, normalize=normalize)
+        if fusions.is_normalization(call):
+            return self.visit_expr(call.args[0])  # the router's kernel has divided already
+        if residual is not None:
+            linear = self.builder_.normalize(self.visit_expr_post_order(residual.linear))
+            return cuda.lower_linear(self.builder_, linear, self._target, self.visit_expr(residual.added))
+        if heads is not None:
+            plain = self.builder_.normalize(self.visit_expr_post_order(call))
+            inputs, norms, rotation = (
+                [self.visit_expr(expr) for expr in group]
+                for group in (heads.inputs, heads.norms, heads.rotation)
+            )
+            return cuda.lower_attention(
+                self.builder_, plain, self._target, inputs, norms, heads.epsilon, rotation
+            )
+        return None

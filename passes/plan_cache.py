@@ -13,8 +13,6 @@ from moqc.ir.annotations import CACHE, PARAMS, Key
 from moqc.ir.sites import bindings
 from moqc.passes.base import Pass, PassContext
 
-DTYPE = "float32"
-
 
 @dataclass(frozen=True)
 class PlanCache(Pass):
@@ -32,23 +30,25 @@ class PlanCache(Pass):
     batch: int = 4
 
     def run(self, mod: IRModule, ctx: PassContext) -> IRModule:
-        """Rewrite main; needs nothing of `ctx`."""
+        """Rewrite main; the caches have the dtype that the kernels of the target of `ctx` want."""
         if self.context < 1 or self.batch < 1:
             raise PipelineError(f"plan-cache: context={self.context} batch={self.batch}; both are at least 1")
         if CACHE.get(mod) is not None:
             raise PipelineError(f"plan-cache: the module has {CACHE} already")
-        builder = _CachedMain(mod, self.context, self.batch)
+        dtype = "float32" if ctx.target is None else ctx.target.cache
+        builder = _CachedMain(mod, self.context, self.batch, dtype)
         result = mod.clone()
         result.update_func(mod.get_global_var("main"), builder.build())
         tensors = [[int(extent) for extent in cache.ty.shape] for cache in builder.caches]
-        return CACHE.put(result, {"context": self.context, "batch": self.batch, "tensors": tensors})
+        value = {"context": self.context, "batch": self.batch, "tensors": tensors, "dtype": dtype}
+        return CACHE.put(result, value)
 
 
 class _CachedMain:
     """Builds the new main; `caches` are its new parameters, key and value of each attention in turn."""
 
-    def __init__(self, mod: IRModule, context: int, batch: int) -> None:
-        self._main, self._context, self._batch = mod["main"], context, batch
+    def __init__(self, mod: IRModule, context: int, batch: int, dtype: str) -> None:
+        self._main, self._context, self._batch, self._dtype = mod["main"], context, batch, dtype
         self._builder = relax.BlockBuilder()
         self.caches: list[relax.Var] = []
         self._calls = {
@@ -82,7 +82,7 @@ class _CachedMain:
         heads = named["k"].ty.shape[1]
         pair = []
         for name, width in (("k", named["k"].ty.shape[3]), ("v", named["v"].ty.shape[3])):
-            ty = relax.TensorType([self._batch, heads, self._context, width], DTYPE)
+            ty = relax.TensorType([self._batch, heads, self._context, width], self._dtype)
             pair.append(relax.Var(f"{name}_cache_{len(self.caches) // 2}", ty))
         self.caches += pair
         fixed = [named[name] for name in ("q", "k", "v", "positions")]

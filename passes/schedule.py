@@ -12,6 +12,7 @@ from tvm.s_tir import dlight
 from moqc.errors import TargetError
 from moqc.passes.base import Pass, PassContext
 from moqc.schedules.cpu.rules import CpuDefault, guard_parallel
+from moqc.schedules.cuda.rules import schedule_for_gpu
 from moqc.targets import Target
 
 
@@ -24,7 +25,7 @@ class Schedule(Pass):
     def run(self, mod: IRModule, ctx: PassContext) -> IRModule:
         """Lower main for `ctx.target`. Raises TargetError when there are no schedules for it."""
         target: Target = ctx.need("target", self.name)
-        if target.schedules != "cpu":
+        if target.schedules not in ("cpu", "cuda"):
             raise TargetError(f"schedule: none for target {target.name} (schedules {target.schedules})")
         fuse = tvm.transform.Sequential(
             [
@@ -43,4 +44,6 @@ class Schedule(Pass):
         with tvm.target.Target(target.tvm):
             # The rules change the module they are given; it must not be the caller's.
             fused = fuse(mod).clone()
+            if target.schedules == "cuda":
+                return schedule_for_gpu(fused)
             return guard_parallel(dlight.ApplyDefaultSchedule(CpuDefault(target.vector_lanes))(fused))

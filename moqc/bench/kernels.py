@@ -216,7 +216,7 @@ def _compile(
                 classes=[f"{projection}:{fmt}" for projection in ops.PROJECTIONS for fmt in formats],
                 intermediate=shape.intermediate,
             )
-            lower = LOWERINGS[target.schedules][ops.MIXED_EXPERTS]
+            lower = LOWERINGS[target.schedules].operators[ops.MIXED_EXPERTS]
             result = builder.emit_output(lower(builder, builder.normalize(call), target))
         builder.emit_func_output(result)
     machine = relax.VirtualMachine(tvm.compile(builder.get(), tvm.target.Target(target.tvm)), tvm.cpu())

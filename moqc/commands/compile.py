@@ -67,7 +67,7 @@ def command(
     quantizer: Annotated[
         str, typer.Option(metavar="NAME", help="How experts are rounded: gptq or rtn.")
     ] = "gptq",
-    activations: Activations = "int8",
+    activations: Activations = None,
     target: TargetName = "native",
     calib: Calibration = None,
     calib_tokens: CalibrationTokens = 32_768,

@@ -37,11 +37,12 @@ Linears = Annotated[
     typer.Option("--linears", metavar="FORMAT", help="Format of the other matrices, or none: as they are."),
 ]
 Activations = Annotated[
-    str,
+    str | None,
     typer.Option(
         "--activations",
         metavar="MODE",
-        help="int8: kernels quantize the inputs of quantized matrices; float: exact.",
+        help="int8: kernels quantize the inputs of quantized matrices; float: exact on CPUs, float16 on "
+        "GPUs. [default: int8 on CPUs, float on GPUs]",
     ),
 ]
 Context = Annotated[

@@ -38,7 +38,7 @@ def command(
         ),
     ] = "int3-g64",
     linears: Linears = "int8-g64-sym",
-    activations: Activations = "int8",
+    activations: Activations = None,
     target: TargetName = "native",
     context: Context = None,
     max_batch: MaxBatch = 4,

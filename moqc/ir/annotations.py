@@ -127,7 +127,7 @@ LINEAR_BITS: Key[dict[str, str]] = Key(
     "moqc.linear_bits", "quantize-linears", "site of a quantized linear or embedding -> format name"
 )
 CACHE: Key[dict[str, Any]] = Key(
-    "moqc.cache", "plan-cache", "context, batch and tensors (a list of shapes) of the key-value cache"
+    "moqc.cache", "plan-cache", "context, batch, dtype and tensors (a list of shapes) of the key-value cache"
 )
 KERNELS: Key[list[dict[str, Any]]] = Key(
     "moqc.kernels",

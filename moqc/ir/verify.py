@@ -186,8 +186,9 @@ def _check_attention(call: relax.Call) -> None:
         _check_number(call, name)
     if "k_cache" in named:
         slots, capacity = named["k_cache"].ty.shape[0], named["k_cache"].ty.shape[2]
-        _check(call, "k_cache", named["k_cache"].ty, (slots, key_heads, capacity, width))
-        _check(call, "v_cache", named["v_cache"].ty, (slots, key_heads, capacity, value_width))
+        floats = ("float32", "float16")
+        _check(call, "k_cache", named["k_cache"].ty, (slots, key_heads, capacity, width), floats)
+        _check(call, "v_cache", named["v_cache"].ty, (slots, key_heads, capacity, value_width), floats)
 
 
 def _check_prune_routing(call: relax.Call) -> None:

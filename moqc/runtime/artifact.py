@@ -16,6 +16,7 @@ from moqc.log import logger
 from moqc.manifest import LIBRARY, Manifest, check_hash, check_sizes, read_manifest
 from moqc.runtime.batch import Row, check_prompts, run_rows
 from moqc.runtime.chat import ChatTemplate, Message
+from moqc.runtime.device import Device, open_device
 from moqc.runtime.generate import TextBuilder, answer_length, generate_text, generate_tokens
 from moqc.runtime.sampling import Sampler, Sampling
 from moqc.runtime.session import Session
@@ -39,15 +40,17 @@ class Artifact:
         self.path = path
         self.manifest = manifest
         self.tokenizer = Tokenizer(path / "tokenizer.json")
+        self._device = open_device(tvm, manifest.target.architectures)
         library = tvm.runtime.load_module(str((path / LIBRARY).resolve()))
         # The machine owns the memory pools of `main`: it must live as long as the function.
-        self._machine = tvm.runtime.vm.VirtualMachine(library, tvm.cpu())
+        self._machine = tvm.runtime.vm.VirtualMachine(library, self._device.handle)
         self._main = self._machine["main"]
-        self._weights = _load_weights(tvm, path, manifest)
+        self._advance = self._machine["advance"] if manifest.target.architectures else None
+        self._weights = _load_weights(self._device, path, manifest)
 
     def session(self) -> Session:
         """A new, empty key/value state to run tokens with."""
-        return Session(self._main, self._weights, self.manifest)
+        return Session(self._main, self._weights, self.manifest, self._device, self._advance)
 
     def forward(self, ids: ArrayLike) -> NDArray[np.float32]:
         """Logits of every position: ids [S] -> [S, V], or ids [B, S] -> [B, S, V]; float32.
@@ -223,7 +226,7 @@ def check_files(folder: Path, manifest: Manifest, *, everything: bool) -> None:
             check_hash(folder, name, record)
 
 
-def _load_weights(tvm: ModuleType, folder: Path, manifest: Manifest) -> Any:
+def _load_weights(device: Device, folder: Path, manifest: Manifest) -> Any:
     """The weights tuple of ``main``: TVM tensors in the function's order and types, 64-byte aligned."""
     stored: dict[str, StoredTensor] = {}
     for name in manifest.files:
@@ -240,7 +243,5 @@ def _load_weights(tvm: ModuleType, folder: Path, manifest: Manifest) -> Any:
             raise ArtifactError(
                 f"{folder}: {parameter.name} is {source.data.shape}, not {parameter.shape}; compile again"
             )
-        tensor = tvm.runtime.empty(parameter.shape, parameter.dtype)
-        source.copy_to(np.from_dlpack(tensor))
-        weights.append(tensor)
-    return tvm.runtime.convert(weights)
+        weights.append(device.filled(parameter.shape, parameter.dtype, source.copy_to))
+    return device.group(weights)

@@ -42,8 +42,11 @@ def _tokens(
 ) -> Iterator[int]:
     pending = list(prompt)
     for _ in range(count):
-        logits = session.extend_last(np.array([pending], dtype=np.int64))
-        token = sampler.choose(logits[0])
+        ids = np.array([pending], dtype=np.int64)
+        if sampler.sampling.temperature == 0.0:
+            token = int(session.extend_greedy(ids)[0])
+        else:
+            token = sampler.choose(session.extend_last(ids)[0])
         if token in ends:
             return
         yield token

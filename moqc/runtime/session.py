@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from moqc.errors import UserError
 from moqc.manifest import Manifest
+from moqc.runtime.device import Decoder, Device
 
 
 class Session:
@@ -19,13 +19,21 @@ class Session:
     Not safe for use by several threads at once.
     """
 
-    def __init__(self, main: Callable[..., Any], weights: Any, manifest: Manifest) -> None:
-        self._main = main
+    def __init__(
+        self,
+        main: Callable[..., Any],
+        weights: Any,
+        manifest: Manifest,
+        device: Device,
+        advance: Callable[..., Any] | None = None,
+    ) -> None:
+        """A session of `main` on `device`; `advance` is the library's greedy step, if it has one."""
+        self._main, self._advance, self._device = main, advance, device
         self._weights = weights
         self._spec = manifest.cache
         self._vocabulary = manifest.vocabulary
-        self._runtime = sys.modules["tvm"].runtime  # imported by whoever made `main`
-        self._caches = self._runtime.convert([self._zeros(shape) for shape in self._spec.tensors])
+        self._caches = device.group([device.zeros(shape, self._spec.dtype) for shape in self._spec.tensors])
+        self._decoders: dict[int, Decoder | None] = {}
         self.length = 0
         """Tokens each sequence has so far."""
 
@@ -42,7 +50,8 @@ class Session:
         """
         self._check(ids)
         parts = [
-            self._run(ids[:, at : at + self._spec.chunk]) for at in range(0, ids.shape[1], self._spec.chunk)
+            self._all(self._run(ids[:, at : at + self._spec.chunk]))
+            for at in range(0, ids.shape[1], self._spec.chunk)
         ]
         return np.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]
 
@@ -51,15 +60,17 @@ class Session:
         self._check(ids)
         for at in range(0, ids.shape[1], self._spec.chunk):
             logits = self._run(ids[:, at : at + self._spec.chunk])
-        return logits[:, -1]
+        return self._last(logits)
 
-    def _run(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:
-        """One call of the compiled function on the next tokens of every row."""
-        rows, count = ids.shape
-        positions = np.broadcast_to(np.arange(self.length, self.length + count), (rows, count))
-        logits = self.run_at(ids, positions)
-        self.length += count
-        return logits
+    def extend_greedy(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Like `extend_last`, but only the likeliest next tokens [B]; ties go to the lowest."""
+        decoder = self._decoder(len(ids)) if ids.shape[1] == 1 else None
+        if decoder is None:
+            chosen: NDArray[np.int64] = self.extend_last(ids).argmax(axis=-1)
+            return chosen
+        self._check(ids)
+        self.length += 1
+        return decoder.step(ids[:, 0], np.full(len(ids), self.length - 1))
 
     def run_at(self, ids: NDArray[np.int64], positions: NDArray[np.int64]) -> NDArray[np.float32]:
         """One call of the compiled function: logits [B, S, V] of `ids` int64 [B, S] at `positions` [B, S].
@@ -67,15 +78,39 @@ class Session:
         Row b sees and extends cache row b. Position -1 is padding: its logits mean nothing. Nothing is
         checked, and `length` stays as it is.
         """
-        tensor = self._runtime.tensor
-        result = self._main(
-            tensor(np.ascontiguousarray(ids)),
-            tensor(np.ascontiguousarray(positions)),
-            self._weights,
-            self._caches,
-        )
-        self._caches = result[1:]
-        return cast("NDArray[np.float32]", np.from_dlpack(result[0]))
+        return self._all(self._call(ids, positions))
+
+    def _run(self, ids: NDArray[np.int64]) -> Any:
+        """One call on the next tokens of every row; logits [B, S, V] on the device."""
+        rows, count = ids.shape
+        positions = np.broadcast_to(np.arange(self.length, self.length + count), (rows, count))
+        logits = self._call(ids, positions)
+        self.length += count
+        return logits
+
+    def _call(self, ids: NDArray[np.int64], positions: NDArray[np.int64]) -> Any:
+        decoder = self._decoder(len(ids)) if ids.shape[1] == 1 else None
+        if decoder is not None:
+            decoder.step(ids[:, 0], positions[:, 0])
+            return decoder.logits
+        # Caches are changed in place; those that come back are the same ones.
+        return self._main(self._device.put(ids), self._device.put(positions), self._weights, self._caches)[0]
+
+    def _decoder(self, rows: int) -> Decoder | None:
+        if rows not in self._decoders:
+            arguments = (self._main, self._advance, self._weights, self._caches, rows)
+            self._decoders[rows] = self._device.decoder(*arguments)
+        return self._decoders[rows]
+
+    def _all(self, logits: Any) -> NDArray[np.float32]:
+        shape = tuple(int(extent) for extent in logits.shape)
+        return self._device.get(logits, 0, int(np.prod(shape))).reshape(shape)
+
+    def _last(self, logits: Any) -> NDArray[np.float32]:
+        """The last position's logits [B, V]."""
+        rows, count, width = (int(extent) for extent in logits.shape)
+        each = [self._device.get(logits, (row * count + count - 1) * width, width) for row in range(rows)]
+        return np.stack(each)
 
     def _check(self, ids: NDArray[np.int64]) -> None:
         rows, count = ids.shape
@@ -88,8 +123,3 @@ class Session:
             )
         if ids.min() < 0 or ids.max() >= self._vocabulary:
             raise UserError(f"token ids must be in 0..{self._vocabulary - 1}, got {ids.min()}..{ids.max()}")
-
-    def _zeros(self, shape: tuple[int, ...]) -> Any:
-        tensor = self._runtime.empty(shape, "float32")
-        np.from_dlpack(tensor).fill(0.0)
-        return tensor

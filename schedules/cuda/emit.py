@@ -17,7 +17,7 @@ from tvm.tirx.script import builder as T
 from moqc.quant.formats import Format
 from moqc.quant.pack_mma import packed_shapes
 
-SOURCES = ("device.cu", "routing.cu", "prefill.cu")
+SOURCES = ("device.cu", "routing.cu", "prefill.cu", "linear.cu", "attention.cu", "dense.cu")
 
 
 @cache

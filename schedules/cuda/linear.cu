@@ -1,0 +1,171 @@
+// Products with one packed matrix [N, K] (layout "mma16x256"): for up to 8 tokens as the experts' decode kernels do it,
+// for more on tiles of tokens with the weights turned into fp16 in registers.
+#ifndef MOQC_LINEAR
+#define MOQC_LINEAR
+
+namespace moqc {
+
+// y[token][N] = W x (+ bias) (+ residual). Grid: row tiles of N / TILES. A block holds whole rows: its warps take the
+// units of columns warp, warp + WARPS, ... of K.
+template <int N, int K, class F, class P, bool BIAS, bool RESIDUAL>
+__device__ __forceinline__ void linear_few(void* memory, const float* x, int tokens, const void* codes, const void* scales,
+                                           const void* zeros, const float* bias, const float* residual, float* y) {
+  constexpr int UNITS = (K + COLUMNS - 1) / COLUMNS, PASSES = (UNITS + P::WARPS - 1) / P::WARPS, TILE = P::WARPS * ROWS * P::TOKENS;
+  static_assert((N + ROWS - 1) / ROWS % P::TILES == 0 && P::ITEMS == 1 && P::REGISTERS, "whole groups of row tiles");
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, tile = blockIdx.x * P::TILES, token = P::TOKENS == 1 ? 0 : lane / 4;
+  const void* const tensors[] = {codes, scales, zeros};
+  float* const partials = (float*)memory;
+  start_next_kernel();
+#pragma unroll 1
+  for (int pass = 0; pass < PASSES; ++pass) {
+    const int column = pass * P::WARPS + warp;
+    const bool there = UNITS % P::WARPS == 0 || column < UNITS;   // else: weights of another unit times zeros
+    const Unit unit = Unit::at<F>(tensors, (long long)tile * UNITS + (there ? column : UNITS - 1), lane);
+    const auto wait = [&] { if (pass == 0) wait_for_previous_kernel(); };
+    const auto get_x = [&](word* values) {
+      return load_x<K>(values, x + (long long)token * K, column * COLUMNS, there && token < tokens, lane);
+    };
+    const auto finish = [&](int) {
+      __syncthreads();
+      for (int i = threadIdx.x; i < P::TILES * ROWS * P::TOKENS; i += P::THREADS) {
+        const int t = i / (ROWS * P::TOKENS), row = i % ROWS, column = i / ROWS % P::TOKENS, out = (tile + t) * ROWS + row;
+        if (column >= tokens || (N % ROWS != 0 && out >= N)) continue;
+        const long long place = (long long)column * N + out;
+        float sum = sum_partials<P::WARPS, P::TOKENS>(partials + t * TILE, row, column);
+        if (pass > 0) sum += y[place];
+        else {
+          if (BIAS) sum += bias[out];
+          if (RESIDUAL) sum += residual[place];
+        }
+        y[place] = sum;
+      }
+      if (pass + 1 < PASSES) __syncthreads();   // before the partial sums are overwritten
+    };
+    multiply<P, Formats<F>, UNITS, 1>((char*)memory, partials + warp * (ROWS * P::TOKENS), unit, unit, lane, wait, get_x, finish);
+  }
+}
+
+// fp16 copies of x [T][K], rows padded with zeros to whole units: what `linear_many` copies to shared memory. A row of
+// which fp16 cannot hold the largest is divided by a power of two, kept in `factors`. A block a token.
+template <int K> __device__ __forceinline__ void to_half(const float* x, void* halves, void* factors) {
+  constexpr int PADDED = (K + COLUMNS - 1) / COLUMNS * COLUMNS;
+  __shared__ float found[32];
+  start_next_kernel();
+  wait_for_previous_kernel();
+  const float* row = x + (long long)blockIdx.x * K;
+  float most = 0.0f;
+  for (int k = threadIdx.x; k < K; k += blockDim.x) most = fmaxf(most, fabsf(row[k]));
+#pragma unroll
+  for (int i = 16; i > 0; i /= 2) most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, i));
+  if (threadIdx.x % 32 == 0) found[threadIdx.x / 32] = most;
+  __syncthreads();
+  for (int i = 0; i < blockDim.x / 32; ++i) most = fmaxf(most, found[i]);
+  const int shift = max(0, (int)(__float_as_uint(most) >> 23 & 255) - 127 - 12);
+  const float by = __uint_as_float((127 - shift) << 23);
+  for (int k = threadIdx.x; k < PADDED; k += blockDim.x)
+    ((__half*)halves)[(long long)blockIdx.x * PADDED + k] = __float2half(k < K ? row[k] * by : 0.0f);
+  if (threadIdx.x == 0) ((float*)factors)[blockIdx.x] = __uint_as_float((127 + shift) << 23);
+}
+
+// fp16 weights of step s (0..7) of a half unit, rows g and g + 8: (code - zero) * scale. The codes lie `position` bits up;
+// 1024 + code << position is an fp16 with the code in its fraction.
+template <int BITS>
+__device__ __forceinline__ void weights(word (&a)[4], const word* w, int s, const __half2 (&scale)[2], const __half2 (&offset)[2]) {
+  fragment<BITS>(a, w, s);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const int at = position<BITS>(2 * s + i / 2);
+    const word magic = a[i] | 0x64006400u, half_bits = (15 - at) << 10, power = half_bits | half_bits << 16;
+    __half2 value = __hsub2(*(const __half2*)&magic, __float2half2_rn(1024.0f));
+    if (at > 0) value = __hmul2(value, *(const __half2*)&power);
+    value = __hfma2(value, scale[i % 2], offset[i % 2]);
+    a[i] = *(const word*)&value;
+  }
+}
+
+// y[T][N] for more than 8 tokens. A block takes WARPS row tiles and 8 * COLUMN_TILES tokens; a unit of their activations
+// is in shared memory, the next one on its way. Grid: blocks of tokens within blocks of rows.
+template <int N, int K, class F, int WARPS, int COLUMN_TILES, bool BIAS, bool RESIDUAL>
+__device__ __forceinline__ void linear_many(void* memory, const void* halves, const void* factors, int tokens, const void* codes,
+                                            const void* scales, const void* zeros, const float* bias, const float* residual, float* y) {
+  constexpr int UNITS = (K + COLUMNS - 1) / COLUMNS, ROW_TILES = (N + ROWS - 1) / ROWS, TOKENS = 8 * COLUMN_TILES;
+  constexpr int PITCH = COLUMNS + 8, STEPS = F::GROUP / 16;   // the pitch keeps rows off each other's banks
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, across = (tokens + TOKENS - 1) / TOKENS;
+  const int first = blockIdx.x % across * TOKENS, tile = blockIdx.x / across * WARPS + warp;
+  const bool there = tile < ROW_TILES;
+  __half* const staged = (__half*)memory;
+  const void* const tensors[] = {codes, scales, zeros};
+  Unit unit = Unit::at<F>(tensors, (long long)(there ? tile : ROW_TILES - 1) * UNITS, lane);
+  Window<Formats<F>, 2> window;
+  start_next_kernel();
+  window.load(0, unit);
+  wait_for_previous_kernel();
+  const auto stage = [&](int number) {
+    if (number < UNITS) {
+      for (int i = threadIdx.x; i < TOKENS * (COLUMNS / 8); i += 32 * WARPS) {
+        const int row = i / (COLUMNS / 8), k = i % (COLUMNS / 8) * 8;
+        const __half* from = (const __half*)halves + (long long)min(first + row, tokens - 1) * (UNITS * COLUMNS) + number * COLUMNS + k;
+        copy16((word)__cvta_generic_to_shared(staged + (number % 2 * TOKENS + row) * PITCH + k), from);
+      }
+    }
+    copy_commit();
+  };
+  float acc[COLUMN_TILES][4] = {};
+  stage(0);
+  const auto take = [&](int number, int slot) {   // slot: of the window, constant
+    stage(number + 1);
+    if (number + 1 < UNITS) {
+      unit.step(1);
+      window.load(1 - slot, unit);
+    }
+    copy_wait<1>();
+    __syncthreads();
+    const __half* x = staged + (number % 2 * TOKENS + lane / 4) * PITCH + lane % 4 * 8;
+#pragma unroll
+    for (int pair = 0; pair < 8; ++pair) {   // two steps: 32 columns
+      __half2 scale[2], offset[2];
+      const int group = 2 * pair / STEPS;
+      const __half2 both = *(const __half2*)&window.scales[slot][group];
+      scale[0] = __low2half2(both), scale[1] = __high2half2(both);
+      float zero[2] = {F::ZERO, F::ZERO};
+      if (!F::SYMMETRIC) {
+        zero[0] = F::ZERO_STEP * byte_value(window.zeros[slot][group / 2], group % 2 * 2);
+        zero[1] = F::ZERO_STEP * byte_value(window.zeros[slot][group / 2], group % 2 * 2 + 1);
+      }
+#pragma unroll
+      for (int i = 0; i < 2; ++i) offset[i] = __float2half2_rn(-zero[i] * __low2float(scale[i]));
+      word a[2][4];
+#pragma unroll
+      for (int i = 0; i < 2; ++i) weights<F::BITS>(a[i], window.codes[slot] + pair / 4 * (2 * F::BITS), (2 * pair + i) % 8, scale, offset);
+#pragma unroll
+      for (int n = 0; n < COLUMN_TILES; ++n) {
+        const uint4 b = *(const uint4*)(x + n * 8 * PITCH + pair * 32);
+        mma(acc[n], a[0], b.x, b.y);
+        mma(acc[n], a[1], b.z, b.w);
+      }
+    }
+    __syncthreads();   // before the next unit but one takes its place
+  };
+#pragma unroll 1
+  for (int number = 0; number < UNITS; number += 2) {
+    take(number, 0);
+    if (number + 1 < UNITS) take(number + 1, 1);
+  }
+  copy_wait<0>();
+  if (!there) return;
+#pragma unroll
+  for (int n = 0; n < COLUMN_TILES; ++n)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int token = first + n * 8 + lane % 4 * 2 + i % 2, out = tile * ROWS + lane / 4 + i / 2 * 8;
+      if (token >= tokens || (N % ROWS != 0 && out >= N)) continue;
+      const long long place = (long long)token * N + out;
+      float sum = acc[n][i] * ((const float*)factors)[token];
+      if (BIAS) sum += bias[out];
+      if (RESIDUAL) sum += residual[place];
+      y[place] = sum;
+    }
+}
+
+}  // namespace moqc
+#endif
