@@ -80,9 +80,9 @@ def attention_function(shape: AttentionShape, slots: int, context: int) -> tirx.
 
     Its parameters: q, k, v float32 (see the shape), positions int64 ``[B, S]``, sinks float32 ``[H]``, norms
     of q and k float32 ``[D]``, cosines and sines float32 ``[B, S, rotary]`` as the shape says, the caches
-    float16 ``[slots, Hk, C, D]`` and ``[slots, Hk, C, Dv]``, changed in place; and the outputs workspace uint8
-    ``[workspace_bytes]`` and out float32 ``[B, S, H, Dv]``. Tokens attend as `moqc.ir.ops.cached_attention`
-    says.
+    float16 ``[slots, Hk, C, D]`` and ``[slots, Hk, C, Dv]``, changed in place; and the outputs workspace
+    uint8 ``[workspace_bytes]`` and out float32 ``[B, S, H, Dv]``. Tokens attend as
+    `moqc.ir.ops.cached_attention` says.
     """
     with kernel("attention", heads=shape.heads, key_heads=shape.key_heads) as k:
         batch, tokens = tirx.Var("b", "int64"), tirx.Var("s", "int64")

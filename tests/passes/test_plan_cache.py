@@ -46,7 +46,12 @@ def test_caches_are_parameters_and_results():
     mod = parse_module(ATTENTION)
     planned = plan(mod)
     shapes = [[3, 2, 32, 8], [3, 2, 32, 6], [3, 2, 32, 8], [3, 2, 32, 8]]
-    assert CACHE.of(planned) == {"context": 32, "batch": 3, "tensors": shapes}
+    assert CACHE.of(planned) == {
+        "context": 32,
+        "batch": 3,
+        "tensors": shapes,
+        "dtype": "float32",
+    }
     assert PARAMS.of(planned) == ["sinks"]
     main = planned["main"]
     assert [[int(n) for n in p.ty.shape] for p in main.params[3:]] == shapes
