@@ -70,6 +70,12 @@ def diagnose() -> tuple[dict[str, str], list[str]]:
             problems.append(f"no C compiler to link libraries with; install one of {', '.join(LINKERS)}")
         else:
             found["linker"] = linker
+        from moqc.schedules.cuda.toolchain import find_nvcc
+
+        try:
+            found["nvcc"] = str(find_nvcc())
+        except TargetError as error:
+            found["nvcc"] = f"none, so no target cuda: {error}"
     found["cores"] = str(available_cores())
     found["cache"] = str(default_root())
     return found, problems
