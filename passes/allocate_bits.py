@@ -5,10 +5,11 @@ It writes BITS: ``{site: {projection: [format name] * E}}``.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
+from numpy.typing import NDArray
 from tvm import IRModule
 
 from moqc.errors import BudgetError, PipelineError
@@ -21,6 +22,7 @@ from moqc.quant.allocators.table import find_allocator
 from moqc.quant.problem import PROJECTIONS, Problem, Solution
 
 MOST_BITS = 16.0
+TIES = ("none", "gate-up", "expert")
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,9 @@ class AllocateBits(Pass):
     `moqc.quant.allocators.table`; `formats` the candidates, by default those whose costs were measured, or
     the allocator's own (`allocation_problem`). Raises BudgetError, with the reachable range, when no plan is
     small enough, or when the default candidates leave more than a tenth of the budget unspent.
+
+    With the global allocator, `tie` gives projections one format: "gate-up" those two of an expert, "expert"
+    all of it; `classes` is the most formats that a block may use, 0 for any.
     """
 
     name: ClassVar[str] = "allocate-bits"
@@ -39,6 +44,8 @@ class AllocateBits(Pass):
     bits: float = 2.5
     allocator: str = "global"
     formats: tuple[str, ...] = ()
+    tie: str = "none"
+    classes: int = 0
 
     def required(self) -> tuple[Key[Any], ...]:
         """What the chosen allocator needs."""
@@ -54,12 +61,41 @@ class AllocateBits(Pass):
         sites = find_experts(mod)
         if not sites:
             raise PipelineError(f"{self.name}: the module has no R.moqc.experts left to allocate bits for")
+        self._check_options()
         problem = build_problem(mod, sites, self.allocator, self.formats, self.bits)
+        if self.classes:
+            problem = replace(problem, max_classes=self.classes)
         if not self.formats:
             problem.require_spendable()
-        solution = find_allocator(self.allocator)(problem)
+        solution = self._solve(problem)
         _report(self.allocator, problem, solution)
         return BITS.put(mod, plan_of(problem, solution))
+
+    def _check_options(self) -> None:
+        if self.tie not in TIES:
+            raise PipelineError(f"{self.name}: tie={self.tie} is not one of {', '.join(TIES)}")
+        if self.classes < 0:
+            raise PipelineError(f"{self.name}: classes={self.classes} must not be negative")
+        if self.allocator != "global" and (self.classes or self.tie != "none"):
+            raise PipelineError(f"{self.name}: tie and classes are options of the global allocator only")
+
+    def _solve(self, problem: Problem) -> Solution:
+        if self.tie == "none":
+            return find_allocator(self.allocator)(problem)
+        groups = tied_units(problem, self.tie)
+        found = find_allocator(self.allocator)(problem.merged(groups))
+        return problem.solution(found.choice[groups], found.gap)
+
+
+def tied_units(problem: Problem, tie: str) -> NDArray[np.int64]:
+    """Group of each unit, int64 [U] numbered by first unit, for a `tie` of `TIES` but "none"."""
+    down = PROJECTIONS.index("down")
+    parts = (problem.unit_projection == down) if tie == "gate-up" else np.zeros_like(problem.unit_projection)
+    keys = np.stack([problem.unit_site, problem.unit_expert, parts], axis=1)
+    _, first, inverse = np.unique(keys, axis=0, return_index=True, return_inverse=True)
+    rank = np.empty(len(first), dtype=np.int64)
+    rank[np.argsort(first)] = np.arange(len(first))
+    return rank[inverse.reshape(-1)]
 
 
 def plan_of(problem: Problem, solution: Solution) -> dict[str, dict[str, list[str]]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -83,6 +84,31 @@ class Problem:
             raise ValueError("costs must be finite, sizes positive")
         if self.allowed is not None and not self.allowed.any(axis=1).all():
             raise ValueError("a unit is allowed no format")
+
+    def merged(self, groups: NDArray[np.int64]) -> Problem:
+        """The problem whose units are groups of these: `groups` int64 [U], numbered from 0 by first unit.
+
+        Units of a group take one format; costs, sizes, weights and latencies add up, and a group may have the
+        formats that all its units may. What describes single units is of the first.
+        """
+        first = np.unique(groups, return_index=True)[1]
+        count = len(first)
+
+        def total(values: NDArray[Any]) -> NDArray[Any]:
+            sums = np.zeros((count, *values.shape[1:]), dtype=values.dtype)
+            np.add.at(sums, groups, values)
+            return sums
+
+        return replace(
+            self.part(first, self.available_bits),
+            costs=total(self.costs),
+            sizes=total(self.sizes),
+            weights=total(self.weights),
+            budget_bits=self.budget_bits,
+            overhead_bits=self.overhead_bits,
+            latency=None if self.latency is None else total(self.latency),
+            allowed=None if self.allowed is None else total((~self.allowed).astype(np.int64)) == 0,
+        )
 
     @property
     def permitted(self) -> NDArray[np.bool_]:

@@ -10,9 +10,10 @@ from tvm import IRModule, relax
 from moqc.errors import BudgetError, PipelineError, UserError
 from moqc.ir.annotations import BITS, BLOCK_ERRORS, COSTS, GRADIENTS, PROFILE, SIMILARITY, WEIGHTS
 from moqc.ir.ops import experts
+from moqc.ir.sites import find_experts
 from moqc.ir.text import parse_module, print_module
-from moqc.passes.allocate_bits import AllocateBits
-from moqc.passes.allocation_problem import FORMATS, NEEDS, OWN_FORMATS, TABLE_BITS
+from moqc.passes.allocate_bits import AllocateBits, tied_units
+from moqc.passes.allocation_problem import FORMATS, NEEDS, OWN_FORMATS, TABLE_BITS, build_problem
 from moqc.passes.base import PassContext
 from moqc.passes.pipeline import Pipeline
 from moqc.quant.allocators.table import ALLOCATORS
@@ -225,3 +226,47 @@ def test_pipeline_text_and_log(caplog: pytest.LogCaptureFixture) -> None:
     assert "pmq: 2." in caplog.text
     with pytest.raises(PipelineError, match=r"moqc\.profile"):
         pipeline.check()
+
+
+def test_tied_projections_share_a_format() -> None:
+    mod = annotated()
+    plan = BITS.of(AllocateBits(bits=2.5, tie="gate-up")(mod, PassContext()))
+    assert plan["layers.0"]["gate"] == plan["layers.0"]["up"]
+    assert plan["layers.0"]["gate"] != plan["layers.0"]["down"]
+    whole = BITS.of(AllocateBits(bits=2.5, tie="expert")(mod, PassContext()))
+    for projections in whole.values():
+        assert len({tuple(names) for names in projections.values()}) == 1
+    assert file_bits(whole) <= 2.5
+    assert file_bits(plan) <= 2.5
+
+
+def test_merged_units_add_up() -> None:
+    sites = find_experts(annotated())
+    problem = build_problem(annotated(), sites, "global", (), 2.5)
+    groups = tied_units(problem, "gate-up")
+    assert groups[:4].tolist() == [0, 0, 1, 2]  # gate and up, down, then the next expert
+    merged = problem.merged(groups)
+    assert merged.costs[0].tolist() == (problem.costs[0] + problem.costs[1]).tolist()
+    assert merged.sizes.sum() == problem.sizes.sum()
+    assert merged.weights[:2].tolist() == [2 * HIDDEN * INTERMEDIATE, HIDDEN * INTERMEDIATE]
+    assert merged.available_bits == problem.available_bits
+
+
+@pytest.mark.parametrize("classes", [1, 2])
+def test_classes_of_a_block_are_limited(classes: int) -> None:
+    plan = BITS.of(AllocateBits(bits=2.5, classes=classes)(annotated(), PassContext()))
+    for projections in plan.values():
+        assert len({fmt for names in projections.values() for fmt in names}) <= classes
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"tie": "all"}, "tie=all is not one of none, gate-up, expert"),
+        ({"classes": -1}, "classes=-1 must not be negative"),
+        ({"classes": 2, "allocator": "uniform"}, "options of the global allocator only"),
+    ],
+)
+def test_bad_constraints(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(PipelineError, match=message):
+        AllocateBits(bits=2.5, **options)(annotated(), PassContext())
