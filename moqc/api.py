@@ -46,6 +46,7 @@ def compile(
     out: str | Path | None,
     *,
     bits: float = 3.0,
+    model_bits: float | None = None,
     linears: str = "int8-g64-sym",
     allocator: str = "global",
     quantizer: str = "gptq",
@@ -74,6 +75,8 @@ def compile(
         model: a checkpoint folder, or an id of the Hugging Face hub.
         out: the folder to write; may be None with ``debug.stop_after``.
         bits: budget of the routed experts in file bits per weight, everything counted.
+        model_bits: budget of the whole model instead: embeddings, attention and all are then units of one
+            problem with the experts, and `bits` and `linears` do nothing. None: `bits` decides.
         linears: format of the other matrices, or "none".
         allocator: who decides on bits; a name of `moqc allocators`.
         quantizer: how matrices are rounded, "rtn" or "gptq".
@@ -106,6 +109,7 @@ def compile(
     chosen = make_recipe(
         {
             "bits": bits,
+            "model_bits": model_bits,
             "linears": linears,
             "allocator": allocator,
             "quantizer": quantizer,
@@ -156,6 +160,7 @@ def compile(
             context=length,
             max_batch=max_batch,
             pruning=pruning,
+            model_bits=model_bits,
         )
         if pipeline is None
         else Pipeline.parse(pipeline)
@@ -332,7 +337,8 @@ def compare(
     model: str | Path,
     texts: Sequence[Path | str],
     *,
-    bits: Sequence[float],
+    bits: Sequence[float] = (),
+    model_bits: Sequence[float] = (),
     plans: Sequence[str],
     linears: str = "none",
     tokens: int | None = None,
@@ -348,20 +354,25 @@ def compare(
 ) -> Comparison:
     """Evaluate every plan (``allocator[:quantizer]``) at every budget; see `moqc.evaluate.compare`.
 
+    `bits` are budgets of the routed experts, `model_bits` of the whole model, which only ``global`` can meet.
     `unseen`: text of domains that calibration has not seen, scored apart. `tasks`: files of multiple-choice
     questions, `problems` one of worked problems (`moqc.evaluate.tasks`); `questions` are taken of each.
     `seeds`: calibration windows are drawn once with each.
     """
     require_compiler()
     from moqc.evaluate.bench import Bench
-    from moqc.evaluate.compare import compare_plans
+    from moqc.evaluate.compare import Budget, compare_plans
     from moqc.frontend.checkpoint import Checkpoint
     from moqc.passes.base import PassContext
     from moqc.pipelines import Plan
 
     parsed = [(text, Plan.parse(text)) for text in plans]
-    if not parsed or not bits or not seeds:
+    if not parsed or not (bits or model_bits) or not seeds:
         raise UserError("nothing to compare: give at least one plan, one number of bits and one seed")
+    if model_bits and any(plan.allocator != "global" for _, plan in parsed):
+        raise UserError(
+            "only the global allocator can meet model bits: give global[:quantizer] plans, or bits"
+        )
     checkpoint = Checkpoint.open(resolve_model(model))
     workspace = open_workspace(cache)
     probes = _probes(checkpoint, texts, unseen, tasks, problems, tokens, window, questions)
@@ -375,7 +386,8 @@ def compare(
         for seed in seeds
     }
     bench = Bench.open(checkpoint, workspace, probes)
-    return compare_plans(contexts, bench, parsed, bits, linears=linears)
+    budgets = [Budget(value) for value in bits] + [Budget(value, whole=True) for value in model_bits]
+    return compare_plans(contexts, bench, parsed, budgets, linears=linears)
 
 
 def compare_pruning(

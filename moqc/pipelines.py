@@ -36,8 +36,8 @@ ANALYSES = {
     "global": (
         "profile-activation",
         "profile-channels",
-        "measure-sensitivity",
-        "measure-costs{{quantizer={quantizer} formats={formats}}}",
+        "measure-gradients",
+        "measure-costs{{quantizer={quantizer} formats={formats} curvature=token}}",
     ),
 }
 """What an allocator reads is measured by these passes; any other allocator gets all of them."""
@@ -118,16 +118,23 @@ def candidate_formats(bits: float) -> tuple[str, ...]:
     return FORMATS if bits <= WIDEST_BITS else (*FORMATS, "int8-g128")
 
 
-def allocation_pipeline(plan: Plan, bits: float) -> Pipeline:
-    """The passes that end with moqc.bits: measure what the allocator reads, then allocate."""
+def allocation_pipeline(plan: Plan, bits: float, *, model_bits: float | None = None) -> Pipeline:
+    """The passes that end with moqc.bits: measure what the allocator reads, then allocate.
+
+    With `model_bits`, the budget is file bits a weight of the whole model, and `bits` does nothing.
+    """
     # What is measured with a simulated quantizer is measured with the one whose formats are real.
     quantizer = plan.quantizer if plan.quantizer in STORABLE else DEFAULT_QUANTIZER
     analyses = ANALYSES.get(plan.allocator, (*ANALYSES["pmq"], *ANALYSES["global"]))
-    formats = candidate_formats(bits)
+    formats = candidate_formats(bits if model_bits is None else model_bits)
     texts = [text.format(quantizer=quantizer, formats="+".join(formats)) for text in analyses]
     if plan.quantizer == "mcmoe":
         bits -= MCMOE_EXTRA_BITS
-    texts.append(f"allocate-bits{{bits={bits!r} allocator={plan.allocator}}}")
+    if model_bits is None:
+        texts.append(f"allocate-bits{{bits={bits!r} allocator={plan.allocator}}}")
+    else:
+        texts.append("measure-linears")
+        texts.append(f"allocate-bits{{model_bits={model_bits!r} allocator={plan.allocator}}}")
     return Pipeline.parse(",".join(texts))
 
 
@@ -140,15 +147,17 @@ def default_pipeline(
     context: int,
     max_batch: int,
     pruning: Pruning | None = None,
+    model_bits: float | None = None,
 ) -> Pipeline:
     """All passes of `moqc compile`, from the imported module to one that can be built.
 
     `linears` is the format of the matrices that are not experts, or "none"; `activations` is "int8" or
-    "float". Raises UserError for a value out of range.
+    "float". With `model_bits` the allocator decides on all matrices, and `bits` and `linears` do nothing.
+    Raises UserError for a value out of range.
     """
     if plan.quantizer == "mcmoe":
         raise UserError("quantizer mcmoe is simulated, for `moqc compare` only; compile with gptq or rtn")
-    check_bits(bits)
+    check_bits(bits if model_bits is None else model_bits)
     linears = check_lowering(linears, activations, max_batch)
     quantizing = Pipeline.parse(
         ("" if pruning is None else f"{pruning},")
@@ -156,7 +165,8 @@ def default_pipeline(
         f"quantize-linears{{linears={linears} embeddings={linears} activations={activations}}}"
     )
     rest = lowering_pipeline(context, max_batch)
-    return Pipeline(allocation_pipeline(plan, bits).passes + quantizing.passes + rest.passes)
+    allocation = allocation_pipeline(plan, bits, model_bits=model_bits)
+    return Pipeline(allocation.passes + quantizing.passes + rest.passes)
 
 
 def check_lowering(linears: str, activations: str, max_batch: int) -> str:

@@ -25,6 +25,9 @@ class Recipe(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     bits: float = Field(default=3.0, description="expert file bits per weight, everything counted")
+    model_bits: float | None = Field(
+        default=None, description="file bits per weight of the whole model instead; null: bits decides"
+    )
     linears: str = Field(default="int8-g64-sym", description="format of the other matrices, or none")
     allocator: str = Field(default="global", description="who decides on bits; see moqc allocators")
     quantizer: str = Field(default="gptq", description="how experts are rounded: gptq or rtn")

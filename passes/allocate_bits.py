@@ -13,11 +13,12 @@ from numpy.typing import NDArray
 from tvm import IRModule
 
 from moqc.errors import BudgetError, PipelineError
-from moqc.ir.annotations import BITS, COSTS, Key
+from moqc.ir.annotations import BITS, COSTS, LINEAR_COSTS, LINEAR_PLAN, Key
 from moqc.ir.sites import find_experts
 from moqc.log import logger
 from moqc.passes.allocation_problem import NEEDS, build_problem
 from moqc.passes.base import Pass, PassContext
+from moqc.passes.linear_units import add_linears
 from moqc.quant.allocators.table import find_allocator
 from moqc.quant.problem import PROJECTIONS, Problem, Solution
 
@@ -35,7 +36,8 @@ class AllocateBits(Pass):
     small enough, or when the default candidates leave more than a tenth of the budget unspent.
 
     With the global allocator, `tie` gives projections one format: "gate-up" those two of an expert, "expert"
-    all of it; `classes` is the most formats that a block may use, 0 for any.
+    all of it; `classes` is the most formats that a block may use, 0 for any; `model_bits`, if not 0, is a
+    budget a weight of the whole model, in place of `bits`: the matrices of LINEAR_COSTS are then units too.
     """
 
     name: ClassVar[str] = "allocate-bits"
@@ -46,38 +48,52 @@ class AllocateBits(Pass):
     formats: tuple[str, ...] = ()
     tie: str = "none"
     classes: int = 0
+    model_bits: float = 0.0
 
     def required(self) -> tuple[Key[Any], ...]:
         """What the chosen allocator needs."""
         find_allocator(self.allocator)
-        return NEEDS[self.allocator]
+        return (*NEEDS[self.allocator], LINEAR_COSTS) if self.model_bits else NEEDS[self.allocator]
 
     def run(self, mod: IRModule, ctx: PassContext) -> IRModule:
-        """Write BITS."""
-        if not 0 < self.bits <= MOST_BITS:
-            raise BudgetError(
-                f"bits={self.bits:g}: give expert file bits per weight above 0 and at most {MOST_BITS:g}"
-            )
+        """Write BITS, and LINEAR_PLAN for a budget of the whole model."""
+        self._check_options()
         sites = find_experts(mod)
         if not sites:
             raise PipelineError(f"{self.name}: the module has no R.moqc.experts left to allocate bits for")
-        self._check_options()
         problem = build_problem(mod, sites, self.allocator, self.formats, self.bits)
         if self.classes:
             problem = replace(problem, max_classes=self.classes)
+        if self.model_bits:
+            return self._whole_model(mod, ctx, problem)
         if not self.formats:
             problem.require_spendable()
         solution = self._solve(problem)
         _report(self.allocator, problem, solution)
-        return BITS.put(mod, plan_of(problem, solution))
+        return BITS.put(mod, plan_of(problem, solution.choice))
+
+    def _whole_model(self, mod: IRModule, ctx: PassContext, problem: Problem) -> IRModule:
+        checkpoint = ctx.need("checkpoint", self.name)
+        whole, linears = add_linears(problem, LINEAR_COSTS.of(mod), checkpoint, self.model_bits)
+        solution = self._solve(whole)
+        _report(self.allocator, whole, solution)
+        experts = len(problem.weights)
+        chosen = zip(linears, solution.choice[experts:], strict=True)
+        plan = {name: str(whole.formats[choice]) for name, choice in chosen}
+        return LINEAR_PLAN.put(BITS.put(mod, plan_of(problem, solution.choice[:experts])), plan)
 
     def _check_options(self) -> None:
+        name, bits = ("model_bits", self.model_bits) if self.model_bits else ("bits", self.bits)
+        if not 0 < bits <= MOST_BITS:
+            raise BudgetError(f"{name}={bits:g}: give file bits per weight above 0 and at most {MOST_BITS:g}")
         if self.tie not in TIES:
             raise PipelineError(f"{self.name}: tie={self.tie} is not one of {', '.join(TIES)}")
         if self.classes < 0:
             raise PipelineError(f"{self.name}: classes={self.classes} must not be negative")
-        if self.allocator != "global" and (self.classes or self.tie != "none"):
-            raise PipelineError(f"{self.name}: tie and classes are options of the global allocator only")
+        if self.allocator != "global" and (self.classes or self.tie != "none" or self.model_bits):
+            raise PipelineError(
+                f"{self.name}: tie, classes and model_bits are options of the global allocator only"
+            )
 
     def _solve(self, problem: Problem) -> Solution:
         if self.tie == "none":
@@ -98,10 +114,10 @@ def tied_units(problem: Problem, tie: str) -> NDArray[np.int64]:
     return rank[inverse.reshape(-1)]
 
 
-def plan_of(problem: Problem, solution: Solution) -> dict[str, dict[str, list[str]]]:
-    """`solution` as BITS: site -> projection -> format name of each expert."""
+def plan_of(problem: Problem, choices: NDArray[np.int64]) -> dict[str, dict[str, list[str]]]:
+    """`choices`, the index of each unit's format, as BITS: site -> projection -> format of each expert."""
     plan: dict[str, dict[str, list[str]]] = {site: {} for site in problem.sites}
-    units = zip(problem.unit_site, problem.unit_projection, solution.choice, strict=True)
+    units = zip(problem.unit_site, problem.unit_projection, choices, strict=True)
     for site, projection, choice in units:  # experts come in order
         names = plan[problem.sites[site]].setdefault(PROJECTIONS[projection], [])
         names.append(str(problem.formats[choice]))

@@ -15,12 +15,14 @@ from moqc.errors import PipelineError
 from moqc.ir.annotations import CHANNELS, COSTS, GRADIENTS, SENSITIVITY, Key
 from moqc.passes.base import Pass, PassContext
 from moqc.passes.measure_gradients import run_backward
-from moqc.passes.scaling import to_integers
+from moqc.passes.measure_sensitivity import SCALE
+from moqc.passes.scaling import NATS, to_integers
 from moqc.quant.formats import Format
 from moqc.quant.quantizers import STORABLE
 
 FORMATS = ("int1-g128", "int2-g128", "int2-g64", "int3-g128", "int4-g128")
-LARGEST = 10**12
+LARGEST = 1e12
+"""The largest cost where costs are no nats."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,8 @@ class MeasureCosts(Pass):
     multiplied by the block's SENSITIVITY where that was measured; with ``curvature=token``, every component
     of the error is weighted by the squared gradient of the loss there instead. The cost is the mean over the
     datasets plus `robustness` times their standard deviation. Writes COSTS: ``{site: {projection: {format:
-    [int] * E}}}``, scaled so that the largest of the module is 1e12; costs of different units add up.
+    [int] * E}}}``, in 1e-15 nats a token; without sensitivity and gradients, squared errors scaled so that
+    the largest of the module is 1e12. Costs of different units add up.
     """
 
     name: ClassVar[str] = "measure-costs"
@@ -64,7 +67,13 @@ class MeasureCosts(Pass):
         by_token = self.curvature == "token"
         gradients = run_backward(ctx, self.name, GRADIENTS.of(mod)["tokens"]) if by_token else None
         costs = measure_costs(checkpoint, statistics, formats, quantizer=self.quantizer, gradients=gradients)
-        factor = {site: 1.0 for site in costs} if by_token else SENSITIVITY.get(mod)
+        sensitivity = SENSITIVITY.get(mod)
+        if by_token:  # the change of the loss, by the diagonal of the Fisher information
+            factor = dict.fromkeys(costs, 0.5 * NATS)
+        elif sensitivity is not None:
+            factor = {site: sensitivity[site] / SCALE * NATS for site in costs}
+        else:
+            factor = None
         return COSTS.put(mod, _scaled(costs, factor, self.robustness))
 
 
@@ -76,9 +85,8 @@ def robust(costs: list[list[float]], robustness: float) -> list[float]:
 
 
 def _scaled(
-    measured: dict[str, SiteCosts], sensitivity: Mapping[str, float] | None, robustness: float
+    measured: dict[str, SiteCosts], factors: Mapping[str, float] | None, robustness: float
 ) -> dict[str, Any]:
-    factor = {site: 1.0 if sensitivity is None else float(sensitivity[site]) for site in measured}
     costs = {
         site: {
             projection: {name: robust(by_dataset, robustness) for name, by_dataset in by_format.items()}
@@ -86,18 +94,17 @@ def _scaled(
         }
         for site, projections in measured.items()
     }
-    largest = max(
-        factor[site] * max(values)
-        for site, projections in costs.items()
-        for by_format in projections.values()
-        for values in by_format.values()
-    )
-    scale = LARGEST / largest if largest > 0 else 0.0
+    if factors is None:
+        largest = max(
+            max(values)
+            for projections in costs.values()
+            for by_format in projections.values()
+            for values in by_format.values()
+        )
+        factors = dict.fromkeys(costs, LARGEST / largest if largest > 0 else 0.0)
     return {
         site: {
-            projection: {
-                name: to_integers(values, factor[site] * scale) for name, values in by_format.items()
-            }
+            projection: {name: to_integers(values, factors[site]) for name, values in by_format.items()}
             for projection, by_format in projections.items()
         }
         for site, projections in costs.items()

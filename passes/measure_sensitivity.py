@@ -13,7 +13,8 @@ from moqc.log import logger
 from moqc.passes.base import Pass, PassContext
 from moqc.passes.scaling import to_integers
 
-LARGEST = 10**9
+SCALE = 1e12
+"""The annotation holds 1e-12 nats for each unit of squared error."""
 FLOOR = 1e-3
 """Least sensitivity, as a share of the largest: a divergence lost in rounding must not make errors free."""
 
@@ -23,8 +24,8 @@ class MeasureSensitivity(Pass):
     """Measure the KL divergence that a squared error in the output of each experts block causes.
 
     Noise is added to one block's output at a time, on `tokens` calibration tokens. Writes SENSITIVITY:
-    ``{site: int}``, KL divergence over squared error, scaled so that the largest is 1e9
-    and at least `FLOOR` of that.
+    ``{site: int}``, KL divergence over squared error in 1e-12 nats, and at least
+    `FLOOR` of the largest.
     """
 
     name: ClassVar[str] = "measure-sensitivity"
@@ -44,5 +45,5 @@ class MeasureSensitivity(Pass):
             logger.warning("no block's noise changed the output: all blocks count the same")
             found = dict.fromkeys(found, 1.0)
         largest = max(found.values())
-        scaled = to_integers((max(value, FLOOR * largest) for value in found.values()), LARGEST / largest)
+        scaled = to_integers((max(value, FLOOR * largest) for value in found.values()), SCALE)
         return SENSITIVITY.put(mod, dict(zip(found, scaled, strict=True)))

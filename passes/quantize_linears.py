@@ -15,7 +15,7 @@ from tvm import IRModule, relax
 from moqc.calibrate.workspace import ParamStore
 from moqc.errors import PipelineError
 from moqc.ir import ops
-from moqc.ir.annotations import LINEAR_BITS, PARAMS, Key
+from moqc.ir.annotations import LINEAR_BITS, LINEAR_PLAN, PARAMS, Key
 from moqc.ir.packed import packed_names, packed_types
 from moqc.ir.sites import LinearSite, LinearUse, bindings, find_linears, find_uses, site_of, weight_names
 from moqc.log import track
@@ -37,18 +37,22 @@ class QuantizeLinears(Pass):
     """Quantize attention, shared-expert and output projections and the embedding table, rounding to nearest.
 
     `linears` and `embeddings` are format names, or ``none`` to leave that kind as it is; a table that is used
-    for both is an embedding. Left alone in any case: routers, matrices of fewer than 16 rows, and sites in
-    which the regular expression `skip` is found.
+    for both is an embedding. Where allocate-bits left LINEAR_PLAN, that decides instead. Left alone in any
+    case: routers, matrices of fewer than 16 rows, and sites in which the regular expression `skip` is found.
     """
 
     name: ClassVar[str] = "quantize-linears"
-    reads: ClassVar[tuple[Key[Any], ...]] = (PARAMS,)
+    reads: ClassVar[tuple[Key[Any], ...]] = (PARAMS, LINEAR_PLAN)
     writes: ClassVar[tuple[Key[Any], ...]] = (LINEAR_BITS,)
 
     linears: str = "int8-g64-sym"
     embeddings: str = "int8-g64-sym"
     skip: str = ""
     activations: str = "int8"
+
+    def required(self) -> tuple[Key[Any], ...]:
+        """LINEAR_PLAN may be missing: the options then decide."""
+        return (PARAMS,)
 
     def run(self, mod: IRModule, ctx: PassContext) -> IRModule:
         """Quantize the weights of the checkpoint of `ctx`; packed arrays go to its params."""
@@ -68,16 +72,23 @@ class QuantizeLinears(Pass):
         if self.activations not in ACTIVATIONS:
             choices = ", ".join(ACTIVATIONS)
             raise PipelineError(f"{self.name}: activations={self.activations} is not one of {choices}")
+        planned = LINEAR_PLAN.get(mod)
+        if planned is not None:
+            return {site: Format.parse(planned[site]) for site in self.eligible(mod) if site in planned}
         formats = {
             kind: None if text == NONE else Format.parse(text)
             for kind, text in (("linear", self.linears), ("embedding", self.embeddings))
         }
         chosen = {}
-        for site in find_linears(mod):
+        for name, site in self.eligible(mod).items():
             format = formats["embedding" if "embedding" in site.uses else "linear"]
-            if format is not None and not self._left_alone(site):
-                chosen[site.site] = format
+            if format is not None:
+                chosen[name] = format
         return chosen
+
+    def eligible(self, mod: IRModule) -> dict[str, LinearSite]:
+        """Name -> the linears and tables that are not left alone."""
+        return {site.site: site for site in find_linears(mod) if not self._left_alone(site)}
 
     def _left_alone(self, site: LinearSite) -> bool:
         try:

@@ -119,6 +119,10 @@ class LayeredModel:
         prefix = f"{self._prefix}.{layer}."
         return [site for site in self.layouts if site.startswith(prefix)]
 
+    def owns(self, layer: int, name: str) -> bool:
+        """Whether the module or parameter `name` belongs to decoder layer `layer`."""
+        return name.startswith(f"{self._prefix}.{layer}.")
+
     def experts(self, site: str) -> ExpertWeights:
         """The original weights of one experts block, canonical, float32, on `device`."""
         return ExpertWeights.load(self.checkpoint, self.layouts[site], self.device)
@@ -258,6 +262,17 @@ class LoadedLayer:
                 f"{type(output).__name__}, not one tensor: calibration does not support it"
             )
         stream.hidden[batch] = output
+
+    @contextmanager
+    def replaced(self, site: str, weight: Tensor) -> Iterator[None]:
+        """The layer with another `weight` in its module `site` (full name), for the duration of the block."""
+        module = self.module.get_submodule(site.removeprefix(f"{self.model._prefix}.{self.index}."))
+        before = module._parameters["weight"]
+        module._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
+        try:
+            yield
+        finally:
+            module._parameters["weight"] = before
 
     def pull_back(
         self, stream: Stream, gradients: Sequence[Tensor], experts: ExpertsFunction

@@ -40,7 +40,13 @@ PLANS = (
 def command(
     model: ModelArgument,
     text: Text,
-    bits: Annotated[str, typer.Option(metavar="N,...", help="Expert file bits per weight.")] = "2.5",
+    bits: Annotated[
+        str | None, typer.Option(metavar="N,...", help="Expert file bits per weight. [default: 2.5]")
+    ] = None,
+    model_bits: Annotated[
+        str | None,
+        typer.Option("--model-bits", metavar="N,...", help="File bits per weight of the whole model."),
+    ] = None,
     allocators: Annotated[
         str | None,
         typer.Option(
@@ -98,7 +104,7 @@ def command(
         pruned = compare_pruning(
             model,
             text,
-            bits=split_numbers(bits),
+            bits=split_numbers(bits or "2.5"),
             plans=split("global" if allocators is None else allocators),
             prune=parse_share(prune),
             rules=split(prune_rules),
@@ -118,7 +124,8 @@ def command(
     result = compare(
         model,
         text,
-        bits=split_numbers(bits),
+        bits=split_numbers(bits or ("" if model_bits else "2.5")),
+        model_bits=split_numbers(model_bits or ""),
         plans=split(PLANS if allocators is None else allocators),
         linears=linears,
         tokens=tokens,

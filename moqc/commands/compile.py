@@ -60,6 +60,12 @@ def command(
     bits: Annotated[
         float, typer.Option(metavar="N", help="Expert file bits per weight, scales and all.")
     ] = 3.0,
+    model_bits: Annotated[
+        float | None,
+        typer.Option(
+            "--model-bits", metavar="N", help="File bits per weight of the whole model, instead of --bits."
+        ),
+    ] = None,
     linears: Linears = "int8-g64-sym",
     allocator: Annotated[
         str, typer.Option(metavar="NAME", help="Who decides on bits; see `moqc allocators`.")
@@ -125,6 +131,7 @@ def command(
         log.be_quiet()
     options = {
         "bits": bits,
+        "model_bits": model_bits,
         "linears": linears,
         "allocator": allocator,
         "quantizer": quantizer,

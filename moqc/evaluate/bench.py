@@ -17,6 +17,7 @@ from moqc.describe import count_weights
 from moqc.evaluate.probes import Probe
 from moqc.frontend.checkpoint import Checkpoint
 from moqc.frontend.hf import import_model
+from moqc.frontend.sizes import kept_bits
 from moqc.ir.sites import find_experts
 from moqc.package import WeightCounts
 from moqc.passes.allocation_problem import TABLE_BITS
@@ -87,20 +88,6 @@ class Bench:
 
     def other_bits(self, linears: Linears) -> int:
         """Stored bits of everything but the routed experts."""
-        experts = {
-            layout.source(projection)
-            for layout in self.checkpoint.layouts
-            for projection in layout.projections
-        }
-        total = 0
-        for name in self.checkpoint.names:
-            if name in experts or name in self.checkpoint.tied:
-                continue
-            fmt = linears.get(name.removesuffix(".weight"))
-            shape = self.checkpoint.shape(name)
-            if fmt is not None and len(shape) == 2:
-                total += fmt.stored_bits(*shape)
-            else:
-                tensor = self.checkpoint.load(name)
-                total += 8 * tensor.element_size() * tensor.numel()
-        return total
+        names = {f"{site}.weight": fmt for site, fmt in linears.items()}
+        packed = sum(fmt.stored_bits(*self.checkpoint.shape(name)) for name, fmt in names.items())
+        return packed + kept_bits(self.checkpoint, names)

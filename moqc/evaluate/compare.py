@@ -16,7 +16,7 @@ from moqc.calibrate.quantize import quantize_experts
 from moqc.errors import BudgetError
 from moqc.evaluate.bench import Bench, Linears
 from moqc.evaluate.probes import TextProbe
-from moqc.ir.annotations import BITS
+from moqc.ir.annotations import BITS, LINEAR_PLAN
 from moqc.log import logger
 from moqc.passes.base import PassContext
 from moqc.passes.quantize_linears import QuantizeLinears
@@ -25,18 +25,31 @@ from moqc.quant.formats import Format
 
 
 @dataclass(frozen=True)
+class Budget:
+    """File bits a weight: of the routed experts, or of the `whole` model."""
+
+    bits: float
+    whole: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.bits:g} {'model ' if self.whole else ''}bits"
+
+
+@dataclass(frozen=True)
 class Row:
     """One plan at one budget, calibrated with one seed.
 
-    Bits are file bits per weight; losses and their increases are in nats. `simulated`: no kernel computes
-    this. `unseen_increase`: on the unseen text. `flips`: share of the questions it answers otherwise than
-    the unquantized model. `exact`: share of the worked problems that it solves word by word. None: not asked.
+    Bits are file bits per weight; `whole`: `target_bits` are of the whole model, not of the experts. Losses
+    and their increases are in nats. `simulated`: no kernel computes this. `unseen_increase`: on the unseen
+    text. `flips`: share of the questions it answers otherwise than the unquantized model. `exact`: share of
+    the worked problems that it solves word by word. None: not asked.
     """
 
     plan: str
     allocator: str
     quantizer: str
     target_bits: float
+    whole: bool
     seed: int
     simulated: bool
     expert_file_bits_per_weight: float
@@ -72,41 +85,45 @@ def compare_plans(
     contexts: Mapping[int, PassContext],
     bench: Bench,
     plans: Sequence[tuple[str, Plan]],
-    bits: Sequence[float],
+    budgets: Sequence[Budget],
     *,
     linears: str = "none",
 ) -> Comparison:
-    """Evaluate each of `plans` (its text and itself) at each number of `bits`.
+    """Evaluate each of `plans` (its text and itself) at each of `budgets`.
 
     `contexts`: seed -> a context whose calibration text was drawn with it. `bench` has a `TextProbe` called
     "text", and may have another one called "unseen", a `ChoiceProbe` "choices" and an `ExactProbe` "exact".
-    `linears`: format of the other matrices, or "none": as stored. A pair of plan and bits that is out of
+    `linears`: format of the other matrices, or "none": as stored. A pair of plan and budget that is out of
     reach is left out with a warning; BudgetError when none is left.
     """
-    for target in bits:
-        check_bits(target)
+    for budget in budgets:
+        check_bits(budget.bits)
     formats = QuantizeLinears(linears=linears, embeddings=linears).plan(bench.mod)
-    planned: list[tuple[str, Plan, float, int, IRModule]] = []
+    planned: list[tuple[str, Plan, Budget, int, IRModule]] = []
     unreachable: list[str] = []
     for seed, ctx in contexts.items():
-        for target in bits:
+        for budget in budgets:
             for text, plan in plans:
-                logger.info("planning %s at %g bits, seed %d", text, target, seed)
+                logger.info("planning %s at %s, seed %d", text, budget, seed)
+                whole = budget.bits if budget.whole else None
                 try:
-                    mod = run_passes(allocation_pipeline(plan, target), bench.mod, ctx, Debug())
+                    passes = allocation_pipeline(plan, budget.bits, model_bits=whole)
+                    mod = run_passes(passes, bench.mod, ctx, Debug())
                 except BudgetError as error:
-                    unreachable.append(f"{text} at {target:g} bits: {error}")
+                    unreachable.append(f"{text} at {budget}: {error}")
                 else:
-                    planned.append((text, plan, target, seed, mod))
+                    planned.append((text, plan, budget, seed, mod))
     if not planned:
         raise BudgetError("; ".join(unreachable))
     for reason in dict.fromkeys(unreachable):
         logger.warning("left out: %s", reason)
     reference = bench.measure(None, {})
     rows = []
-    for text, plan, target, seed, mod in planned:
-        logger.info("evaluating %s at %g bits, seed %d", text, target, seed)
-        rows.append(_row(bench, contexts[seed], reference, (text, plan, target, seed), mod, formats))
+    for text, plan, budget, seed, mod in planned:
+        logger.info("evaluating %s at %s, seed %d", text, budget, seed)
+        chosen = LINEAR_PLAN.get(mod) if budget.whole else None
+        mine = formats if chosen is None else {site: Format.parse(name) for site, name in chosen.items()}
+        rows.append(_row(bench, contexts[seed], reference, (text, plan, budget, seed), mod, mine))
     return _comparison(bench, reference, rows)
 
 
@@ -114,12 +131,12 @@ def _row(
     bench: Bench,
     ctx: PassContext,
     reference: Mapping[str, Any],
-    what: tuple[str, Plan, float, int],
+    what: tuple[str, Plan, Budget, int],
     mod: IRModule,
     linears: Linears,
 ) -> Row:
     """Quantize and evaluate one plan."""
-    text, plan, target, seed = what
+    text, plan, budget, seed = what
     chosen = BITS.of(mod)
     store = quantize_experts(bench.checkpoint, chosen, plan.quantizer, ctx.calibration, bench.workspace)
     found = bench.measure(store, linears)
@@ -129,7 +146,8 @@ def _row(
         plan=text,
         allocator=plan.allocator,
         quantizer=plan.quantizer,
-        target_bits=target,
+        target_bits=budget.bits,
+        whole=budget.whole,
         seed=seed,
         simulated=plan.quantizer == "mcmoe" or any(Format.parse(name).simulated for name in names),
         expert_file_bits_per_weight=expert_bits / bench.counts.expert_weights,

@@ -10,9 +10,10 @@ from moqc.evaluate.compare import Comparison, Row
 
 def table(comparison: Comparison) -> tuple[tuple[str, ...], list[tuple[object, ...]]]:
     """Header and lines; columns of what was not asked for are left out."""
-    groups: dict[tuple[float, str], list[Row]] = {}
+    groups: dict[tuple[str, str], list[Row]] = {}
     for row in comparison.rows:
-        groups.setdefault((row.target_bits, row.plan), []).append(row)
+        budget = f"{row.target_bits:g}{' (model)' if row.whole else ''}"
+        groups.setdefault((budget, row.plan), []).append(row)
     several = any(len(rows) > 1 for rows in groups.values())
     header = ["plan", "bits", "expert file bits", "model file bits", "loss", "increase"]
     header += ["seeds", "std"] if several else []

@@ -120,8 +120,16 @@ SIMILARITY: Key[dict[str, int]] = Key(
 PRUNING: Key[dict[str, Any]] = Key(
     "moqc.pruning", "prune-routing", "site -> the rule, what it skips, and how often each expert is kept"
 )
+LINEAR_COSTS: Key[dict[str, dict[str, int]]] = Key(
+    "moqc.linear_costs",
+    "measure-linears",
+    "site of a linear or embedding -> format -> KL divergence in 1e-15 nats a token",
+)
 BITS: Key[dict[str, dict[str, list[str]]]] = Key(
     "moqc.bits", "allocate-bits", "site -> projection (gate, up, down) -> format name of each expert"
+)
+LINEAR_PLAN: Key[dict[str, str]] = Key(
+    "moqc.linear_plan", "allocate-bits", "site of a linear or embedding -> format name it shall have"
 )
 LINEAR_BITS: Key[dict[str, str]] = Key(
     "moqc.linear_bits", "quantize-linears", "site of a quantized linear or embedding -> format name"
@@ -149,7 +157,9 @@ KEYS: dict[str, Key[Any]] = {
         WEIGHTS,
         SIMILARITY,
         PRUNING,
+        LINEAR_COSTS,
         BITS,
+        LINEAR_PLAN,
         LINEAR_BITS,
         CACHE,
         KERNELS,

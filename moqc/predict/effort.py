@@ -25,7 +25,8 @@ ROUNDING_RATE = 2.0e7
 """Weights a second that are rounded to nearest with clip search."""
 BUILD_SECONDS, BUILD_LAYER_SECONDS = 25.0, 1.0
 """Gate, export and code generation: fixed, and for each layer."""
-SENSITIVITY_TOKENS = 2048
+GRADIENT_TOKENS = 8192
+"""Calibration tokens of the backward pass, which costs four forward ones: there, again, and twice back."""
 FORWARD_PASSES = 3
 """Over all calibration tokens: statistics, inputs of the quantizer, its outputs."""
 
@@ -44,10 +45,8 @@ def estimate_effort(model: Outline, formats: Sequence[str], tokens: int) -> Effo
     """Seconds for the default pipeline with `formats` as candidates and `tokens` of calibration text."""
     active = expert_weights(model, active=True)
     matrices = sum(matrix.rows * matrix.columns for matrix in model.matrices if matrix.linear)
-    blocks = len(model.experts)
     forward = 2 * (active + matrices)
-    # Noise in one block forks a stream that goes through all layers after it: half of them on average.
-    sensitivity = forward * SENSITIVITY_TOKENS * (1 + blocks / 2)
+    gradients = 4 * forward * min(tokens, GRADIENT_TOKENS)
     moments = sum(
         2 * tokens * use.top_k * sum(columns**2 for _, columns in projections(use.layout))
         for use in model.experts
@@ -61,7 +60,7 @@ def estimate_effort(model: Outline, formats: Sequence[str], tokens: int) -> Effo
     quantizing = quantizer / QUANTIZER_FLOPS + UNIT_SECONDS * units
     other = sum(matrix.rows * matrix.columns for matrix in model.matrices)
     return Effort(
-        calibration_seconds=(FORWARD_PASSES * forward * tokens + sensitivity + moments) / FORWARD_FLOPS
+        calibration_seconds=(FORWARD_PASSES * forward * tokens + gradients + moments) / FORWARD_FLOPS
         + len(formats) * quantizing,
         quantization_seconds=quantizing + other / ROUNDING_RATE,
         build_seconds=BUILD_SECONDS + BUILD_LAYER_SECONDS * model.layers,
