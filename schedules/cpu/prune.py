@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +10,14 @@ from tvm.tirx.script import builder as T
 
 from moqc.ir.ops import attributes, operands
 from moqc.schedules.cpu.emit import bind, int64, kernel, load, loop, scratch, store, symbol
-from moqc.schedules.cpu.vector import PARALLEL_WORK, common_lanes, parallel_if, reduce_lanes, vector_type
+from moqc.schedules.cpu.vector import (
+    PARALLEL_WORK,
+    common_lanes,
+    parallel_if,
+    reduce_lanes,
+    spread,
+    vector_type,
+)
 from moqc.targets import Target
 
 DROPPED = -1
@@ -54,31 +60,26 @@ def prune_kernel(shape: PruneShape) -> tirx.PrimFunc:
         kept_weights = k.parameter("kept_weights", [tokens, count], "float32")
 
         def token(t: Any) -> None:
-            shares = [bind(load(weights, [t, j])) for j in range(count)]
-            chosen = [bind(load(ids, [t, j])) for j in range(count)]
-            scores = [_score(shape, strength, *pair) for pair in zip(chosen, shares, strict=True)]
             position = bind(load(positions, [t]))
-            protected = bind(
-                tirx.any(
-                    position < int64(shape.first),
-                    _largest_input(shape, x, t) > load(limits, [1]),
-                    _margin(shares) < load(limits, [2]),
-                )
-            )
-            keep = _keep_mass if shape.rule == "mass" else _keep_ratio
-            worth = keep(scores, load(limits, [0]))
-            kept = [
-                bind(tirx.all(position >= int64(0), score > _f(0), tirx.any(protected, good)))
-                for score, good in zip(scores, worth, strict=True)
-            ]
-            left = [
-                bind(T.if_then_else(stays, share, _f(0))) for stays, share in zip(kept, shares, strict=True)
-            ]
-            factor = _factor(shares, left) if shape.renormalize else None
-            for j, stays in enumerate(kept):
+            margin = _margin(count, weights, t)
+            unsure = tirx.any(_largest_input(shape, x, t) > load(limits, [1]), margin < load(limits, [2]))
+            protected = bind(tirx.any(position < int64(shape.first), unsure))
+            scores = _scores(shape, ids, weights, strength, t)
+            bound = _bound(shape, scores, load(limits, [0]))
+            totals = scratch(2)  # of all weights, and of those that are left
+            _fill(totals, 2, 0.0)
+            with loop(0, count) as j:
+                score, share = bind(load(scores, [j])), bind(load(weights, [t, j]))
+                worth = _worth(shape, scores, j, score, bound)
+                stays = bind(tirx.all(position >= int64(0), score > _f(0), tirx.any(protected, worth)))
+                left = bind(T.if_then_else(stays, share, _f(0)))
                 dropped = tirx.const(DROPPED, shape.ids)
-                store(kept_ids, [t, j], T.if_then_else(stays, chosen[j], dropped))
-                store(kept_weights, [t, j], left[j] if factor is None else left[j] * factor)
+                store(kept_ids, [t, j], T.if_then_else(stays, load(ids, [t, j]), dropped))
+                store(kept_weights, [t, j], left)
+                store(totals, [0], load(totals, [0]) + share)
+                store(totals, [1], load(totals, [1]) + left)
+            if shape.renormalize:
+                _rescale(count, kept_weights, t, totals)
 
         work = tokens * (shape.hidden + 16 * count * count)
         parallel_if(work > PARALLEL_WORK, tokens, token)
@@ -89,77 +90,79 @@ def _f(value: float) -> Any:
     return tirx.const(value, "float32")
 
 
-def _sum(values: list[Any]) -> Any:
-    total = values[0]
-    for value in values[1:]:
-        total = total + value
-    return bind(total)
+def _fill(vector: Any, count: int, value: float) -> None:
+    for at in range(count):
+        store(vector, [at], _f(value))
 
 
-def _fold(values: list[Any], combine: Callable[[Any, Any], Any]) -> Any:
-    result = values[0]
-    for value in values[1:]:
-        result = bind(combine(result, value))
-    return result
+def _scores(shape: PruneShape, ids: Any, weights: Any, strength: Any, t: Any) -> Any:
+    """The contributions of a token's pairs; 0 for an id that is no expert."""
+    scores = scratch(shape.top_k)
+    with loop(0, shape.top_k) as j:
+        number = bind(int64(load(ids, [t, j])))
+        known = bind(tirx.all(number >= int64(0), number < int64(shape.experts)))
+        at = bind(T.if_then_else(known, number, int64(0)))
+        value = bind(T.fabs(load(weights, [t, j])) * load(strength, [at]))
+        if shape.exponent != 1.0:
+            value = T.pow(value, _f(shape.exponent))
+        store(scores, [j], T.if_then_else(known, value, _f(0)))
+    return scores
 
 
-def _score(shape: PruneShape, strength: Any, expert: Any, share: Any) -> Any:
-    """The pair's contribution; 0 for an id that is no expert."""
-    number = bind(int64(expert))
-    known = bind(tirx.all(number >= int64(0), number < int64(shape.experts)))
-    at = bind(T.if_then_else(known, number, int64(0)))
-    value = bind(T.fabs(share) * load(strength, [at]))
-    if shape.exponent != 1.0:
-        value = T.pow(value, _f(shape.exponent))
-    return bind(T.if_then_else(known, value, _f(0)))
+def _bound(shape: PruneShape, scores: Any, limit: Any) -> Any:
+    """`limit` times the sum of the scores (mass), or the largest (ratio)."""
+    total = scratch(1)
+    _fill(total, 1, 0.0)
+    with loop(0, shape.top_k) as j:
+        before, score = load(total, [0]), load(scores, [j])
+        store(total, [0], before + score if shape.rule == "mass" else tirx.max(before, score))
+    return bind(limit * load(total, [0]))
 
 
-def _keep_mass(scores: list[Any], limit: Any) -> list[Any]:
-    """A score stays where those before it, in falling order, are less than `limit` of the sum."""
-    bound = bind(limit * _sum(scores))
-    result = []
-    for j, mine in enumerate(scores):
-        before: Any = _f(0)
-        for i, other in enumerate(scores):
-            if i != j:
-                first = other >= mine if i < j else other > mine
-                before = bind(before + T.if_then_else(first, other, _f(0)))
-        result.append(before < bound)
-    return result
-
-
-def _keep_ratio(scores: list[Any], limit: Any) -> list[Any]:
-    bound = bind(limit * _fold(scores, tirx.max))
-    return [score >= bound for score in scores]
+def _worth(shape: PruneShape, scores: Any, j: Any, mine: Any, bound: Any) -> Any:
+    """Whether the rule keeps pair j: mass where those before it, in falling order, do not reach `bound`."""
+    if shape.rule != "mass":
+        return mine >= bound
+    before = scratch(1)
+    _fill(before, 1, 0.0)
+    with loop(0, shape.top_k) as i:
+        other = bind(load(scores, [i]))
+        first = tirx.any(other > mine, tirx.all(other == mine, i < j))
+        store(before, [0], load(before, [0]) + T.if_then_else(first, other, _f(0)))
+    return load(before, [0]) < bound
 
 
 def _largest_input(shape: PruneShape, x: Any, row: Any) -> Any:
     lanes = common_lanes(shape.lanes, shape.hidden)
     kind = vector_type(lanes)
     largest = scratch(lanes)
-    store(largest, [0], T.broadcast(_f(0), lanes) if lanes > 1 else _f(0))
+    store(largest, [0], spread(0.0, lanes))
     with loop(0, shape.hidden // lanes) as step:
-        value = load(x, [row, step * lanes], kind)
+        value = bind(load(x, [row, step * lanes], kind))
         store(largest, [0], tirx.max(load(largest, [0], kind), tirx.max(value, -value)))
     return bind(reduce_lanes(largest, lanes, tirx.max))
 
 
-def _margin(shares: list[Any]) -> Any:
-    """(largest - second) / (largest + second) of the absolute weights."""
-    if len(shares) == 1:
+def _margin(count: int, weights: Any, t: Any) -> Any:
+    """(largest - second) / (largest + second) of the absolute weights; 1 where there is one only."""
+    if count == 1:
         return _f(1)
-    sizes = [bind(T.fabs(share)) for share in shares]
-    first, second = bind(tirx.max(sizes[0], sizes[1])), bind(tirx.min(sizes[0], sizes[1]))
-    for size in sizes[2:]:
-        second = bind(tirx.max(second, tirx.min(first, size)))
-        first = bind(tirx.max(first, size))
+    top = scratch(2)
+    _fill(top, 2, 0.0)
+    with loop(0, count) as j:
+        size, largest = bind(T.fabs(load(weights, [t, j]))), bind(load(top, [0]))
+        store(top, [1], tirx.max(load(top, [1]), tirx.min(largest, size)))
+        store(top, [0], tirx.max(largest, size))
+    first, second = bind(load(top, [0])), bind(load(top, [1]))
     return bind((first - second) / tirx.max(first + second, _f(TINY)))
 
 
-def _factor(shares: list[Any], left: list[Any]) -> Any:
-    """By which kept weights grow, so that they sum to what all of them did."""
-    total = _sum(left)
-    return bind(T.if_then_else(total == _f(0), _f(1), _sum(shares) / total))
+def _rescale(count: int, kept: Any, t: Any, totals: Any) -> None:
+    """Scale what is left, so that it sums to what all weights did."""
+    left = bind(load(totals, [1]))
+    factor = bind(T.if_then_else(left == _f(0), _f(1), load(totals, [0]) / left))
+    with loop(0, count) as j:
+        store(kept, [t, j], load(kept, [t, j]) * factor)
 
 
 def lower_prune_routing(bb: relax.BlockBuilder, call: relax.Call, target: Target) -> relax.Expr:

@@ -1,0 +1,194 @@
+"""What skipped experts save on the CPU: the experts block of a known model with and without pruning.
+
+    python benchmarks/prune_experts.py --shape qwen3-30b-a3b --bits 3
+
+Calls with and without `R.moqc.prune_routing` take turns on the same tokens, every call finds its weights out
+of the caches. `gain` is the time saved over the share of the experts' bytes that was skipped: 1 is perfect. The
+last lines compare hit experts that lie next to each other in memory with such that do not: what a layout by
+co-activation could save at most.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from typing import Any
+
+import numpy as np
+import torch
+import tvm
+from tvm import relax, tirx
+
+from moqc.bench.kernels import parse_classes
+from moqc.bench.shapes import find_shape
+from moqc.ir import ops
+from moqc.ir.packed import mixed_operands, packed_types
+from moqc.passes.legalize import LOWERINGS
+from moqc.quant.routing import SitePruning, prune
+from moqc.targets import find_target
+
+SETS = 4
+
+
+def build(shape: Any, fmt: Any, types: dict[str, Any], target: Any) -> Any:
+    """Functions plain and pruned (x, ids, weights, positions, strength, limits, *operands) -> y."""
+    builder = relax.BlockBuilder()
+    lowerings = LOWERINGS[target.schedules]
+    for name in ("plain", "pruned"):
+        tokens = tirx.Var("t", "int64")
+        inputs = [
+            relax.Var("x", relax.TensorType([tokens, shape.hidden], "float32")),
+            relax.Var("ids", relax.TensorType([tokens, shape.top_k], "int64")),
+            relax.Var("weights", relax.TensorType([tokens, shape.top_k], "float32")),
+            relax.Var("positions", relax.TensorType([tokens], "int64")),
+            relax.Var("strength", relax.TensorType([shape.experts], "float32")),
+            relax.Var("limits", relax.TensorType([3], "float32")),
+        ]
+        weights = [relax.Var(key.replace(".", "_"), ty) for key, ty in types.items()]
+        with builder.function(name, [*inputs, *weights]):
+            with builder.dataflow():
+                x, ids, shares = inputs[:3]
+                if name == "pruned":
+                    attrs = {"rule": "mass", "exponent": "1.5", "renormalize": 1, "first": 4}
+                    call = ops.prune_routing(*inputs, site="bench", operands=["strength", "limits"], **attrs)
+                    lowered = lowerings[ops.PRUNE_ROUTING](builder, builder.normalize(call), target)
+                    both = builder.emit(lowered)
+                    ids, shares = (builder.emit(relax.TupleGetItem(both, at)) for at in range(2))
+                call = ops.mixed_experts(
+                    x,
+                    ids,
+                    shares,
+                    *weights,
+                    site="bench",
+                    activation=shape.activation,
+                    activations="int8",
+                    operands=mixed_operands(dict.fromkeys(ops.PROJECTIONS, (fmt,)), ()),
+                    classes=[f"{projection}:{fmt}" for projection in ops.PROJECTIONS],
+                    intermediate=shape.intermediate,
+                )
+                lower = lowerings[ops.MIXED_EXPERTS]
+                result = builder.emit_output(lower(builder, builder.normalize(call), target))
+            builder.emit_func_output(result)
+    executable = tvm.compile(builder.get(), tvm.target.Target(target.tvm))
+    return relax.VirtualMachine(executable, tvm.cpu())
+
+
+def operand_types(shape: Any, fmt: Any) -> dict[str, Any]:
+    types = {"table": relax.TensorType([3, shape.experts, 2], "int32")}
+    for projection in ops.PROJECTIONS:
+        rows, columns = (shape.hidden, shape.intermediate)[:: 1 if projection == "down" else -1]
+        for part, ty in packed_types(fmt, rows, columns, (shape.experts,)).items():
+            types[f"{projection}.0.{part}"] = ty
+    return types
+
+
+def random_operands(types: dict[str, Any], generator: np.random.Generator) -> list[Any]:
+    arrays = []
+    for name, ty in types.items():
+        extents = [int(extent) for extent in ty.shape]
+        if name == "table":
+            places = np.stack([np.zeros(extents[1]), np.arange(extents[1])], axis=-1)
+            array = np.broadcast_to(places, extents).astype(np.int32)
+        elif str(ty.dtype) == "float16":
+            array = generator.uniform(0.001, 0.02, extents).astype(np.float16)
+        else:
+            array = np.frombuffer(generator.bytes(int(np.prod(extents))), np.uint8).reshape(extents)
+        arrays.append(tvm.runtime.tensor(np.ascontiguousarray(array)))
+    return arrays
+
+
+class Bench:
+    """The compiled block, `SETS` sets of weights, and random tokens routed as a softmax would."""
+
+    def __init__(self, shape: Any, fmt: Any) -> None:
+        self.shape, self.generator = shape, np.random.default_rng(0)
+        types = operand_types(shape, fmt)
+        self.machine = build(shape, fmt, types, find_target("native"))
+        self.sets = [random_operands(types, self.generator) for _ in range(SETS)]
+        self.calls = 0
+
+    def tokens(self, count: int, *, adjacent: bool = False) -> list[torch.Tensor]:
+        """x, ids, weights (adding up to 1) and positions of `count` tokens."""
+        shape, draw = self.shape, self.generator
+        logits = torch.from_numpy(draw.standard_normal((count, shape.experts)) * 1.5)
+        top = logits.softmax(1).topk(shape.top_k, dim=1)
+        ids = top.indices
+        if adjacent:
+            first = draw.integers(0, shape.experts - shape.top_k, (count, 1))
+            ids = torch.from_numpy(first + np.arange(shape.top_k))
+        weights = (top.values / top.values.sum(1, keepdim=True)).float()
+        x = torch.from_numpy(draw.standard_normal((count, shape.hidden), np.float32))
+        return [x, ids, weights, torch.full((count,), 100)]
+
+    def run(self, name: str, tokens: list[torch.Tensor], limit: float) -> float:
+        """Seconds of one call, on the next set of weights."""
+        limits = torch.tensor([limit, float("inf"), 0.0])
+        given = [*tokens, torch.ones(self.shape.experts), limits]
+        arguments = [tvm.runtime.tensor(tensor.numpy()) for tensor in given]
+        self.calls += 1
+        start = time.perf_counter()
+        self.machine[name](*arguments, *self.sets[self.calls % SETS])
+        return time.perf_counter() - start
+
+
+def limit_for(bench: Bench, share: float) -> float:
+    """The limit of the mass rule that skips `share` of the pairs."""
+    _, ids, weights, _ = bench.tokens(4000)
+    low, high = 0.0, 1.0
+    for _ in range(30):
+        middle = (low + high) / 2
+        kept = SitePruning("mass", middle, torch.ones(bench.shape.experts), True, 1.5)
+        x = torch.zeros(len(ids), 1)
+        dropped = (prune(kept, x, ids, weights, torch.full((len(ids),), 9))[0] < 0).float().mean()
+        low, high = (middle, high) if dropped > share else (low, middle)
+    return high
+
+
+def compare(bench: Bench, count: int, share: float, seconds: float) -> str:
+    limit = limit_for(bench, share)
+    rule = SitePruning("mass", limit, torch.ones(bench.shape.experts), True, 1.5)
+    times: dict[str, list[float]] = {"plain": [], "pruned": []}
+    read: list[tuple[int, int]] = []
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or len(read) < 5:
+        tokens = bench.tokens(count)
+        kept = prune(rule, *tokens)[0]
+        read.append((len(tokens[1].unique()), len(kept[kept >= 0].unique())))
+        for name in times:
+            times[name].append(bench.run(name, tokens, limit))
+    plain, pruned = (statistics.median(times[name]) for name in ("plain", "pruned"))
+    experts = np.array(read).sum(0)
+    skipped = 1 - experts[1] / experts[0] if count == 1 else share
+    saved = 1 - pruned / plain
+    what = "bytes" if count == 1 else "rows"
+    return (
+        f"{count:5d} tokens  {plain * 1e6:9.0f} us  {pruned * 1e6:9.0f} us  "
+        f"{skipped:6.1%} of the {what} skipped  {saved:6.1%} saved  gain {saved / skipped:.2f}"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--shape", default="qwen3-30b-a3b")
+    parser.add_argument("--bits", default="3")
+    parser.add_argument("--seconds", type=float, default=3.0)
+    options = parser.parse_args()
+    bench = Bench(find_shape(options.shape), parse_classes(options.bits)[0])
+    for name in ("plain", "pruned"):
+        bench.run(name, bench.tokens(1), 0.9)
+    for count, share in ((1, 0.2), (1, 0.4), (512, 0.2)):
+        print(compare(bench, count, share, options.seconds), flush=True)
+    layouts: dict[bool, list[float]] = {False: [], True: []}
+    end = time.perf_counter() + options.seconds
+    while time.perf_counter() < end:
+        for adjacent, times in layouts.items():
+            times.append(bench.run("plain", bench.tokens(1, adjacent=adjacent), 1.0))
+    apart, beside = (statistics.median(times) * 1e6 for times in layouts.values())
+    print(
+        f"1 token: experts apart {apart:.0f} us, next to each other {beside:.0f} us ({beside / apart - 1:+.1%})"
+    )
+
+
+if __name__ == "__main__":
+    main()
