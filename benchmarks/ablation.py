@@ -23,35 +23,56 @@ from moqc.passes.pipeline import Pipeline
 from moqc.pipelines import Debug, run_passes
 
 DOMAINS = ("en_novels", "fr_novels", "math", "multi_misc")
+TRELLIS = "int1-g128+tcq1-g128+tcq2-g128+tcq2-g64+tcq3-g128+tcq3-g64+int4-g128+int4-g64-sym-s8"
 VARIANTS = {
-    "default: block sensitivity": ("profile-channels,measure-sensitivity,measure-costs", "", "gptq"),
-    "no sensitivity": ("profile-channels,measure-costs", "", "gptq"),
-    "costs of round-to-nearest": (
-        "profile-channels,measure-sensitivity,measure-costs{quantizer=rtn}", "", "gptq",
-    ),
-    "curvature by token": (
+    "default: curvature by token": (
         "profile-channels,measure-gradients,measure-costs{curvature=token}", "", "gptq",
     ),
-    "curvature by token, mean + 0.5 std over datasets": (
-        "profile-channels,measure-gradients,measure-costs{curvature=token robustness=0.5}", "", "gptq",
+    "curvature by block": ("profile-channels,measure-sensitivity,measure-costs", "", "gptq"),
+    "no curvature": ("profile-channels,measure-costs", "", "gptq"),
+    "costs of round-to-nearest": (
+        "profile-channels,measure-gradients,measure-costs{curvature=token quantizer=rtn}",
+        "", "gptq",
     ),
     "mean + 0.5 std over datasets": (
-        "profile-channels,measure-sensitivity,measure-costs{robustness=0.5}", "", "gptq",
+        "profile-channels,measure-gradients,measure-costs{curvature=token robustness=0.5}",
+        "", "gptq",
     ),
     "mean + 1 std over datasets": (
-        "profile-channels,measure-sensitivity,measure-costs{robustness=1.0}", "", "gptq",
+        "profile-channels,measure-gradients,measure-costs{curvature=token robustness=1.0}",
+        "", "gptq",
     ),
-    "gate and up tied": ("profile-channels,measure-sensitivity,measure-costs", " tie=gate-up", "gptq"),
-    "whole experts": ("profile-channels,measure-sensitivity,measure-costs", " tie=expert", "gptq"),
+    "gate and up tied": (
+        "profile-channels,measure-gradients,measure-costs{curvature=token}",
+        " tie=gate-up", "gptq",
+    ),
+    "whole experts": (
+        "profile-channels,measure-gradients,measure-costs{curvature=token}",
+        " tie=expert", "gptq",
+    ),
     "at most 2 classes a block": (
-        "profile-channels,measure-sensitivity,measure-costs", " classes=2", "gptq",
+        "profile-channels,measure-gradients,measure-costs{curvature=token}",
+        " classes=2", "gptq",
     ),
     "at most 3 classes a block": (
-        "profile-channels,measure-sensitivity,measure-costs", " classes=3", "gptq",
+        "profile-channels,measure-gradients,measure-costs{curvature=token}",
+        " classes=3", "gptq",
     ),
-    "one format (no allocation)": ("profile-channels,measure-costs", " allocator=uniform", "gptq"),
-    "round to nearest": (
-        "profile-channels,measure-sensitivity,measure-costs{quantizer=rtn}", "", "rtn",
+    "every block the same bits (MxMoE's problem)": (
+        "profile-channels,measure-gradients,measure-costs{curvature=token}",
+        " allocator=mxmoe", "gptq",
+    ),
+    "trellis formats too": (
+        "profile-channels,measure-gradients,measure-costs{curvature=token formats=" + TRELLIS + "}",
+        "", "gptq",
+    ),
+    "one format (no allocation)": (
+        "profile-channels,measure-gradients,measure-costs{curvature=token}",
+        " allocator=uniform", "gptq",
+    ),
+    "default plan, rounded to nearest": (
+        "profile-channels,measure-gradients,measure-costs{curvature=token}",
+        "", "rtn",
     ),
 }  # fmt: skip
 """Name -> (passes before allocate-bits, options of it, quantizer)."""

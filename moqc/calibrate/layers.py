@@ -33,6 +33,8 @@ from moqc.quant.reference import Activations
 
 BATCH_TOKENS = 4096
 """Tokens a batch: bounds the memory of attention scores and logits."""
+GPU_BATCH_TOKENS = 16_384
+"""The same on a GPU, which needs more to be busy."""
 
 
 @dataclass(frozen=True)
@@ -75,9 +77,14 @@ def computed(blocks: Mapping[str, ExpertWeights], activations: Activations = "fl
     return lambda call: blocks[call.site].apply(call.x, call.ids, call.weights, activations)
 
 
-def split_batches(windows: Tensor, batch_tokens: int = BATCH_TOKENS) -> list[Tensor]:
-    """Batches of at most `batch_tokens` tokens (at least one window) of `windows` [n, window]."""
-    rows = max(1, batch_tokens // windows.shape[1])
+def batch_tokens() -> int:
+    """Most tokens of a batch on `compute_device()`."""
+    return BATCH_TOKENS if compute_device().type == "cpu" else GPU_BATCH_TOKENS
+
+
+def split_batches(windows: Tensor) -> list[Tensor]:
+    """Batches of at most `batch_tokens()` tokens (at least one window) of `windows` [n, window]."""
+    rows = max(1, batch_tokens() // windows.shape[1])
     return [windows[at : at + rows] for at in range(0, len(windows), rows)]
 
 

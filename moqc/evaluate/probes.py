@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from moqc.calibrate.layers import BATCH_TOKENS, split_batches
+from moqc.calibrate.layers import batch_tokens, split_batches
 from moqc.calibrate.workspace import digest
 from moqc.errors import InternalError
 from moqc.evaluate.tasks import Scored
@@ -87,7 +87,7 @@ class _Sequences:
         batches: list[list[int]] = []
         for at in ranked:
             length = len(self.sequences[at].tokens)
-            if not batches or (len(batches[-1]) + 1) * length > BATCH_TOKENS:
+            if not batches or (len(batches[-1]) + 1) * length > batch_tokens():
                 batches.append([])
             batches[-1].append(at)
         return batches
