@@ -57,9 +57,7 @@ def main() -> None:
     device = compute_device()
     seconds(2, 128, 256, Format.parse("int3-g128"), device)  # libraries load
     print(f"on {torch.cuda.get_device_name() if device.type == 'cuda' else 'the CPU'}\n")
-    print(
-        "| layer | format | gate or up, s | down, s | M weights/s | all experts once, min | in 5 formats, min |"
-    )
+    print("| layer | format | gate or up, s | down, s | M weights/s | all once, min | in all formats, min |")
     print("|---|---|---|---|---|---|---|", flush=True)
     for name in options.shapes.split(","):
         experts, hidden, intermediate, layers = SHAPES[name]

@@ -82,9 +82,9 @@ def batch_tokens() -> int:
     return BATCH_TOKENS if compute_device().type == "cpu" else GPU_BATCH_TOKENS
 
 
-def split_batches(windows: Tensor) -> list[Tensor]:
-    """Batches of at most `batch_tokens()` tokens (at least one window) of `windows` [n, window]."""
-    rows = max(1, batch_tokens() // windows.shape[1])
+def split_batches(windows: Tensor, tokens: int | None = None) -> list[Tensor]:
+    """Batches of at most `tokens` (None: `batch_tokens()`), at least a window, of `windows` [n, window]."""
+    rows = max(1, (tokens or batch_tokens()) // windows.shape[1])
     return [windows[at : at + rows] for at in range(0, len(windows), rows)]
 
 
