@@ -262,6 +262,7 @@ def plan(
         batch=max_batch,
         copied_bytes=copied_bytes(folder),
         machine=with_bandwidth(machine.roofline, bandwidth),
+        cache=machine.cache,
     )
     return make_plan(
         outline(config),

@@ -76,24 +76,56 @@ class Target:
 _V3 = frozenset({"avx2", "fma", "f16c", "bmi2"})
 _V4 = _V3 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
 
+_XEON = (
+    "2 threads of a 2-core AVX-512 Xeon, a virtual machine whose memory gave 7 to 23 GB/s from hour to hour "
+    "(give --bandwidth for yours): `moqc bench-kernels --shape qwen3-30b-a3b --bits 4,2 --tokens 1`, and "
+    "decoding tiny-moe and small-moe for the time of a layer"
+)
+
+
+def _xeon(weight_rate: float) -> Roofline:
+    """The machine moqc was written on, with the rate of a target's kernels at 2 bits, weights in cache."""
+    return Roofline(bandwidth=1.7e10, weight_rate=weight_rate, layer_seconds=1.3e-4, source=_XEON)
+
+
+_H200 = Roofline(
+    bandwidth=3.7e12,
+    weight_rate=1.0e13,
+    layer_seconds=5.6e-6,
+    source="NVIDIA H200, experts of mixtral-8x7b at 1 token and two launches a layer, in "
+    "docs/benchmarks-h200.md; what else a layer does is not counted: an upper bound",
+)
+
 TARGETS: dict[str, Target] = {
     target.name: target
     for target in (
-        Target("x86-64-v3", {"kind": "llvm", "mcpu": "x86-64-v3"}, _V3, doc="any x86 with AVX2 (2013 on)"),
         Target(
-            "x86-64-v4", {"kind": "llvm", "mcpu": "x86-64-v4"}, _V4, doc="x86 with AVX-512 (Skylake-X on)"
+            "x86-64-v3",
+            {"kind": "llvm", "mcpu": "x86-64-v3"},
+            _V3,
+            doc="any x86 with AVX2 (2013 on)",
+            roofline=_xeon(6.0e10),
+        ),
+        Target(
+            "x86-64-v4",
+            {"kind": "llvm", "mcpu": "x86-64-v4"},
+            _V4,
+            doc="x86 with AVX-512 (Skylake-X on)",
+            roofline=_xeon(4.9e10),
         ),
         Target(
             "x86-64-v4-vnni",
             {"kind": "llvm", "mcpu": "cascadelake"},
             _V4 | {"avx512_vnni"},
             doc="x86 with AVX-512 and VNNI (Cascade Lake on)",
+            roofline=_xeon(4.8e10),
         ),
         Target(
             "x86-64-v4-gfni",
             {"kind": "llvm", "mcpu": "cascadelake", "mattr": ["+gfni"]},
             _V4 | {"avx512_vnni", "gfni"},
             doc="x86 with AVX-512, VNNI and GFNI (Ice Lake, Zen 4 on)",
+            roofline=_xeon(1.0e11),
         ),
     )
 }
@@ -130,6 +162,7 @@ def _cuda(name: str) -> Target:
         activations=("float",),
         cache="float16",
         architectures=architectures,
+        roofline=_H200 if architectures == ("sm_90",) else None,
         doc="NVIDIA GPUs; cuda:ARCHITECTURE+...@HOST chooses, by default " + CUDA_DEFAULT,
     )
 

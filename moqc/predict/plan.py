@@ -38,7 +38,8 @@ class Deployment:
     """What does not depend on the budget.
 
     `linears` is a format or None, `context` and `batch` size the cache, `copied_bytes` is the size of the
-    tokenizer files that go into the artifact, `machine` None where nothing is known about speed.
+    tokenizer files that go into the artifact, `machine` None where nothing is known about speed, `cache` the
+    dtype of the key-value cache.
     """
 
     linears: Format | None
@@ -47,6 +48,7 @@ class Deployment:
     batch: int
     copied_bytes: int
     machine: Roofline | None
+    cache: str = "float32"
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,7 +165,7 @@ def _predictor(model: Outline, deployment: Deployment) -> Callable[[float], Pred
 
     def predict(bits: float) -> Prediction:
         storage = Storage(bits, deployment.uniform, deployment.linears)
-        stored = footprint(model, storage)
+        stored = footprint(model, storage, deployment.cache)
         machine = deployment.machine
         speed = None if machine is None else decode_speed(model, stored, machine, context=0)
         cache = deployment.batch * deployment.context * stored.kv_bytes_per_token

@@ -93,8 +93,11 @@ def uniform_bits(model: Outline, format: Format) -> float:
     return bits / expert_weights(model)
 
 
-def footprint(model: Outline, storage: Storage) -> Footprint:
-    """The bytes of `model` stored as `storage` says. Raises ModelError for a dtype moqc does not store."""
+def footprint(model: Outline, storage: Storage, cache: str = "float32") -> Footprint:
+    """The bytes of `model` stored as `storage` says, with caches of dtype `cache`.
+
+    Raises ModelError for a dtype moqc does not store.
+    """
     if model.dtype not in STORED_BYTES:
         raise ModelError(f"{model.model_type}: weights of dtype {model.dtype}; moqc reads float types only")
     stored = STORED_BYTES[model.dtype]
@@ -116,7 +119,7 @@ def footprint(model: Outline, storage: Storage) -> Footprint:
         weight_bytes=memory,
         token_bytes=read,
         token_weights=multiplied,
-        kv_bytes_per_token=sum(FLOAT_BYTES * use.element_count for use in model.attention),
+        kv_bytes_per_token=sum(STORED_BYTES[cache] * use.element_count for use in model.attention),
     )
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from moqc.errors import UserError
 from moqc.frontend.trace import AttentionUse, Outline
-from moqc.predict.sizes import FLOAT_BYTES, Footprint
+from moqc.predict.sizes import Footprint
 from moqc.targets import Roofline
 
 
@@ -50,18 +50,16 @@ def with_bandwidth(machine: Roofline | None, gigabytes: float | None) -> Rooflin
 
 def decode_speed(model: Outline, stored: Footprint, machine: Roofline, context: int) -> Speed:
     """Time of one token after `context` others."""
-    cache = cache_bytes(model, context)
+    elements = sum(_seen(use, context) * use.element_count for use in model.attention)
+    a_token = sum(use.element_count for use in model.attention)
+    cache = stored.kv_bytes_per_token * elements / a_token if a_token else 0.0
     return Speed(
         memory=(stored.token_bytes + cache) / machine.bandwidth,
-        compute=(stored.token_weights + cache / FLOAT_BYTES) / machine.weight_rate,
+        compute=(stored.token_weights + elements) / machine.weight_rate,
         fixed=model.layers * machine.layer_seconds,
     )
 
 
-def cache_bytes(model: Outline, context: int) -> int:
-    """Bytes of the key-value cache that a token reads after `context` others; windows limit it."""
-    return sum(_seen(use, context) * use.element_count * FLOAT_BYTES for use in model.attention)
-
-
 def _seen(use: AttentionUse, context: int) -> int:
+    """Tokens of the cache that a token reads after `context` others; a window limits them."""
     return min(context, use.window) if use.window else context
