@@ -122,7 +122,7 @@ def test_eval(moqc, toy, tmp_path):
         (["compile", "/nowhere", "-o", "/proc/x/out"], "cannot write"),
         (["compile", "/nowhere", "-o", "{folder}/out", "--target", "z80"], "z80"),
         (["compile", "/nowhere", "-o", "{folder}/out", "--allocator", "oracle"], "oracle"),
-        (["compile", "/nowhere", "-o", "{folder}/out", "--quantizer", "awq"], "awq"),
+        (["compile", "/nowhere", "-o", "{folder}/out", "--quantizer", "spqr"], "spqr"),
         (["compare", "/nowhere", "--text", "{text}", "--bits", "2,x"], "numbers"),
         (["compare", "/nowhere", "--text", "{text}", "--allocators", "global,,pmq"], "empty"),
         (["opt", "/nowhere.py"], "/nowhere.py"),
