@@ -24,6 +24,7 @@ from moqc.ir.annotations import CACHE
 from moqc.ir.sites import INPUTS, bindings
 from moqc.passes.base import PassContext
 from moqc.passes.legalize import Legalize
+from moqc.passes.plan_cache import PlanCache
 from moqc.passes.schedule import Schedule
 from moqc.schedules.cuda.dense import advance_function
 from moqc.schedules.cuda.toolchain import find_nvcc, prepare
@@ -158,17 +159,23 @@ def export(executable: VMExecutable, path: Path) -> None:
 def compile_and_run(mod: IRModule, weights: Sequence[npt.NDArray[Any]], target: Target) -> Run:
     """Lower, build and load a module fresh from the front end: the callable (ids, positions) -> logits.
 
-    `weights` are main's parameters after the two inputs. ids and positions are int64 [batch, seq]; logits are
-    float32 [batch, seq, vocabulary].
+    It is built with caches, as an artifact is, for sequences of up to twice the longest call; what it keeps
+    between calls are the caches, and a sequence starts where its position is 0. `weights` are main's
+    parameters after the two inputs. ids and positions are int64 [batch, seq]; logits are float32
+    [batch, seq, vocabulary].
     """
+    bounds = mod["main"].attrs["tir_var_upper_bound"]
     ctx = PassContext(target=target)
+    mod = PlanCache(context=2 * int(bounds["seq"]), batch=int(bounds["batch"]))(mod, ctx)
     executable = build(Schedule()(Legalize()(mod, ctx), ctx), target)
     machine = relax.VirtualMachine(executable, tvm.cpu())
     tensors = [tvm.runtime.tensor(np.ascontiguousarray(weight)) for weight in weights]
+    caches = [tvm.runtime.tensor(np.zeros(shape, np.float32)) for shape in CACHE.of(mod)["tensors"]]
 
     def run(ids: npt.NDArray[Any], positions: npt.NDArray[Any]) -> npt.NDArray[Any]:
         inputs = [tvm.runtime.tensor(np.ascontiguousarray(array, np.int64)) for array in (ids, positions)]
-        result: npt.NDArray[Any] = machine["main"](*inputs, tensors, []).numpy()
+        # The caches that come back are those that went in, written in place.
+        result: npt.NDArray[Any] = machine["main"](*inputs, tensors, caches)[0].numpy()
         return result
 
     return run

@@ -19,6 +19,7 @@ from moqc.passes.packed_kernels import Lowering, add_functions, packed_kernels
 from moqc.passes.patterns import is_top, match_linear, match_rms_norm
 from moqc.schedules.cpu import lower_dense as cpu_dense
 from moqc.schedules.cpu.lower import lower_embedding, lower_linear, lower_mixed_experts
+from moqc.schedules.cpu.lower_recurrent import lower_causal_conv, lower_recurrent
 from moqc.schedules.cpu.prune import lower_prune_routing
 from moqc.schedules.cuda import lower as cuda
 from moqc.targets import Target
@@ -46,6 +47,10 @@ LOWERINGS: dict[str, Lowerings] = {
             ops.ATTENTION: cpu_dense.lower_attention,
             ops.CACHED_ATTENTION: cpu_dense.lower_attention,
             ops.PRUNE_ROUTING: lower_prune_routing,
+            ops.RECURRENT: lower_recurrent,
+            ops.CACHED_RECURRENT: lower_recurrent,
+            ops.CAUSAL_CONV: lower_causal_conv,
+            ops.CACHED_CAUSAL_CONV: lower_causal_conv,
         },
         cpu_dense.lower_dense_linear,
         cpu_dense.lower_rms_norm,

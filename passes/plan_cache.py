@@ -1,4 +1,4 @@
-"""plan-cache: R.moqc.attention -> R.moqc.cached_attention on key-value caches that are parameters of main."""
+"""plan-cache: operators that mix tokens -> their forms with caches and states, which are parameters of main."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from moqc.passes.base import Pass, PassContext
 
 @dataclass(frozen=True)
 class PlanCache(Pass):
-    """Give every attention a key and a value cache: parameters of main after the weights, written in place.
+    """Give attentions key and value caches and recurrent layers states: parameters of main after the weights.
 
-    `context` is the number of positions a sequence may have, `batch` the number of sequences. main returns
-    (logits, caches...).
+    They are written in place. `context` is the number of positions a sequence may have, `batch` the number of
+    sequences. main returns (logits, caches...).
     """
 
     name: ClassVar[str] = "plan-cache"
@@ -45,7 +45,7 @@ class PlanCache(Pass):
 
 
 class _CachedMain:
-    """Builds the new main; `caches` are its new parameters, key and value of each attention in turn."""
+    """Builds the new main; `caches` are its new parameters, those of each operator in turn."""
 
     def __init__(self, mod: IRModule, context: int, batch: int, dtype: str) -> None:
         self._main, self._context, self._batch, self._dtype = mod["main"], context, batch, dtype
@@ -54,7 +54,7 @@ class _CachedMain:
         self._calls = {
             variable: self._cached(value)
             for variable, value in bindings(self._main)
-            if ops.is_call(value, ops.ATTENTION)
+            if ops.is_call(value, ops.ATTENTION, ops.RECURRENT, ops.CAUSAL_CONV)
         }
 
     def build(self) -> relax.Function:
@@ -66,7 +66,10 @@ class _CachedMain:
                 for variable, value in bindings(self._main):
                     if variable in self._calls:
                         result = self._builder.emit(self._calls[variable])
-                        written += [self._builder.emit(relax.TupleGetItem(result, i)) for i in (1, 2)]
+                        count = len(result.ty.fields)
+                        written += [
+                            self._builder.emit(relax.TupleGetItem(result, i)) for i in range(1, count)
+                        ]
                         value = relax.TupleGetItem(result, 0)
                     self._builder.emit_normalized(relax.VarBinding(variable, self._builder.normalize(value)))
                 outputs = self._builder.emit_output(relax.Tuple([self._main.body.body, *written]))
@@ -76,15 +79,34 @@ class _CachedMain:
     def _cached(self, call: relax.Call) -> relax.Call:
         """The call with caches for the call without; adds the caches."""
         named, attrs = ops.operands(call), ops.attributes(call)
-        site = attrs["site"]
+        if ops.is_call(call, ops.ATTENTION):
+            return self._cached_attention(named, attrs)
+        if ops.is_call(call, ops.RECURRENT):
+            _, _, heads, columns = named["v"].ty.shape
+            state = self._cache("state", [self._batch, heads, named["k"].ty.shape[3], columns])
+            build = ops.cached_recurrent
+        else:
+            channels, window = named["weight"].ty.shape
+            state = self._cache("latest", [self._batch, int(window) - 1, channels])
+            build = ops.cached_causal_conv
+        fixed = [named[name] for name in ops.FIXED_ARGUMENTS[str(call.op.name)]]
+        return build(*fixed, state, *(named[name] for name in attrs["operands"]), **attrs)
+
+    def _cached_attention(self, named: dict[str, relax.Expr], attrs: dict[str, Any]) -> relax.Call:
         if not attrs["causal"]:
-            raise PipelineError(f"plan-cache: attention of {site} is not causal; it cannot have a cache")
+            raise PipelineError(
+                f"plan-cache: attention of {attrs['site']} is not causal; it cannot have a cache"
+            )
         heads = named["k"].ty.shape[1]
-        pair = []
-        for name, width in (("k", named["k"].ty.shape[3]), ("v", named["v"].ty.shape[3])):
-            ty = relax.TensorType([self._batch, heads, self._context, width], self._dtype)
-            pair.append(relax.Var(f"{name}_cache_{len(self.caches) // 2}", ty))
-        self.caches += pair
+        pair = [
+            self._cache(f"{name}_cache", [self._batch, heads, self._context, named[name].ty.shape[3]])
+            for name in ("k", "v")
+        ]
         fixed = [named[name] for name in ("q", "k", "v", "positions")]
         further = [named[name] for name in attrs["operands"]]
         return ops.cached_attention(*fixed, *pair, *further, **attrs)
+
+    def _cache(self, name: str, shape: list[Any]) -> relax.Var:
+        """A new parameter."""
+        self.caches.append(relax.Var(f"{name}_{len(self.caches)}", relax.TensorType(shape, self._dtype)))
+        return self.caches[-1]

@@ -150,7 +150,7 @@ def check(logits, weights, inputs):
     np.testing.assert_allclose(logits[real], forward(weights, *inputs)[real], rtol=1e-4, atol=1e-4)
 
 
-def test_compile_and_run_without_a_cache(weights, inputs):
+def test_compile_and_run(weights, inputs):
     target = find_target("native")
     run = codegen.compile_and_run(parse_module(MODEL), [w.numpy() for w in weights], target)
     check(run(*inputs), weights, inputs)

@@ -14,15 +14,18 @@ from __future__ import annotations
 import logging
 import operator
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from itertools import product
 from typing import Any
 
+import sympy
 import torch
 import transformers
 from tvm import IRModule, relax
 
 from moqc.errors import InternalError, ModelError
+from moqc.frontend import masks
 from moqc.frontend.checkpoint import Checkpoint
 from moqc.frontend.importer import Importer
 from moqc.frontend.skeleton import fake_parameters, first_line
@@ -96,7 +99,7 @@ def export(
     ids = torch.zeros(2, 8, dtype=torch.int64)
     positions = torch.arange(8).repeat(2, 1)
     try:
-        with torch.no_grad(), _quiet():
+        with torch.no_grad(), _quiet(), masks.unpacked():
             program = torch.export.export(
                 _Logits(model),
                 (ids, positions),
@@ -112,15 +115,33 @@ def export(
 
 
 def check_assertions(program: torch.export.ExportedProgram, kind: str) -> None:
-    """Refuse a program with run-time checks, which the import drops, beyond that both inputs have one shape.
+    """Refuse a program with run-time checks, which the import drops, that are not true for every size.
 
-    Raises ModelError quoting the first other check.
+    That both inputs have one shape is moqc's own promise. A check of sizes is tried for each size that the
+    program allows. Raises ModelError quoting the first check that may fail.
     """
     inputs = set(program.graph_signature.user_inputs)
     for node in program.graph.nodes:
         checks = getattr(node.target, "__name__", "") in ("_assert_scalar.default", "_assert_async.msg")
-        if checks and not _equates_inputs(node.args[0], inputs):
+        if not checks or _equates_inputs(node.args[0], inputs):
+            continue
+        if not _always_true(node.args[0], program.range_constraints):
             raise ModelError(f"{kind}: depends on a condition that moqc cannot check: {node.args[-1]}")
+
+
+def _always_true(condition: Any, ranges: Mapping[Any, Any]) -> bool:
+    """Whether `condition`, an expression of sizes, holds for all sizes in their `ranges`."""
+    value = condition.meta.get("val") if isinstance(condition, torch.fx.Node) else condition
+    if not isinstance(value, torch.SymBool):
+        return value is True
+    expression = value.node.expr
+    symbols = sorted(expression.free_symbols, key=str)
+    if not all(symbol in ranges for symbol in symbols):
+        return False
+    spans = [range(int(ranges[symbol].lower), int(ranges[symbol].upper) + 1) for symbol in symbols]
+    return all(
+        expression.subs(dict(zip(symbols, sizes, strict=True))) == sympy.true for sizes in product(*spans)
+    )
 
 
 def _equates_inputs(condition: Any, inputs: set[str]) -> bool:

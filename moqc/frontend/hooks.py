@@ -2,8 +2,8 @@
 
 transformers looks implementations of experts blocks and of attention up in registries. moqc's own
 implementations, registered under "moqc", call one custom operator each, so that `torch.export` sees one node
-a block, with the router left in plain sight before it. No mask function is registered: transformers then
-makes no mask, and whatever lives in masks only is caught by the gate's comparison of logits.
+a block, with the router left in plain sight before it. Instead of masks the model's code gets a mark with the
+rule that the mask would follow (`moqc.frontend.masks`), which comes back with the call of attention.
 """
 
 from __future__ import annotations
@@ -13,10 +13,13 @@ from typing import Any
 import torch
 import transformers
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from moqc.errors import ModelError
+from moqc.frontend import masks
 from moqc.frontend.experts import ExpertLayout, find_layouts
+from moqc.frontend.recurrent import rebind
 from moqc.quant import reference
 
 IMPLEMENTATION = "moqc"
@@ -70,6 +73,7 @@ def attention_operator(
     site: str,
     scale: float,
     window: int,
+    chunk: int,
     softcap: float,
     causal: bool,
 ) -> torch.Tensor:
@@ -87,6 +91,8 @@ def attention_operator(
     )
     if window:
         allowed = allowed & (at[None] > at[:, None] - window)
+    if chunk:
+        allowed = allowed & (at[None] // chunk == at[:, None] // chunk)
     scores = scores.masked_fill(~allowed, float("-inf"))
     if sinks is not None:
         column = sinks.reshape(1, -1, 1, 1).expand(q.shape[0], -1, tokens, 1)
@@ -132,8 +138,10 @@ def _attention_forward(
     """Transformers' attention interface. Raises ModelError for arguments that the operator does not model."""
     site = module.moqc_site
     unknown = sorted(n for n, v in others.items() if isinstance(v, torch.Tensor) and n not in _SPENT)
-    if attention_mask is not None:
-        unknown.append("attention_mask")
+    rule = masks.rule_of(attention_mask)
+    if rule is None:
+        unknown.append("a mask of its own")
+        rule = masks.Rule()
     if dropout:
         unknown.append("dropout")
     sinks = s_aux if s_aux is not None else sinks
@@ -145,12 +153,16 @@ def _attention_forward(
         )
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
-    window, cap = int(sliding_window or 0), float(softcap or 0.0)
-    return torch.ops.moqc.attention(query, key, value, sinks, site, scale, window, cap, bool(causal)), None
+    window = min((size for size in (int(sliding_window or 0), rule.window) if size), default=0)
+    found: torch.Tensor = torch.ops.moqc.attention(
+        query, key, value, sinks, site, scale, window, rule.chunk, float(softcap or 0.0), bool(causal)
+    )
+    return found, None
 
 
 ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, _experts_forward)
 ALL_ATTENTION_FUNCTIONS.register(IMPLEMENTATION, _attention_forward)
+ALL_MASK_ATTENTION_FUNCTIONS.register(IMPLEMENTATION, masks.mark)
 
 
 def hook(model: transformers.PreTrainedModel) -> tuple[ExpertLayout, ...]:
@@ -163,6 +175,7 @@ def hook(model: transformers.PreTrainedModel) -> tuple[ExpertLayout, ...]:
     layouts = find_layouts(model, model.config.model_type)
     for name, module in model.named_modules():
         module.moqc_site = name
+        rebind(module, name)
     for layout in layouts:
         canonicalize(model.get_submodule(layout.site), layout)
     persistent = set(model.state_dict()) - {

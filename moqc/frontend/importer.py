@@ -81,6 +81,8 @@ class Importer(ExportedProgramImporter):  # type: ignore[misc]  # tvm ships no t
             **ignored,
             "experts.default": self._experts,
             "attention.default": self._attention,
+            "recurrent.default": self._recurrent,
+            "causal_conv.default": self._causal_conv,
             "embedding.default": self._embedding_rows,
             **dict.fromkeys(("view.default", "reshape.default", "_unsafe_view.default"), self._view),
             **dict.fromkeys(("mm.default", "bmm.default", "matmul.default"), self._product),
@@ -111,7 +113,7 @@ class Importer(ExportedProgramImporter):  # type: ignore[misc]  # tvm ships no t
         return self.emit(call)
 
     def _attention(self, node: Node) -> relax.Var:
-        q, k, v, sinks, site, scale, window, softcap, causal = self._all_arguments(node)
+        q, k, v, sinks, site, scale, window, chunk, softcap, causal = self._all_arguments(node)
         operands = [] if sinks is None else ["sinks"]
         call = ops.attention(
             q,
@@ -122,10 +124,25 @@ class Importer(ExportedProgramImporter):  # type: ignore[misc]  # tvm ships no t
             site=site,
             scale=repr(scale),
             window=window,
+            chunk=chunk,
             softcap=repr(softcap),
             causal=int(causal),
             operands=operands,
         )
+        return self.emit(call)
+
+    def _recurrent(self, node: Node) -> relax.Var:
+        q, k, v, decay, beta, rate, site = self._all_arguments(node)
+        given = {name: value for name, value in (("beta", beta), ("rate", rate)) if value is not None}
+        positions = self._positions(node)
+        call = ops.recurrent(q, k, v, decay, positions, *given.values(), site=site, operands=list(given))
+        return self.emit(call)
+
+    def _causal_conv(self, node: Node) -> relax.Var:
+        x, weight, bias, site = self._all_arguments(node)
+        further = [] if bias is None else [bias]
+        names = ["bias"] if further else []
+        call = ops.causal_conv(x, weight, self._positions(node), *further, site=site, operands=names)
         return self.emit(call)
 
     def _positions(self, node: Node) -> relax.Var:

@@ -12,6 +12,7 @@ from typing import Any
 import transformers
 
 from moqc.errors import ModelError
+from moqc.frontend.skeleton import CONFIG_ERRORS, first_line
 
 WINDOW = 4
 _MAX_LAYERS = 8
@@ -44,8 +45,35 @@ _SIZES = {
     "num_local_experts": 8,
     "n_routed_experts": 8,
     "moe_num_experts": 8,
+    "max_seq_len": 256,
+    "ffn_hidden_size": 48,
+    "expert_ffn_hidden_size": 16,
+    "intermediate_size_mlp": 48,
+    "router_hidden_size": 16,
+    "zero_expert_num": 4,
+    "kv_channels": 8,
     "sliding_window": WINDOW,
     "attention_chunk_size": WINDOW,
+    "floor_scale": WINDOW,
+    "index_n_heads": 2,
+    "index_head_dim": 16,
+    "index_topk": WINDOW,
+    "mamba_n_heads": 4,
+    "mamba_num_heads": 4,
+    "mamba_d_head": 16,
+    "mamba_head_dim": 16,
+    "mamba_d_state": 8,
+    "mamba_dt_rank": 8,
+    "mamba_chunk_size": WINDOW,
+    "ssm_state_size": 8,
+    "chunk_size": WINDOW,
+    "block_size": WINDOW,
+    "linear_num_heads": 4,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_head_dim": 8,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
     "pad_token_id": 0,
     "bos_token_id": 1,
     "eos_token_id": 2,
@@ -53,6 +81,11 @@ _SIZES = {
 # Kept when smaller: the difference between one and several is what matters.
 _AT_MOST = {
     "num_experts_per_tok": 2,
+    "num_experts_per_token": 2,
+    "moe_top_k": 2,
+    "num_expert_group": 2,
+    "n_groups": 2,
+    "mamba_n_groups": 2,
     "moe_k": 2,
     "moe_topk": 2,
     "top_k_experts": 2,
@@ -67,6 +100,10 @@ _AT_MOST = {
     "num_nextn_predict_layers": 0,
     "max_window_layers": 1,
 }
+# Fields that hold fields, and lists of the numbers of layers.
+_NESTED = ("attn_config", "ffn_config")
+_LAYER_NUMBERS = ("mlp_only_layers", "moe_layers")
+_KINDS = ("layer_types", "layers_block_type", "mlp_layer_types")
 _DROPPED = ("dtype", "torch_dtype", "architectures", "_name_or_path", "id2label", "label2id", "num_labels")
 
 
@@ -76,24 +113,41 @@ def shrink(config: transformers.PretrainedConfig) -> transformers.PretrainedConf
     A sliding window, where there is one, is `WINDOW` tokens. Raises ModelError when the class rejects it.
     """
     fields = {name: value for name, value in config.to_dict().items() if name not in _DROPPED}
+    # Some classes have names of their own for the usual sizes: theirs -> the usual one.
+    usual = {own: name for name, own in config.attribute_map.items()}
     layers = _chosen_layers(config, fields)
-    small = {name: _shrunk(name, value, fields, layers) for name, value in fields.items()}
-    small["num_hidden_layers"] = len(layers)
+    small = {
+        name: _shrunk(usual.get(name, name), value, config.num_hidden_layers, layers)
+        for name, value in fields.items()
+    }
+    small[config.attribute_map.get("num_hidden_layers", "num_hidden_layers")] = len(layers)
     if small.get("num_key_value_heads") is not None:
-        grouped = fields["num_key_value_heads"] != fields.get("num_attention_heads")
+        heads = config.attribute_map.get("num_attention_heads", "num_attention_heads")
+        grouped = fields["num_key_value_heads"] != fields.get(heads)
         small["num_key_value_heads"] = 2 if grouped else _SIZES["num_attention_heads"]
     try:
         return type(config).from_dict(small)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ModelError(f"{config.model_type}: cannot make a small copy to verify: {error}") from error
+    except CONFIG_ERRORS as error:
+        raise ModelError(
+            f"{config.model_type}: cannot make a small copy to verify: {first_line(error)}"
+        ) from error
 
 
-def _shrunk(name: str, value: Any, fields: dict[str, Any], layers: list[int]) -> Any:
+def _shrunk(name: str, value: Any, total: int, layers: list[int]) -> Any:
     """The small value of one field; None and values that are no plain sizes stay."""
-    if isinstance(value, list) and len(value) == fields.get("num_hidden_layers"):
-        return [value[index] for index in layers]
-    if name == "mlp_only_layers" and isinstance(value, list):
+    if name == "per_layer_config" and isinstance(value, dict):  # layer number, as text -> its own fields
+        own = {int(key): fields for key, fields in value.items()}
+        kept = [(position, own[index]) for position, index in enumerate(layers) if index in own]
+        return {
+            str(position): {key: _shrunk(key, item, total, layers) for key, item in fields.items()}
+            for position, fields in kept
+        }
+    if isinstance(value, dict) and name in _NESTED:
+        return {key: _shrunk(key, item, total, layers) for key, item in value.items() if key not in _DROPPED}
+    if name in _LAYER_NUMBERS and isinstance(value, list):
         return [position for position, index in enumerate(layers) if index in value]
+    if isinstance(value, list) and len(value) == total:
+        return [value[index] for index in layers]
     if isinstance(value, bool) or not isinstance(value, int | list):
         return value
     if name in _AT_MOST and isinstance(value, int):
@@ -108,11 +162,17 @@ def _shrunk(name: str, value: Any, fields: dict[str, Any], layers: list[int]) ->
 def _chosen_layers(config: transformers.PretrainedConfig, fields: dict[str, Any]) -> list[int]:
     """Indices of layers that together show every kind of layer, at least two where there are two."""
     total = int(config.num_hidden_layers)
-    lists = [v for v in fields.values() if isinstance(v, list) and len(v) == total > 0]
-    dense = fields.get("mlp_only_layers") or []
-    step = fields.get("decoder_sparse_step") or 1
-    kinds = [(tuple(str(v[index]) for v in lists), index in dense) for index in range(total)]
+    # What a layer is may be a field, or a property that the class computes from other fields.
+    named = {name: value for name, value in fields.items() if name not in _LAYER_NUMBERS}
+    named |= {name: getattr(config, name, None) for name in _KINDS}
+    lists = [value for value in named.values() if isinstance(value, list) and len(value) == total > 0]
+    numbers = [value for name in _LAYER_NUMBERS if isinstance(value := fields.get(name), list)]
+    kinds = [
+        (tuple(str(values[index]) for values in lists), tuple(index in chosen for chosen in numbers))
+        for index in range(total)
+    ]
     wanted = [index for index, kind in enumerate(kinds) if kind not in kinds[:index]]
     # Consecutive layers, so that rules by index (every second layer sparse, the first ones dense) hold.
+    step = fields.get("decoder_sparse_step") or fields.get("expert_layer_period") or 1
     count = min(total, max(2, wanted[-1] + 1, 2 * step, (fields.get("first_k_dense_replace") and 2) or 2))
     return list(range(count)) if count <= _MAX_LAYERS else wanted

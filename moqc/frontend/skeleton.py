@@ -7,9 +7,23 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from moqc.errors import ModelError
+
+CONFIG_ERRORS = (
+    ValueError,
+    TypeError,
+    KeyError,
+    AttributeError,
+    ImportError,
+    RuntimeError,
+    IndexError,
+    ZeroDivisionError,
+    StrictDataclassError,
+)
+"""What the code of a configuration or of a model's constructor raises at fields that do not fit together."""
 
 
 def build_skeleton(config: transformers.PretrainedConfig) -> transformers.PreTrainedModel:
@@ -21,7 +35,7 @@ def build_skeleton(config: transformers.PretrainedConfig) -> transformers.PreTra
     try:
         with torch.device("meta"):
             model = build_eager(config)
-    except (ValueError, TypeError, KeyError, AttributeError, ImportError, RuntimeError) as error:
+    except CONFIG_ERRORS as error:
         raise ModelError(
             f"transformers cannot build a {config.model_type} model: {first_line(error)}"
         ) from error

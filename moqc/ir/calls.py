@@ -21,6 +21,10 @@ FIXED_ARGUMENTS = {
     "relax.moqc.attention": ("q", "k", "v", "positions"),
     "relax.moqc.cached_attention": ("q", "k", "v", "positions", "k_cache", "v_cache"),
     "relax.moqc.prune_routing": ("x", "ids", "weights", "positions"),
+    "relax.moqc.recurrent": ("q", "k", "v", "decay", "positions"),
+    "relax.moqc.cached_recurrent": ("q", "k", "v", "decay", "positions", "state"),
+    "relax.moqc.causal_conv": ("x", "weight", "positions"),
+    "relax.moqc.cached_causal_conv": ("x", "weight", "positions", "state"),
 }
 """Operator name -> its leading arguments; the ones after them are named by the attribute `operands`."""
 

@@ -10,7 +10,7 @@ from typing import Any
 from tvm import relax
 
 from moqc.errors import VerifyError
-from moqc.ir.calls import attributes, describe, operand
+from moqc.ir.calls import attributes, describe, operand, operands
 
 
 def tensor_type(call: relax.Call, name: str, ndim: int | None = None) -> relax.TensorType:
@@ -57,3 +57,21 @@ def infer_cached_attention(call: relax.Call, builder: Any) -> relax.TupleType:
 def infer_prune_routing(call: relax.Call, _builder: Any) -> relax.TupleType:
     """The types of ids and weights."""
     return relax.TupleType([tensor_type(call, "ids", 2), tensor_type(call, "weights", 2)])
+
+
+def infer_recurrent(call: relax.Call, _builder: Any) -> relax.TensorType:
+    """``v [B, S, H, V]`` -> the same."""
+    v = tensor_type(call, "v", 4)
+    return relax.TensorType(list(v.shape), v.dtype)
+
+
+def infer_causal_conv(call: relax.Call, _builder: Any) -> relax.TensorType:
+    """``x [B, S, C]`` -> the same."""
+    x = tensor_type(call, "x", 3)
+    return relax.TensorType(list(x.shape), x.dtype)
+
+
+def infer_stateful(call: relax.Call, _builder: Any) -> relax.TupleType:
+    """The output of cached_recurrent (like v) or cached_causal_conv (like x), and the state."""
+    like = tensor_type(call, "v" if "v" in operands(call) else "x")
+    return relax.TupleType([relax.TensorType(list(like.shape), like.dtype), tensor_type(call, "state")])

@@ -13,6 +13,10 @@ with 17 digits.
 | attention          | q [B,H,S,D], k [B,Hk,S,D], v [B,Hk,S,Dv], positions     | [B,S,H,Dv]            |
 | prune_routing      | x [T,H], ids, weights [T,k], positions [T], strength, limits | (ids, weights) [T,k] |
 | cached_attention   | the same, k_cache [B,Hk,C,D], v_cache [B,Hk,C,Dv]       | ([B,S,H,Dv], caches)  |
+| recurrent          | q, k [B,S,Hk,K], v [B,S,H,V], decay, positions          | [B,S,H,V]             |
+| cached_recurrent   | the same, state [B,H,K,V]                               | ([B,S,H,V], state)    |
+| causal_conv        | x [B,S,C], weight [C,W], positions                      | [B,S,C]               |
+| cached_causal_conv | the same, state [B,W-1,C]                               | ([B,S,C], state)      |
 """
 
 from __future__ import annotations
@@ -45,6 +49,9 @@ from moqc.quant.layouts import DEFAULT
 __all__ = [
     "ATTENTION",
     "CACHED_ATTENTION",
+    "CACHED_CAUSAL_CONV",
+    "CACHED_RECURRENT",
+    "CAUSAL_CONV",
     "EMBEDDING",
     "EXPERTS",
     "EXPERT_OPERANDS",
@@ -53,10 +60,14 @@ __all__ = [
     "MIXED_EXPERTS",
     "PROJECTIONS",
     "PRUNE_ROUTING",
+    "RECURRENT",
     "attention",
     "attributes",
     "bit_classes",
     "cached_attention",
+    "cached_causal_conv",
+    "cached_recurrent",
+    "causal_conv",
     "describe",
     "embedding",
     "experts",
@@ -67,6 +78,7 @@ __all__ = [
     "operands",
     "plain",
     "prune_routing",
+    "recurrent",
 ]
 
 EXPERTS = "relax.moqc.experts"
@@ -76,6 +88,10 @@ EMBEDDING = "relax.moqc.embedding"
 ATTENTION = "relax.moqc.attention"
 CACHED_ATTENTION = "relax.moqc.cached_attention"
 PRUNE_ROUTING = "relax.moqc.prune_routing"
+RECURRENT = "relax.moqc.recurrent"
+CACHED_RECURRENT = "relax.moqc.cached_recurrent"
+CAUSAL_CONV = "relax.moqc.causal_conv"
+CACHED_CAUSAL_CONV = "relax.moqc.cached_causal_conv"
 
 EXPERT_OPERANDS = ("gate", "up", "down", "gate_bias", "up_bias", "down_bias")
 """Operands an experts call may have, in their order; up and down are always there."""
@@ -208,15 +224,18 @@ def attention(
     softcap: str,
     causal: int,
     operands: Sequence[str],
+    chunk: int = 0,
 ) -> relax.Call:
     """Attention over the tokens of this call.
 
     Token i attends key j iff ``positions[j] <= positions[i]`` (when `causal`) and
-    ``positions[j] > positions[i] - window`` (when `window` is not 0); a key of position < 0 is padding and
-    never attended. `positions` is int64 [B,S]; scores are multiplied by `scale` and, unless `softcap` is
+    ``positions[j] > positions[i] - window`` (when `window` is not 0) and, when `chunk` is not 0, both positions
+    divided by `chunk` have one quotient; a key of position < 0 is padding and never attended. `positions` is int64 [B,S]; scores are multiplied by `scale` and, unless `softcap` is
     ``0.0``, passed through ``softcap * tanh(score / softcap)``. The only further operand is ``sinks`` [H].
     """
-    attrs = {"site": site, "scale": scale, "window": window, "softcap": softcap, "causal": causal}
+    attrs = {
+        "site": site, "scale": scale, "window": window, "chunk": chunk, "softcap": softcap, "causal": causal
+    }  # fmt: skip
     return _call(ATTENTION, (q, k, v, positions, *tensors), **attrs, operands=list(operands))
 
 
@@ -234,11 +253,78 @@ def cached_attention(
     softcap: str,
     causal: int,
     operands: Sequence[str],
+    chunk: int = 0,
 ) -> relax.Call:
     """Write k and v into the cache slots `positions`, attend slots 0..position; returns the caches too."""
-    attrs = {"site": site, "scale": scale, "window": window, "softcap": softcap, "causal": causal}
+    attrs = {
+        "site": site, "scale": scale, "window": window, "chunk": chunk, "softcap": softcap, "causal": causal
+    }  # fmt: skip
     arguments = (q, k, v, positions, k_cache, v_cache, *tensors)
     return _call(CACHED_ATTENTION, arguments, **attrs, operands=list(operands))
+
+
+def recurrent(
+    q: relax.Expr,
+    k: relax.Expr,
+    v: relax.Expr,
+    decay: relax.Expr,
+    positions: relax.Expr,
+    *tensors: relax.Expr,
+    site: str,
+    operands: Sequence[str],
+) -> relax.Call:
+    """A linear recurrence over the tokens of this call, as `moqc.quant.recurrence.recurrent` states it.
+
+    q and k [B,S,Hk,K], v [B,S,H,V], decay [B,S,H] or [B,S,H,K], positions int64 [B,S]. `operands` are among
+    ``beta`` [B,S,H] (the delta rule) and ``rate`` [H,K] (factors of the decay), in this order. A token of
+    position < 0 is padding, one of position 0 starts with an empty state.
+    """
+    return _call(RECURRENT, (q, k, v, decay, positions, *tensors), site=site, operands=list(operands))
+
+
+def cached_recurrent(
+    q: relax.Expr,
+    k: relax.Expr,
+    v: relax.Expr,
+    decay: relax.Expr,
+    positions: relax.Expr,
+    state: relax.Expr,
+    *tensors: relax.Expr,
+    site: str,
+    operands: Sequence[str],
+) -> relax.Call:
+    """The recurrence continued from `state` [B,H,K,V], which is returned as it is after the last token."""
+    arguments = (q, k, v, decay, positions, state, *tensors)
+    return _call(CACHED_RECURRENT, arguments, site=site, operands=list(operands))
+
+
+def causal_conv(
+    x: relax.Expr,
+    weight: relax.Expr,
+    positions: relax.Expr,
+    *tensors: relax.Expr,
+    site: str,
+    operands: Sequence[str],
+) -> relax.Call:
+    """Every channel of x [B,S,C] convolved with its row of weight [C,W] over the W latest tokens.
+
+    The only further operand is ``bias`` [C]. Positions int64 [B,S] mean what they mean to `recurrent`.
+    """
+    return _call(CAUSAL_CONV, (x, weight, positions, *tensors), site=site, operands=list(operands))
+
+
+def cached_causal_conv(
+    x: relax.Expr,
+    weight: relax.Expr,
+    positions: relax.Expr,
+    state: relax.Expr,
+    *tensors: relax.Expr,
+    site: str,
+    operands: Sequence[str],
+) -> relax.Call:
+    """The convolution continued from `state` [B,W-1,C], the latest tokens, oldest first; returns it too."""
+    arguments = (x, weight, positions, state, *tensors)
+    return _call(CACHED_CAUSAL_CONV, arguments, site=site, operands=list(operands))
 
 
 _RULES: dict[str, tuple[Callable[..., relax.Call], Callable[[relax.Call, Any], Any]]] = {
@@ -249,6 +335,10 @@ _RULES: dict[str, tuple[Callable[..., relax.Call], Callable[[relax.Call, Any], A
     ATTENTION: (attention, infer.infer_attention),
     CACHED_ATTENTION: (cached_attention, infer.infer_cached_attention),
     PRUNE_ROUTING: (prune_routing, infer.infer_prune_routing),
+    RECURRENT: (recurrent, infer.infer_recurrent),
+    CACHED_RECURRENT: (cached_recurrent, infer.infer_stateful),
+    CAUSAL_CONV: (causal_conv, infer.infer_causal_conv),
+    CACHED_CAUSAL_CONV: (cached_causal_conv, infer.infer_stateful),
 }
 
 

@@ -204,6 +204,41 @@ def _check_prune_routing(call: relax.Call) -> None:
     _check_number(call, "exponent")
 
 
+def _check_recurrent(call: relax.Call) -> None:
+    named, names = operands(call), attributes(call)["operands"]
+    batch, tokens, heads, width = named["v"].ty.shape
+    _, _, keys, key_width = named["k"].ty.shape
+    lead = (batch, tokens)
+    for name in ("q", "k"):
+        _check(call, name, named[name].ty, (*lead, keys, key_width))
+    decay = named["decay"].ty
+    _check(call, "decay", decay, (*lead, heads) if decay.ndim == 3 else (*lead, heads, key_width))
+    _check(call, "positions", named["positions"].ty, lead, ("int64",))
+    if int(heads) % int(keys):
+        raise VerifyError(f"{describe(call)}: {int(heads)} heads are no multiple of {int(keys)} key heads")
+    if names != [name for name in ("beta", "rate") if name in names] or ("rate" in names and decay.ndim == 4):
+        raise VerifyError(f"{describe(call)}: operands {names} do not fit a decay of {decay.ndim} dimensions")
+    shapes = {"beta": (*lead, heads), "rate": (heads, key_width)}
+    for name in names:
+        _check(call, name, named[name].ty, shapes[name])
+    if "state" in named:
+        state = named["state"].ty
+        _check(call, "state", state, (state.shape[0], heads, key_width, width))
+
+
+def _check_causal_conv(call: relax.Call) -> None:
+    named = operands(call)
+    batch, tokens, channels = named["x"].ty.shape
+    window = named["weight"].ty.shape[1]
+    _check(call, "weight", named["weight"].ty, (channels, window))
+    _check(call, "positions", named["positions"].ty, (batch, tokens), ("int64",))
+    if "bias" in named:
+        _check(call, "bias", named["bias"].ty, (channels,))
+    if "state" in named:
+        state = named["state"].ty
+        _check(call, "state", state, (state.shape[0], window - 1, channels))
+
+
 _RULES: dict[str, Callable[[relax.Call], None]] = {
     ops.EXPERTS: _check_experts,
     ops.MIXED_EXPERTS: _check_mixed,
@@ -212,6 +247,10 @@ _RULES: dict[str, Callable[[relax.Call], None]] = {
     ops.ATTENTION: _check_attention,
     ops.CACHED_ATTENTION: _check_attention,
     ops.PRUNE_ROUTING: _check_prune_routing,
+    ops.RECURRENT: _check_recurrent,
+    ops.CACHED_RECURRENT: _check_recurrent,
+    ops.CAUSAL_CONV: _check_causal_conv,
+    ops.CACHED_CAUSAL_CONV: _check_causal_conv,
 }
 
 

@@ -37,7 +37,7 @@ _MASKED = -1e30
 class AttentionShape:
     """What is fixed about one attention operator; batch, tokens and slots may be symbolic.
 
-    `scale` multiplies the scores; `window` and `softcap` of 0 mean none; `lanes` is the vector width.
+    `scale` multiplies the scores; `window`, `chunk` and `softcap` of 0 mean none; `lanes` is the vector width.
     """
 
     heads: int
@@ -50,6 +50,12 @@ class AttentionShape:
     causal: bool
     sinks: bool
     lanes: int
+    chunk: int = 0
+
+    @property
+    def bounded(self) -> bool:
+        """Whether a token sees only positions from some first one on."""
+        return bool(self.window or self.chunk)
 
     @property
     def group(self) -> int:
@@ -92,6 +98,7 @@ class _Buffers:
         self.scores = local(ROWS, KEYS)
         self.top, self.total = local(ROWS), local(ROWS, self.lanes)
         self.place, self.bounds = local(ROWS, dtype="int32"), local(2, dtype="int32")
+        self.reach = local(ROWS, dtype="int32")
         self.best, self.gathered = local(self.lanes), local(self.lanes, dtype="int32")
         # What shall be in registers is small: TVM takes buffers from 1 KiB on from a pool.
         self.tile = [local(self.lanes) for _ in range(self.lanes)]
@@ -187,12 +194,23 @@ def _start_rows(buffers: _Buffers, b: Any, head: Any, first: Any, count: Any) ->
         else:
             store(buffers.top, [row], load(buffers.sinks, [query]))
             store(buffers.total, [row, 0], T.float32(1.0))
+        reach = bind(_first_seen(shape, position))
+        store(buffers.reach, [row], reach)
         if buffers.cached:
-            reach = T.int32(0) if shape.window == 0 else tirx.max(position - (shape.window - 1), T.int32(0))
             with when(position >= 0):
                 store(bounds, [0], tirx.min(load(bounds, [0]), reach))
                 end = tirx.min(position + 1, tirx.Cast("int32", int64(buffers.slots)))
                 store(bounds, [1], tirx.max(load(bounds, [1]), end))
+
+
+def _first_seen(shape: AttentionShape, position: Any) -> Any:
+    """The first position that a token at `position` attends."""
+    first = T.int32(0)
+    if shape.window:
+        first = tirx.max(position - (shape.window - 1), first)
+    if shape.chunk:
+        first = tirx.max(position - tirx.truncmod(position, T.int32(shape.chunk)), first)
+    return first
 
 
 def _token(buffers: _Buffers, head: Any, first: Any, row: Any) -> tuple[Any, Any]:
@@ -241,8 +259,8 @@ def _visible(buffers: _Buffers, b: Any, row: Any, base: Any, end: Any) -> Any:
         seen = inside & (position >= none) & (query >= none)
     if shape.causal:
         seen = seen & (position <= query)
-    if shape.window:
-        seen = seen & (position > query - shape.window)
+    if shape.bounded:
+        seen = seen & (position >= spread(load(buffers.reach, [row]), lanes))
     return seen
 
 
