@@ -29,7 +29,7 @@ import tvm
 from tvm import IRModule
 
 import moqc
-from moqc.errors import ModelError, PipelineError, UserError
+from moqc.errors import InternalError, ModelError, PipelineError, UserError
 from moqc.frontend.hf import export, import_program
 from moqc.frontend.hooks import hook
 from moqc.frontend.shrink import shrink
@@ -49,8 +49,17 @@ TOLERANCE = 1e-4  # times max(1, |logit|)
 SHAPES = ((2, 7), (3, 11), (1, 1))
 _MAX_PARAMETERS = 20_000_000
 _SEED = 20240611
-# TVM's errors are built-in exceptions; PipelineError is plan-cache's.
-_COMPILING_ERRORS = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError, PipelineError)
+# What TVM raises; its internal checks come back as moqc's InternalError. PipelineError is plan-cache's.
+_COMPILING_ERRORS = (
+    RuntimeError,
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    AssertionError,
+    InternalError,
+    PipelineError,
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -164,7 +164,8 @@ def import_program(program: torch.export.ExportedProgram, model: transformers.Pr
     kind = model.config.model_type
     try:
         mod = Importer(_symbols(program)).from_exported_program(program, True, True, False, None)
-    except (RuntimeError, TypeError, ValueError, AssertionError, LookupError, AttributeError) as error:
+    # TVM's internal checks come back as moqc's InternalError, which has the same name.
+    except (*_TRACING_ERRORS, InternalError) as error:
         raise ModelError(f"{kind}: cannot be imported: {first_line(error)}") from error
     main = mod["main"].without_attr("params").without_attr("num_input")
     mod = _drop_unused(IRModule({"main": main}), _weight_names(program, model))

@@ -16,9 +16,12 @@ import tvm_ffi
 from torch._subclasses.fake_tensor import FakeTensor
 from tvm import relax
 from tvm.relax.frontend.torch.exported_program_translator import ExportedProgramImporter
+from tvm.sym import Analyzer
 
 from moqc.frontend.complex_numbers import Complex, complex_converters
 from moqc.ir import ops
+
+_NO_END = 2**63 - 1  # torch's end of a slice without one
 
 Node = torch.fx.Node
 Piece = tuple[relax.Expr, int, int]
@@ -42,11 +45,14 @@ class Importer(ExportedProgramImporter):  # type: ignore[misc]  # tvm ships no t
     def create_convert_map(self) -> dict[str, Callable[[Node], Any]]:
         """TVM's converters, overridden by moqc's."""
         base = super().create_convert_map()
+        complex_ = complex_converters(self, base)
         return {
             **base,
             **self._moqc_converters(),
-            **complex_converters(self, base),
+            **complex_,
             "slice_scatter.default": self._assembler(base["slice_scatter.default"]),
+            "slice.Tensor": self._slicer(complex_["slice.Tensor"]),
+            "cat.default": self._joiner(base["cat.default"]),
         }
 
     def _process_derived_symbol(self, symbol: Any, known: Any) -> tuple[str, Any]:
@@ -245,6 +251,35 @@ class Importer(ExportedProgramImporter):  # type: ignore[misc]  # tvm ships no t
 
         return convert
 
+    def _joiner(self, base: Callable[[Node], Any]) -> Callable[[Node], Any]:
+        """Converter of a concatenation, without parts of no extent: TVM cannot schedule those."""
+
+        def convert(node: Node) -> Any:
+            parts, axis = self._given(node, 0)
+            if any(isinstance(part, Complex) or part.ty.shape is None for part in parts):
+                return base(node)
+            kept = [part for part in parts if not _equal(part.ty.shape[axis % len(part.ty.shape)], 0)]
+            return kept[0] if len(kept) == 1 else self.emit(relax.op.concat(kept, axis=axis))
+
+        return convert
+
+    def _slicer(self, base: Callable[[Node], Any]) -> Callable[[Node], Any]:
+        """Converter of ``x[..., start:end:step]`` that sees when a slice is the whole, else `base`.
+
+        TVM's lets a symbolic extent grow to an expression that later reshapes cannot divide.
+        """
+
+        def convert(node: Node) -> Any:
+            x, axis, start, end, step = self._given(node, 0, None, None, 1)
+            if isinstance(x, Complex) or x.ty.shape is None or step != 1:
+                return base(node)
+            size = x.ty.shape[axis % len(x.ty.shape)]
+            from_start = start is None or _equal(start, 0) or _equal(start + size, 0)
+            to_end = end is None or _equal(end, size) or (isinstance(end, int) and end == _NO_END)
+            return x if from_start and to_end else base(node)
+
+        return convert
+
     def _pieces_of(self, x: relax.Var, axis: int) -> list[Piece]:
         """What `x` was concatenated from along `axis`, or `x` whole."""
         known_axis, pieces = self._pieces.get(x, (axis, []))
@@ -272,6 +307,11 @@ class Importer(ExportedProgramImporter):  # type: ignore[misc]  # tvm ships no t
 def dtype_of(node: Node) -> str:
     """Dtype of the traced result, as TVM writes it."""
     return str(node.meta["val"].dtype).removeprefix("torch.")
+
+
+def _equal(first: Any, second: Any) -> bool:
+    """Whether two sizes, integers or TIR expressions, are the same for all values of their symbols."""
+    return bool(Analyzer().can_prove_equal(first, second))
 
 
 def _same_shape(have: list[Any], want: list[Any]) -> bool:

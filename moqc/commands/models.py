@@ -1,0 +1,30 @@
+"""`moqc models`: which architectures are supported, as the gate found."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from moqc.commands.options import Cache, Json, print_json, print_table
+
+
+def command(
+    verify: Annotated[
+        str | None,
+        typer.Option("--verify", metavar="TYPE|all", help="Run the gate on this model type, or on all, now."),
+    ] = None,
+    cache: Cache = None,
+    as_json: Json = False,
+) -> None:
+    """List the decoder types with experts that transformers has, and what the gate says about each."""
+    from moqc.api import models
+
+    survey = models(verify=verify, cache=cache)
+    if as_json:
+        print_json(survey)
+        return
+    rows = [(row["model_type"], row["status"], row["reason"]) for row in survey["rows"]]
+    print_table(("model type", "status", "reason"), rows)
+    exact = sum(row["status"] == "exact" for row in survey["rows"])
+    typer.echo(f"{exact} of {len(rows)} exact, with transformers {survey['transformers']}")
