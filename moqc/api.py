@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from moqc.errors import PipelineError, UserError
 from moqc.inputs import (
+    architecture_gate,
     check_architecture,
     check_metadata,
     context_length,
@@ -181,6 +182,27 @@ def compile(
         if debug.stop_after is not None:
             return print_module(mod)
         return assemble(mod, ctx, passes, chunk, Path(out or ""), recipe=chosen, force=force)
+
+
+def models(*, verify: str | None = None, cache: Path | str | None = None) -> dict[str, Any]:
+    """The decoder types with experts and what the gate says about each: the shipped table, or a new one.
+
+    Args:
+        verify: a model type to run the gate on now, or "all"; None reads the table that moqc ships.
+        cache: folder where passes of the gate are kept.
+
+    Returns:
+        ``transformers`` (its version) and ``rows`` of ``model_type``, ``status`` (exact or refused), ``reason``.
+
+    """
+    from moqc.frontend import survey
+
+    if verify is None:
+        return survey.shipped().dump()
+    require_compiler()
+    types = survey.decoder_types() if verify == "all" else (verify,)
+    gate = architecture_gate(open_workspace(cache), find_target("native"))
+    return survey.survey(types, gate).dump()
 
 
 def _check_buildable(passes: Pipeline) -> None:

@@ -118,15 +118,24 @@ def check_architecture(checkpoint: Checkpoint, workspace: Workspace, target: Tar
 
     Raises ModelError where moqc would compute something else.
     """
+    architecture_gate(workspace, target)(checkpoint.config)
+
+
+def architecture_gate(
+    workspace: Workspace, target: Target
+) -> Callable[[PretrainedConfig], Verdict]:
+    """The gate for `target`, with its cache in `workspace`: a configuration -> the verdict on its architecture.
+
+    For another machine's target, the best one of this machine stands in: what is compiled is run here.
+    """
     from moqc.codegen import compile_and_run
     from moqc.frontend.gate import verify_architecture
     from moqc.targets import find_target, host_features
 
-    # What is compiled here runs here: for another machine's target, this one's best kernels stand in.
     runs = target.features <= host_features() and not target.architectures
     target = target if runs else find_target("native")
     compiler = partial(compile_and_run, target=target)
-    verify_architecture(checkpoint.config, workspace.root, compiler, target.name)
+    return lambda config: verify_architecture(config, workspace.root, compiler, target.name)
 
 
 def open_workspace(cache: Path | str | None) -> Workspace:

@@ -33,7 +33,7 @@ from moqc.errors import InternalError, ModelError, PipelineError, UserError
 from moqc.frontend.hf import export, import_program
 from moqc.frontend.hooks import hook
 from moqc.frontend.shrink import shrink
-from moqc.frontend.skeleton import build_eager, build_skeleton, first_line
+from moqc.frontend.skeleton import CONFIG_ERRORS, build_eager, build_skeleton, first_line
 from moqc.ir.annotations import PARAMS
 from moqc.ir.ops import ATTENTION, CAUSAL_CONV, EXPERTS, RECURRENT, is_call
 from moqc.ir.sites import bindings
@@ -48,6 +48,8 @@ a sequence starts anew where its position is 0, and tokens of position -1 are pa
 TOLERANCE = 1e-4  # times max(1, |logit|)
 SHAPES = ((2, 7), (3, 11), (1, 1))
 _MAX_PARAMETERS = 20_000_000
+VERSION = 2
+"""Of what is compared: raise it when the gate gets stricter or a hook changes."""
 _SEED = 20240611
 # What TVM raises; its internal checks come back as moqc's InternalError. PipelineError is plan-cache's.
 _COMPILING_ERRORS = (
@@ -80,7 +82,8 @@ def verify_architecture(
     """Verify the architecture of `config` on a tiny model, or return the cached verdict.
 
     `target` names what `compile_and_run` compiles for. A verdict is kept in ``cache_dir/gate`` by the target,
-    the versions of moqc, transformers, torch and TVM, and the tiny configuration. Only passes are kept.
+    the versions of the gate, moqc, transformers, torch and TVM, and the tiny configuration. Only passes are
+    kept.
 
     Raises:
         ModelError: naming the model type, the stage and the reason.
@@ -96,7 +99,7 @@ def verify_architecture(
 
 
 def _key(small: transformers.PretrainedConfig, target: str) -> str:
-    versions = (moqc.__version__, transformers.__version__, torch.__version__, tvm.__version__)
+    versions = (VERSION, moqc.__version__, transformers.__version__, torch.__version__, tvm.__version__)
     text = json.dumps([versions, target, type(small).__name__, small.to_dict()], sort_keys=True, default=str)
     return f"{small.model_type}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
@@ -151,7 +154,12 @@ class Comparison:
         self._model_type = eager.config.model_type
         run = _torch_run(eager)
         self._inputs = [_inputs(*shape, eager.config.vocab_size) for shape in SHAPES]
-        self._expected = [run(*inputs) for inputs in self._inputs]
+        try:
+            self._expected = [run(*inputs) for inputs in self._inputs]
+        except CONFIG_ERRORS as error:
+            raise ModelError(
+                f"{self._model_type}: transformers' own tiny model fails: {first_line(error)}"
+            ) from error
         self.errors: dict[str, float] = {}
 
     def check(self, stage: str, run: Run) -> None:
@@ -160,7 +168,7 @@ class Comparison:
         for inputs, expected in zip(self._inputs, self._expected, strict=True):
             try:
                 found = run(*inputs)
-            except (RuntimeError, ValueError, TypeError) as error:
+            except CONFIG_ERRORS as error:
                 raise ModelError(f"{self._model_type}: {stage} model fails: {first_line(error)}") from error
             errors.append(float(np.max(np.abs(found - expected) / np.maximum(1, np.abs(expected)))))
         self.errors[stage] = worst = max(errors)

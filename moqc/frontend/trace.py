@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
 from moqc.errors import ModelError
+from moqc.frontend import masks
 from moqc.frontend.experts import ExpertLayout
 from moqc.frontend.hooks import hook
 from moqc.frontend.skeleton import build_skeleton, fake_parameters, first_line
@@ -172,7 +173,7 @@ def _run(model: transformers.PreTrainedModel) -> _Calls:
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         ids, positions = (torch.zeros(1, 1, dtype=torch.int64) for _ in range(2))
         try:
-            with calls:
+            with calls, masks.unpacked():
                 model(input_ids=ids, position_ids=positions, use_cache=False)
         except (RuntimeError, ValueError, TypeError, AttributeError, LookupError) as error:
             raise ModelError(f"{model.config.model_type}: cannot be traced: {first_line(error)}") from error
