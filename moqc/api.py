@@ -192,7 +192,8 @@ def models(*, verify: str | None = None, cache: Path | str | None = None) -> dic
         cache: folder where passes of the gate are kept.
 
     Returns:
-        ``transformers`` (its version) and ``rows`` of ``model_type``, ``status`` (exact or refused), ``reason``.
+        ``transformers`` (its version) and ``rows`` of ``model_type``, ``status`` (exact or refused) and
+        ``reason``.
 
     """
     from moqc.frontend import survey

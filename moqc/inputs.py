@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from moqc.calibrate.text import CalibrationSet
     from moqc.calibrate.workspace import ParamStore, Workspace
     from moqc.frontend.checkpoint import Checkpoint
+    from moqc.frontend.gate import Verdict
     from moqc.targets import Target
 
 LONGEST_DEFAULT_CONTEXT = 4096
@@ -121,10 +122,8 @@ def check_architecture(checkpoint: Checkpoint, workspace: Workspace, target: Tar
     architecture_gate(workspace, target)(checkpoint.config)
 
 
-def architecture_gate(
-    workspace: Workspace, target: Target
-) -> Callable[[PretrainedConfig], Verdict]:
-    """The gate for `target`, with its cache in `workspace`: a configuration -> the verdict on its architecture.
+def architecture_gate(workspace: Workspace, target: Target) -> Callable[[PretrainedConfig], Verdict]:
+    """The gate for `target`, with its cache in `workspace`: a configuration -> the verdict on it.
 
     For another machine's target, the best one of this machine stands in: what is compiled is run here.
     """

@@ -1,4 +1,4 @@
-"""plan-cache: operators that mix tokens -> their forms with caches and states, which are parameters of main."""
+"""plan-cache: operators that mix tokens -> their forms with caches and states, parameters of main."""
 
 from __future__ import annotations
 
@@ -51,6 +51,7 @@ class _CachedMain:
         self._main, self._context, self._batch, self._dtype = mod["main"], context, batch, dtype
         self._builder = relax.BlockBuilder()
         self.caches: list[relax.Var] = []
+        self._operators = 0
         self._calls = {
             variable: self._cached(value)
             for variable, value in bindings(self._main)
@@ -79,18 +80,18 @@ class _CachedMain:
     def _cached(self, call: relax.Call) -> relax.Call:
         """The call with caches for the call without; adds the caches."""
         named, attrs = ops.operands(call), ops.attributes(call)
+        self._operators += 1
         if ops.is_call(call, ops.ATTENTION):
             return self._cached_attention(named, attrs)
+        fixed = [named[name] for name in ops.FIXED_ARGUMENTS[str(call.op.name)]]
+        further = [named[name] for name in attrs["operands"]]
         if ops.is_call(call, ops.RECURRENT):
             _, _, heads, columns = named["v"].ty.shape
             state = self._cache("state", [self._batch, heads, named["k"].ty.shape[3], columns])
-            build = ops.cached_recurrent
-        else:
-            channels, window = named["weight"].ty.shape
-            state = self._cache("latest", [self._batch, int(window) - 1, channels])
-            build = ops.cached_causal_conv
-        fixed = [named[name] for name in ops.FIXED_ARGUMENTS[str(call.op.name)]]
-        return build(*fixed, state, *(named[name] for name in attrs["operands"]), **attrs)
+            return ops.cached_recurrent(*fixed, state, *further, **attrs)
+        channels, window = named["weight"].ty.shape
+        state = self._cache("latest", [self._batch, int(window) - 1, channels])
+        return ops.cached_causal_conv(*fixed, state, *further, **attrs)
 
     def _cached_attention(self, named: dict[str, relax.Expr], attrs: dict[str, Any]) -> relax.Call:
         if not attrs["causal"]:
@@ -107,6 +108,6 @@ class _CachedMain:
         return ops.cached_attention(*fixed, *pair, *further, **attrs)
 
     def _cache(self, name: str, shape: list[Any]) -> relax.Var:
-        """A new parameter."""
-        self.caches.append(relax.Var(f"{name}_{len(self.caches)}", relax.TensorType(shape, self._dtype)))
+        """A new parameter, numbered as its operator is."""
+        self.caches.append(relax.Var(f"{name}_{self._operators - 1}", relax.TensorType(shape, self._dtype)))
         return self.caches[-1]

@@ -42,8 +42,8 @@ Array = npt.NDArray[Any]
 Run = Callable[[Array, Array], Array]
 """(input_ids, positions), both int64 [batch, seq] -> logits float32 [batch, seq, vocabulary]."""
 CompileAndRun = Callable[[IRModule, list[Array]], Run]
-"""Compiles a module for its weights (float32, in the order of PARAMS). The run keeps caches from call to call;
-a sequence starts anew where its position is 0, and tokens of position -1 are padding."""
+"""Compiles a module for its weights (float32, in the order of PARAMS). The run keeps caches from call to
+call; a sequence starts anew where its position is 0, and tokens of position -1 are padding."""
 
 TOLERANCE = 1e-4  # times max(1, |logit|)
 SHAPES = ((2, 7), (3, 11), (1, 1))

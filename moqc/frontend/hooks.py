@@ -140,7 +140,7 @@ def _attention_forward(
     unknown = sorted(n for n, v in others.items() if isinstance(v, torch.Tensor) and n not in _SPENT)
     rule = masks.rule_of(attention_mask)
     if rule is None:
-        unknown.append("a mask of its own")
+        unknown.append("attention_mask")
         rule = masks.Rule()
     if dropout:
         unknown.append("dropout")

@@ -79,6 +79,10 @@ def _cell(function: Any, name: str) -> Any:
     return function.__closure__[function.__code__.co_freevars.index(name)].cell_contents
 
 
+def _one_sequence(position_ids: torch.Tensor) -> None:
+    """Transformers' test for packed sequences, which finds none."""
+
+
 @contextmanager
 def unpacked() -> Iterator[None]:
     """While tracing: positions are those of one sequence a row.
@@ -86,7 +90,7 @@ def unpacked() -> Iterator[None]:
     transformers would take the symbolic positions for those of several sequences packed into a row.
     """
     original = masking_utils.find_packed_sequence_indices
-    masking_utils.find_packed_sequence_indices = lambda _positions: None
+    masking_utils.find_packed_sequence_indices = _one_sequence
     try:
         yield
     finally:

@@ -3,8 +3,8 @@
 transformers marks the functions for which fast kernels exist with the kernel's name
 (``@use_kernel_func_from_hub_with_fallback("chunk_kda", ...)``). Those names and their signatures are a small
 vocabulary that all architectures share, so moqc knows kernels, not architectures: a causal convolution, and
-four scans that are all cases of one linear recurrence (`moqc.quant.recurrence`). Which tensors belong together
-and where they come from stays in the model's code, which is traced as ever.
+four scans that are all cases of one linear recurrence (`moqc.quant.recurrence`). Which tensors belong
+together and where they come from stays in the model's code, which is traced as ever.
 """
 
 from __future__ import annotations
@@ -28,7 +28,16 @@ from moqc.quant import recurrence
 _DECORATOR = "use_kernel_func_from_hub_with_fallback"
 _NORM_EPSILON = 1e-6  # of the delta rules' kernels
 # Arguments that have no bearing on the result of a whole sequence from its start.
-_IRRELEVANT = frozenset({"chunk_size", "use_mambapy", "use_associative_scan", "output_final_state", "return_final_states", "return_last_state"})
+_IRRELEVANT = frozenset(
+    {
+        "chunk_size",
+        "use_mambapy",
+        "use_associative_scan",
+        "output_final_state",
+        "return_final_states",
+        "return_last_state",
+    }
+)
 
 
 @torch.library.custom_op("moqc::recurrent", mutates_args=())
@@ -63,10 +72,14 @@ def _in_order(like: Tensor) -> Tensor:
 
 
 def _causal_conv1d(
-    site: str, hidden_states: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None
+    site: str,
+    hidden_states: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str | None = None,
 ) -> Tensor:
     x = hidden_states.transpose(1, 2).to(weight.dtype)
-    out = torch.ops.moqc.causal_conv(x, weight, bias, site).transpose(1, 2)
+    out: Tensor = torch.ops.moqc.causal_conv(x, weight, bias, site).transpose(1, 2)
     out = out if activation is None else ACT2FN[activation](out)
     return out.to(hidden_states.dtype)
 
@@ -108,7 +121,7 @@ def _mamba2(
     step = _step(dt, dt_bias, dt_softplus).clamp(min=dt_limit[0], max=dt_limit[1]).float()
     x = hidden_states.float()
     value = x * step.unsqueeze(-1)
-    out = torch.ops.moqc.recurrent(C.float(), B.float(), value, A.float() * step, None, None, site)
+    out: Tensor = torch.ops.moqc.recurrent(C.float(), B.float(), value, A.float() * step, None, None, site)
     return out if D is None else out + D.unsqueeze(-1) * x
 
 
@@ -124,12 +137,12 @@ def _selective_scan(
     delta_bias: Tensor | None = None,
     delta_softplus: bool = False,
 ) -> Tensor:
-    """hidden_states, dt and z [B,D,S], A [D,K], B and C [B,K,S], D [D]: a channel is a head with one column."""
+    """hidden_states, dt and z [B,D,S], A [D,K], B and C [B,K,S], D [D]: a channel is a head of one column."""
     x = hidden_states.transpose(1, 2).float()
     step = _step(dt.transpose(1, 2), delta_bias, delta_softplus).float()
     q, k = (tensor.transpose(1, 2).unsqueeze(2).float() for tensor in (C, B))
     value = (step * x).unsqueeze(-1)
-    out = torch.ops.moqc.recurrent(q, k, value, step, None, A.float(), site).squeeze(-1)
+    out: Tensor = torch.ops.moqc.recurrent(q, k, value, step, None, A.float(), site).squeeze(-1)
     out = out if D is None else out + x * D
     out = out.transpose(1, 2)
     return out if z is None else out * F.silu(z)
@@ -186,7 +199,9 @@ def _kernel_functions(module_name: str) -> dict[str, str]:
         return {}
     found = {}
     for node in ast.parse(inspect.getsource(sys.modules[module_name])).body:
-        for decorator in node.decorator_list if isinstance(node, ast.FunctionDef) else ():
+        if not isinstance(node, ast.FunctionDef):
+            continue
+        for decorator in node.decorator_list:
             if isinstance(decorator, ast.Call) and getattr(decorator.func, "id", "") == _DECORATOR:
                 kernel = ast.literal_eval(decorator.args[0])
                 if kernel in _KERNELS:
@@ -204,7 +219,10 @@ def _call(kernel: str, original: Callable[..., Any], site: str, owner: str, *arg
     bound = signature.bind(*args, **{name: value for name, value in kwargs.items() if name in known})
     given = {name: value for name, value in bound.arguments.items() if name in known}
     mine = set(inspect.signature(_KERNELS[kernel]).parameters)
-    others = {**{n: v for n, v in kwargs.items() if n not in known}, **{n: given.pop(n) for n in known - mine if n in given}}
+    others = {
+        **{n: v for n, v in kwargs.items() if n not in known},
+        **{n: given.pop(n) for n in known - mine if n in given},
+    }
     unknown = sorted(n for n, v in others.items() if isinstance(v, Tensor) and n not in _IRRELEVANT)
     if unknown:
         raise ModelError(f"{site}: {owner} gives {kernel} {', '.join(unknown)}, which moqc does not model")

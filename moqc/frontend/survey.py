@@ -31,7 +31,10 @@ _TABLE = "models.json"
 # What the default configuration of a class leaves off, or cannot be built without.
 _SWITCHES: dict[str, dict[str, Any]] = {
     "beam": {"mlp_layer_types": ["dense", "sparse"], "num_hidden_layers": 2},
-    "dbrx": {"attn_config": {"rope_theta": 10000.0, "kv_n_heads": 2, "clip_qkv": 8.0}, "ffn_config": {"moe_num_experts": 8, "moe_top_k": 2}},
+    "dbrx": {
+        "attn_config": {"rope_theta": 10000.0, "kv_n_heads": 2, "clip_qkv": 8.0},
+        "ffn_config": {"moe_num_experts": 8, "moe_top_k": 2},
+    },
     "deepseek_v2": {"num_experts_per_tok": 6, "first_k_dense_replace": 1},
     "dots1": {
         "n_routed_experts": 64,
@@ -65,7 +68,7 @@ _SWITCHES: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """What the gate says about one type: `status` is ``exact`` or ``refused``, `reason` why it was refused."""
+    """What the gate says about one type: `status` is ``exact`` or ``refused``, `reason` why refused."""
 
     model_type: str
     status: str
@@ -109,15 +112,15 @@ def example_config(model_type: str) -> transformers.PretrainedConfig:
     try:
         config = CONFIG_MAPPING[model_type](**_SWITCHES.get(model_type, {}))
     except CONFIG_ERRORS as error:
-        raise ModelError(f"{model_type}: transformers cannot build its default configuration: {first_line(error)}") from error
+        raise ModelError(
+            f"{model_type}: transformers cannot build its default configuration: {first_line(error)}"
+        ) from error
     if getattr(config, "sliding_window", WINDOW) is None:
         config.sliding_window = WINDOW
     return config
 
 
-def survey(
-    types: Iterable[str], verify: Callable[[transformers.PretrainedConfig], Verdict]
-) -> Survey:
+def survey(types: Iterable[str], verify: Callable[[transformers.PretrainedConfig], Verdict]) -> Survey:
     """The rows of `types`, verified now by `verify`, the gate."""
     return Survey(transformers.__version__, tuple(_row(model_type, verify) for model_type in types))
 

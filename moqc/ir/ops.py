@@ -229,9 +229,10 @@ def attention(
     """Attention over the tokens of this call.
 
     Token i attends key j iff ``positions[j] <= positions[i]`` (when `causal`) and
-    ``positions[j] > positions[i] - window`` (when `window` is not 0) and, when `chunk` is not 0, both positions
-    divided by `chunk` have one quotient; a key of position < 0 is padding and never attended. `positions` is int64 [B,S]; scores are multiplied by `scale` and, unless `softcap` is
-    ``0.0``, passed through ``softcap * tanh(score / softcap)``. The only further operand is ``sinks`` [H].
+    ``positions[j] > positions[i] - window`` (when `window` is not 0) and, when `chunk` is not 0, both divided
+    by `chunk` have one quotient; a key of position < 0 is padding and never attended. `positions` is int64
+    [B,S]; scores are multiplied by `scale` and, unless `softcap` is ``0.0``, passed through
+    ``softcap * tanh(score / softcap)``. The only further operand is ``sinks`` [H].
     """
     attrs = {
         "site": site, "scale": scale, "window": window, "chunk": chunk, "softcap": softcap, "causal": causal

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from tvm import tirx
@@ -96,7 +97,7 @@ def _token(buffers: _Buffers, b: Any, s: Any, channel: Any) -> None:
     for register, tap in zip(latest, buffers.taps, strict=False):
         total = total + load(register, [0], kind) * load(tap, [0], kind)
     store(buffers.out, [b, s, channel], total)
-    for older, younger in zip(latest, latest[1:], strict=False):
+    for older, younger in pairwise(latest):
         store(older, [0], load(younger, [0], kind))
     if latest:
         store(latest[-1], [0], x)

@@ -65,7 +65,7 @@ def test_state_that_moqc_does_not_keep_is_refused(
 ) -> None:
     """The same model, its convolution unrecognized: right on whole sequences, wrong in pieces."""
     monkeypatch.setattr("moqc.frontend.hooks.rebind", lambda module, site: None)
-    with pytest.raises(ModelError, match=r"lfm2_moe: refused: it mixes tokens .* in a layer that moqc keeps no"):
+    with pytest.raises(ModelError, match=r"lfm2_moe: refused: it mixes tokens .* in a layer that moqc keeps"):
         verify_architecture(tiny_config("lfm2_moe", **CONV), tmp_path, compile_and_run, "llvm")
 
 
