@@ -27,7 +27,8 @@ from tvm import IRModule, relax
 from moqc.errors import InternalError, ModelError
 from moqc.frontend import masks
 from moqc.frontend.checkpoint import Checkpoint
-from moqc.frontend.importer import Importer
+from moqc.frontend.functionalize import functionalize
+from moqc.frontend.importer import Importer, converted_operators
 from moqc.frontend.skeleton import fake_parameters, first_line
 from moqc.ir.annotations import PARAMS, SCHEMA, SCHEMA_VERSION
 from moqc.ir.sites import INPUTS, find_experts
@@ -86,7 +87,9 @@ class _Logits(torch.nn.Module):
 def export(
     model: transformers.PreTrainedModel, *, max_batch: int = MAX_BATCH, max_chunk: int = MAX_CHUNK
 ) -> torch.export.ExportedProgram:
-    """Export a hooked model with symbolic batch and seq, decomposed; meta parameters become fake tensors.
+    """Export a hooked model with symbolic batch and seq; meta parameters become fake tensors.
+
+    The graph has operators that the importer knows, and none that writes in place.
 
     Raises ModelError naming the model type when torch cannot export it for all sizes.
     """
@@ -108,6 +111,9 @@ def export(
                 prefer_deferred_runtime_asserts_over_guards=True,
             )
             check_assertions(program, kind)
+            if functionalize(program.graph, converted_operators()):
+                program.graph_module.recompile()
+                return program
             decomposed: torch.export.ExportedProgram = program.run_decompositions(_decompositions())
             return decomposed
     except _TRACING_ERRORS as error:
