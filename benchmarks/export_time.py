@@ -2,8 +2,8 @@
 
     python benchmarks/export_time.py [SHAPE ...]
 
-A shape is a name of `moqc plan --shape`, or ``deepseek-v3`` (671B, transformers' default configuration). Each runs in
-a process of its own: build the model on the meta device, export, make the Relax module.
+A shape is one of `moqc synth`, or ``deepseek-v3`` (671B, transformers' default configuration). Each runs in a
+process of its own: build the model on the meta device, export, make the Relax module.
 """
 
 import json
@@ -11,6 +11,7 @@ import resource
 import subprocess
 import sys
 import time
+from itertools import pairwise
 
 SHAPES = ("qwen3-30b-a3b", "mixtral-8x7b", "gpt-oss-20b", "deepseek-v3")
 
@@ -33,7 +34,7 @@ def measure(shape: str) -> dict[str, float]:
     marks.append(time.perf_counter())
     import_program(program, model)
     marks.append(time.perf_counter())
-    build, traced, imported = (end - start for start, end in zip(marks, marks[1:], strict=False))
+    build, traced, imported = (end - start for start, end in pairwise(marks))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     parameters = sum(parameter.numel() for parameter in model.parameters()) / 1e9
     return {"parameters": parameters, "build": build, "export": traced, "import": imported, "peak": peak}

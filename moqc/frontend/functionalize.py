@@ -63,7 +63,11 @@ class _Rewriter:
     def _replace_copy(self, write: Node, part: Node) -> bool:
         """``base[...] = source``, with the result unused: `base` becomes a whole with another part."""
         base, source = (part.args[0] if part.args else None), write.args[1]
-        if write.users or _name(part) not in _PARTS or not (isinstance(base, Node) and isinstance(source, Node)):
+        if (
+            write.users
+            or _name(part) not in _PARTS
+            or not (isinstance(base, Node) and isinstance(source, Node))
+        ):
             return False
         if str(source.meta["val"].shape) != str(part.meta["val"].shape) or not self._is_owned(base, write):
             return False
@@ -86,7 +90,8 @@ class _Rewriter:
         """Whether `base` is memory of its own, and no view of it is read after `write`."""
         if base.op != "call_function" or _is_view(base):
             return False
-        pending = [user for user in base.users if _is_view(user)]
+        # Views made later will be of the new tensor, and so will later writes.
+        pending = [user for user in base.users if _is_view(user) and self._order[user] < self._order[write]]
         while pending:
             for user in pending.pop().users:
                 if self._order[user] > self._order[write]:

@@ -137,7 +137,7 @@ def _measure(small: transformers.PretrainedConfig, compile_and_run: CompileAndRu
     except _COMPILING_ERRORS as error:
         raise ModelError(f"{small.model_type}: cannot be compiled: {first_line(error)}") from error
     comparison.check("compiled", compiled)
-    comparison.check("decoded", _in_pieces(compiled))
+    comparison.check("decoded", in_pieces(compiled))
     values = [value for _, value in bindings(mod["main"])]
     found = sum(is_call(value, EXPERTS) for value in values)
     if found != len(layouts):
@@ -239,7 +239,7 @@ def _torch_run(module: torch.nn.Module) -> Run:
     return run
 
 
-def _in_pieces(run: Run) -> Run:
+def in_pieces(run: Run) -> Run:
     """`run` on half of the tokens, the next two one by one, then the rest, all with padding around them."""
 
     def wrapped(ids: Array, positions: Array) -> Array:

@@ -37,7 +37,7 @@ _MASKED = -1e30
 class AttentionShape:
     """What is fixed about one attention operator; batch, tokens and slots may be symbolic.
 
-    `scale` multiplies the scores; `window`, `chunk` and `softcap` of 0 mean none; `lanes` is a vector's width.
+    `scale` multiplies the scores; `window`, `chunk` and `softcap` of 0 mean none; `lanes` of a vector.
     """
 
     heads: int
