@@ -133,6 +133,8 @@ class _Lowering(PyExprMutator):  # type: ignore[misc]  # tvm has no types
             return self._lowerings.topk(self.builder_, call, self._target)
         if ops.is_call(call, *self._lowerings.operators):
             return self._lowerings.operators[str(call.op.name)](self.builder_, call, self._target)
+        if ops.is_call(call, *ops.FIXED_ARGUMENTS):
+            raise TargetError(f"legalize: target {self._target.name} has no kernel for {ops.describe(call)}")
         return call
 
     def _fused(self, call: relax.Call, fusions: Fusions) -> relax.Expr | None:
