@@ -234,9 +234,9 @@ def attention(
     [B,S]; scores are multiplied by `scale` and, unless `softcap` is ``0.0``, passed through
     ``softcap * tanh(score / softcap)``. The only further operand is ``sinks`` [H].
     """
-    attrs = {
-        "site": site, "scale": scale, "window": window, "chunk": chunk, "softcap": softcap, "causal": causal
-    }  # fmt: skip
+    attrs = {"site": site, "scale": scale, "window": window, "softcap": softcap, "causal": causal}
+    if chunk:
+        attrs["chunk"] = chunk
     return _call(ATTENTION, (q, k, v, positions, *tensors), **attrs, operands=list(operands))
 
 
@@ -257,9 +257,9 @@ def cached_attention(
     chunk: int = 0,
 ) -> relax.Call:
     """Write k and v into the cache slots `positions`, attend slots 0..position; returns the caches too."""
-    attrs = {
-        "site": site, "scale": scale, "window": window, "chunk": chunk, "softcap": softcap, "causal": causal
-    }  # fmt: skip
+    attrs = {"site": site, "scale": scale, "window": window, "softcap": softcap, "causal": causal}
+    if chunk:
+        attrs["chunk"] = chunk
     arguments = (q, k, v, positions, k_cache, v_cache, *tensors)
     return _call(CACHED_ATTENTION, arguments, **attrs, operands=list(operands))
 

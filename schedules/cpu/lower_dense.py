@@ -45,7 +45,7 @@ def _attention_shape(call: relax.Call, target: Target) -> AttentionShape:
         causal=bool(attrs["causal"]),
         sinks="sinks" in named,
         lanes=target.vector_lanes,
-        chunk=attrs["chunk"],
+        chunk=attrs.get("chunk", 0),
     )
 
 

@@ -122,7 +122,7 @@ def lower_attention(
     the call's own; `norms` the weights of q and k; `rotation` cosines and sines ``[B, S, rotary]``.
     """
     named, attrs = operands(call), attributes(call)
-    if attrs["chunk"]:
+    if "chunk" in attrs:
         raise TargetError(f"{describe(call)}: there is no CUDA kernel of attention in chunks")
     k_cache, q = named["k_cache"].ty, named["q"].ty
     slots, key_heads, context = (int(extent) for extent in list(k_cache.shape)[:3])
