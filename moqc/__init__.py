@@ -14,15 +14,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from moqc.api import compare, compile, inspect, opt, plan
     from moqc.api import evaluate as eval
-    from moqc.runtime.artifact import Artifact, load
+    from moqc.artifact import Artifact, load
 
 __version__ = "0.1.0"
 
 __all__ = ["Artifact", "compare", "compile", "eval", "inspect", "load", "opt", "plan"]
 
 _HOMES = {
-    "Artifact": ("moqc.runtime.artifact", "Artifact"),
-    "load": ("moqc.runtime.artifact", "load"),
+    "Artifact": ("moqc.artifact", "Artifact"),
+    "load": ("moqc.artifact", "load"),
     "eval": ("moqc.api", "evaluate"),  # moqc.evaluate is a package
     **{name: ("moqc.api", name) for name in ("compare", "compile", "inspect", "opt", "plan")},
 }

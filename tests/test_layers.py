@@ -41,6 +41,7 @@ LAYERS = {
     "moqc.predict": 9,
     "moqc.report": 9,
     "moqc.inputs": 10,
+    "moqc.artifact": 10.2,
     "moqc.synthesis": 10.5,
     "moqc.api": 10.5,
     "moqc.commands": 11,

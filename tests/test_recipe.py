@@ -27,6 +27,12 @@ def test_keys_and_defaults_are_those_of_compile():
         assert parameters[key].default == value, key
 
 
+def test_every_choice_of_compile_is_in_a_recipe():
+    """What is missing would be missing from the command that makes an artifact again."""
+    elsewhere = {"model", "out", "cache", "force", "start_from", "debug"}
+    assert set(inspect.signature(moqc.api.compile).parameters) - elsewhere == set(Recipe.model_fields)
+
+
 def test_the_command_line_has_the_same_defaults():
     from moqc.cli import app
 

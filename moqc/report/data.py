@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,17 @@ class Report:
     shapes: dict[str, SiteShape]
     extras: dict[str, Any] = field(default_factory=dict)
     """Results of other commands by the kind of document: compare, eval, bench, kernels."""
+
+    def to_html(self) -> str:
+        """The report as one page that needs nothing else."""
+        from moqc.report.page import render
+
+        return render(self)
+
+    def _repr_html_(self) -> str:
+        """The page in a frame of its own, for notebooks."""
+        style = "width: 100%; height: 720px; border: 0"
+        return f'<iframe srcdoc="{escape(self.to_html())}" style="{style}"></iframe>'
 
     @property
     def projections(self) -> tuple[str, ...]:

@@ -6,7 +6,7 @@ import importlib.metadata
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any, cast, overload
+from typing import Any, TypeVar, cast, overload
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -181,8 +181,19 @@ class Artifact:
         return ids
 
 
-def load(path: str | Path, *, verify: bool = False) -> Artifact:
-    """Load an artifact folder.
+Kind = TypeVar("Kind", bound=Artifact)
+
+
+@overload
+def load(path: str | Path, *, verify: bool = False) -> Artifact: ...
+
+
+@overload
+def load(path: str | Path, *, verify: bool = False, kind: type[Kind]) -> Kind: ...
+
+
+def load(path: str | Path, *, verify: bool = False, kind: type[Artifact] = Artifact) -> Artifact:
+    """Load an artifact folder, as an instance of `kind`.
 
     Checks the manifest, this machine, TVM's version, the size of every file and the hash of the library;
     hashes of weights and of the rest too if they are small or with `verify`.
@@ -194,7 +205,7 @@ def load(path: str | Path, *, verify: bool = False) -> Artifact:
     check_machine(folder, manifest)
     check_files(folder, manifest, everything=verify)
     logger.debug("loading %s (%s)", folder, manifest.target.name)
-    return Artifact(folder, manifest, import_runtime())
+    return kind(folder, manifest, import_runtime())
 
 
 def check_machine(folder: Path, manifest: Manifest) -> None:
