@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from moqc.errors import UserError
+from moqc.targets import TARGETS
 
 ArtifactArgument = Annotated[Path, typer.Argument(metavar="ARTIFACT", help="Folder that moqc compile wrote.")]
 ModelArgument = Annotated[
@@ -30,7 +31,13 @@ CalibrationTokens = Annotated[
 ]
 Seed = Annotated[int, typer.Option("--seed", metavar="N", help="For what is drawn at random.")]
 TargetName = Annotated[
-    str, typer.Option("--target", metavar="NAME", help="Machine to compile for; see `moqc targets`.")
+    str,
+    typer.Option(
+        "--target",
+        metavar="NAME",
+        help="Machine to compile for; see `moqc targets`.",
+        autocompletion=lambda: ["native", *TARGETS],
+    ),
 ]
 Linears = Annotated[
     str,
