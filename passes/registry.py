@@ -34,6 +34,7 @@ BUILTIN: dict[str, str] = {
     "allocate-bits": "moqc.passes.allocate_bits:AllocateBits",
     "prune-routing": "moqc.passes.prune_routing:PruneRouting",
     "quantize-experts": "moqc.passes.quantize_experts:QuantizeExperts",
+    "recalibrate-router": "moqc.passes.recalibrate_router:RecalibrateRouter",
     "quantize-linears": "moqc.passes.quantize_linears:QuantizeLinears",
     "synthesize-weights": "moqc.passes.synthesize_weights:SynthesizeWeights",
     "plan-cache": "moqc.passes.plan_cache:PlanCache",

@@ -244,6 +244,10 @@ class LoadedLayer:
     index: int
     module: nn.Module
 
+    def submodule(self, name: str) -> nn.Module:
+        """A module inside this layer, by its name in the model."""
+        return self.model._model.get_submodule(name)
+
     @torch.no_grad()
     def run(self, stream: Stream, experts: ExpertsFunction, *, keep: bool = True) -> None:
         """Run all batches of `stream`, experts blocks computed by `experts`.

@@ -131,6 +131,11 @@ BITS: Key[dict[str, dict[str, list[str]]]] = Key(
 LINEAR_PLAN: Key[dict[str, str]] = Key(
     "moqc.linear_plan", "allocate-bits", "site of a linear or embedding -> format name it shall have"
 )
+ROUTERS: Key[dict[str, dict[str, int]]] = Key(
+    "moqc.routers",
+    "recalibrate-router",
+    "router -> share of the original's experts that it chooses, before and after, in parts per million",
+)
 LINEAR_BITS: Key[dict[str, str]] = Key(
     "moqc.linear_bits", "quantize-linears", "site of a quantized linear or embedding -> format name"
 )
@@ -160,6 +165,7 @@ KEYS: dict[str, Key[Any]] = {
         LINEAR_COSTS,
         BITS,
         LINEAR_PLAN,
+        ROUTERS,
         LINEAR_BITS,
         CACHE,
         KERNELS,
