@@ -23,7 +23,8 @@ def ridge_update(weight: Tensor, x: Tensor, wanted: Tensor, shares: Tensor, damp
     ridge = damping * gram.diagonal().mean().clamp(min=1e-12)
     gram += ridge * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     change = torch.linalg.solve(gram, scaled.T @ residual)
-    return (weight.double() + change.T).float()
+    updated: Tensor = (weight.double() + change.T).float()
+    return updated
 
 
 def boundary_shares(logits: Tensor, top_k: int) -> Tensor:
