@@ -160,6 +160,7 @@ def compile(
             activations=activations,
             context=length,
             max_batch=max_batch,
+            layout=machine.layout,
             pruning=pruning,
             model_bits=model_bits,
         )

@@ -16,9 +16,14 @@ from moqc.passes.measure_costs import FORMATS
 from moqc.passes.pipeline import Pipeline
 from moqc.quant.allocators.table import find_allocator
 from moqc.quant.formats import Format
+from moqc.quant.layouts import DEFAULT as DEFAULT_LAYOUT
 from moqc.quant.quantizers import STORABLE
 
 DEFAULT_QUANTIZER = "gptq"
+TRELLIS_FORMATS = ("tcq1-g128", "tcq2-g128", "tcq3-g128", "int4-g128-s8")
+"""Candidates where kernels read trellis formats; docs/methods.md has the measurements behind the choice."""
+TRELLIS_QUANTIZERS = ("gptq", "rtn")
+"""Quantizers that can round to them."""
 WIDEST_BITS = 4.0
 """Budget up to which 8-bit candidates are not worth their measurement."""
 MCMOE_EXTRA_BITS = (32 - 24) / 128
@@ -113,12 +118,21 @@ def check_bits(bits: float) -> None:
         raise BudgetError(f"bits {bits:g}: file bits per expert weight are above 0, at most {MOST_BITS:g}")
 
 
-def candidate_formats(bits: float) -> tuple[str, ...]:
-    """Formats that an allocation for a budget of `bits` chooses from by default."""
-    return FORMATS if bits <= WIDEST_BITS else (*FORMATS, "int8-g128")
+def candidate_formats(
+    bits: float, layout: str = DEFAULT_LAYOUT, quantizer: str = DEFAULT_QUANTIZER
+) -> tuple[str, ...]:
+    """Formats that an allocation for a budget of `bits` chooses from by default.
+
+    Those that have kernels in `layout` and that `quantizer` can round to.
+    """
+    trellis = layout == DEFAULT_LAYOUT and quantizer in TRELLIS_QUANTIZERS
+    formats = TRELLIS_FORMATS if trellis else FORMATS
+    return formats if bits <= WIDEST_BITS else (*formats, "int8-g128")
 
 
-def allocation_pipeline(plan: Plan, bits: float, *, model_bits: float | None = None) -> Pipeline:
+def allocation_pipeline(
+    plan: Plan, bits: float, *, layout: str = DEFAULT_LAYOUT, model_bits: float | None = None
+) -> Pipeline:
     """The passes that end with moqc.bits: measure what the allocator reads, then allocate.
 
     With `model_bits`, the budget is file bits a weight of the whole model, and `bits` does nothing.
@@ -126,7 +140,7 @@ def allocation_pipeline(plan: Plan, bits: float, *, model_bits: float | None = N
     # What is measured with a simulated quantizer is measured with the one whose formats are real.
     quantizer = plan.quantizer if plan.quantizer in STORABLE else DEFAULT_QUANTIZER
     analyses = ANALYSES.get(plan.allocator, (*ANALYSES["pmq"], *ANALYSES["global"]))
-    formats = candidate_formats(bits if model_bits is None else model_bits)
+    formats = candidate_formats(bits if model_bits is None else model_bits, layout, plan.quantizer)
     texts = [text.format(quantizer=quantizer, formats="+".join(formats)) for text in analyses]
     if plan.quantizer == "mcmoe":
         bits -= MCMOE_EXTRA_BITS
@@ -146,14 +160,15 @@ def default_pipeline(
     activations: str,
     context: int,
     max_batch: int,
+    layout: str = DEFAULT_LAYOUT,
     pruning: Pruning | None = None,
     model_bits: float | None = None,
 ) -> Pipeline:
     """All passes of `moqc compile`, from the imported module to one that can be built.
 
     `linears` is the format of the matrices that are not experts, or "none"; `activations` is "int8" or
-    "float". With `model_bits` the allocator decides on all matrices, and `bits` and `linears` do nothing.
-    Raises UserError for a value out of range.
+    "float"; `layout` the target's. With `model_bits` the allocator decides on all matrices, and `bits` and
+    `linears` do nothing. Raises UserError for a value out of range.
     """
     if plan.quantizer == "mcmoe":
         raise UserError("quantizer mcmoe is simulated, for `moqc compare` only; compile with gptq or rtn")
@@ -165,7 +180,7 @@ def default_pipeline(
         f"quantize-linears{{linears={linears} embeddings={linears} activations={activations}}}"
     )
     rest = lowering_pipeline(context, max_batch)
-    allocation = allocation_pipeline(plan, bits, model_bits=model_bits)
+    allocation = allocation_pipeline(plan, bits, layout=layout, model_bits=model_bits)
     return Pipeline(allocation.passes + quantizing.passes + rest.passes)
 
 

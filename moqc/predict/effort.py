@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from moqc.frontend.trace import Outline
 from moqc.predict.sizes import expert_weights, projections
+from moqc.quant.formats import Format
 
 MACHINE = "2-core Xeon with AVX-512, torch on the CPU"
 FORWARD_FLOPS = 4.0e10
@@ -19,6 +20,8 @@ QUANTIZER_FLOPS = 1.0e10
 """The same of GPTQ with its descent."""
 QUANTIZER_SWEEPS = 8
 """Passes over a matrix by its Hessian: factor, propagation, descent."""
+TRELLIS_EFFORT = 3
+"""How much longer trellis formats take."""
 UNIT_SECONDS = 0.015
 """Of the quantizer for each expert projection and format, whatever its size."""
 ROUNDING_RATE = 2.0e7
@@ -58,10 +61,11 @@ def estimate_effort(model: Outline, formats: Sequence[str], tokens: int) -> Effo
     )
     units = sum(use.layout.experts * len(use.layout.projections) for use in model.experts)
     quantizing = quantizer / QUANTIZER_FLOPS + UNIT_SECONDS * units
+    efforts = [TRELLIS_EFFORT if Format.parse(name).trellis else 1 for name in formats]
     other = sum(matrix.rows * matrix.columns for matrix in model.matrices)
     return Effort(
         calibration_seconds=(FORWARD_PASSES * forward * tokens + gradients + moments) / FORWARD_FLOPS
-        + len(formats) * quantizing,
-        quantization_seconds=quantizing + other / ROUNDING_RATE,
+        + sum(efforts) * quantizing,
+        quantization_seconds=sum(efforts) / len(efforts) * quantizing + other / ROUNDING_RATE,
         build_seconds=BUILD_SECONDS + BUILD_LAYER_SECONDS * model.layers,
     )

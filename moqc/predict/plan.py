@@ -8,6 +8,7 @@ from typing import Any
 
 from moqc.errors import BudgetError, UserError
 from moqc.frontend.trace import Outline
+from moqc.passes.allocation_problem import FORMATS
 from moqc.pipelines import candidate_formats, check_bits
 from moqc.predict.effort import Effort, estimate_effort
 from moqc.predict.sizes import (
@@ -182,23 +183,24 @@ def _predictor(model: Outline, deployment: Deployment) -> Callable[[float], Pred
     return predict
 
 
-def _reach(model: Outline, bits: float) -> tuple[float, float]:
+def _reach(model: Outline, bits: float, uniform: bool = False) -> tuple[float, float]:
     """Least and most file bits of a plan for a budget of `bits`."""
-    reached = [uniform_bits(model, Format.parse(name)) for name in candidate_formats(bits)]
+    names = FORMATS if uniform else candidate_formats(bits)
+    reached = [uniform_bits(model, Format.parse(name)) for name in names]
     return min(reached), max(reached)
 
 
 def _affordable(model: Outline, deployment: Deployment, bits: float) -> float:
     """File bits that a plan of at most `bits` takes. Raises BudgetError as the compilation would."""
     check_bits(bits)
-    least, most = _reach(model, bits)
+    least, most = _reach(model, bits, deployment.uniform)
     if bits < least or most < SPENT_SHARE * bits:
         raise BudgetError(
             f"{bits:.4g} bits per weight are out of reach: plans take {least:.3f} to {most:.3f}; "
             f"{'raise' if bits < least else 'lower'} the bits"
         )
     if deployment.uniform:
-        reached = (uniform_bits(model, Format.parse(name)) for name in candidate_formats(bits))
+        reached = (uniform_bits(model, Format.parse(name)) for name in FORMATS)
         return max(found for found in reached if found <= bits)
     return min(bits, most)
 
