@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from tvm import IRModule
 
 from moqc.errors import PipelineError
-from moqc.ir.annotations import BLOCK_ERRORS, COSTS, GRADIENTS, PROFILE, SIMILARITY, WEIGHTS, Key
+from moqc.ir.annotations import BLOCK_ERRORS, COSTS, GRADIENTS, PROFILE, SCORES, SIMILARITY, WEIGHTS, Key
 from moqc.ir.sites import ExpertSite
 from moqc.quant.formats import Format
 from moqc.quant.problem import MCMOE_BITS, PROJECTIONS, Problem
@@ -51,6 +51,8 @@ NEEDS: dict[str, tuple[Key[Any], ...]] = {
     "global": (COSTS,),
 }
 """Annotations an allocator cannot do without. Without `OWN_FORMATS` it uses COSTS too if they are there."""
+SUPER_BITS = 4
+"""Least code width of super experts (`score_experts`), with the global allocator."""
 TABLE_BITS = 3 * 2 * 32
 """Stored bits of an expert's entries in the table int32 [3, E, 2] of R.moqc.mixed_experts."""
 
@@ -84,6 +86,7 @@ def build_problem(
         weights=weights,
         budget_bits=math.floor(bits * int(weights.sum())),
         overhead_bits=sum(site.experts * TABLE_BITS for site in sites),
+        allowed=_allowed(SCORES.get(mod), sites, units, formats),
         **_scores(mod, [site.site for site in sites], units),
     )
 
@@ -137,6 +140,20 @@ def _costs(
     names = [str(fmt) for fmt in formats]
     rows = [[costs[sites[site].site][name][fmt][expert] for fmt in names] for site, expert, name in units]
     return np.array(rows, dtype=np.float64)
+
+
+def _allowed(
+    scores: dict[str, Any] | None,
+    sites: Sequence[ExpertSite],
+    units: Sequence[Unit],
+    formats: Sequence[Format],
+) -> NDArray[np.bool_] | None:
+    """Units of super experts may have the formats of at least `SUPER_BITS`; None where there are none."""
+    pinned = [scores is not None and expert in scores[sites[site].site]["super"] for site, expert, _ in units]
+    wide = np.array([fmt.bits >= SUPER_BITS for fmt in formats])
+    if not any(pinned) or not wide.any():
+        return None
+    return np.where(np.array(pinned)[:, None], wide[None], True)
 
 
 def _frequency(profile: dict[str, Any]) -> NDArray[np.float64]:

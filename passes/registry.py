@@ -30,6 +30,8 @@ BUILTIN: dict[str, str] = {
     "measure-gradients": "moqc.passes.measure_gradients:MeasureGradients",
     "profile-weights": "moqc.passes.profile_weights:ProfileWeights",
     "measure-similarity": "moqc.passes.measure_similarity:MeasureSimilarity",
+    "profile-coactivation": "moqc.passes.profile_coactivation:ProfileCoactivation",
+    "score-experts": "moqc.passes.score_experts:ScoreExperts",
     "measure-linears": "moqc.passes.measure_linears:MeasureLinears",
     "allocate-bits": "moqc.passes.allocate_bits:AllocateBits",
     "prune-routing": "moqc.passes.prune_routing:PruneRouting",

@@ -120,6 +120,14 @@ SIMILARITY: Key[dict[str, int]] = Key(
 PRUNING: Key[dict[str, Any]] = Key(
     "moqc.pruning", "prune-routing", "site -> the rule, what it skips, and how often each expert is kept"
 )
+COACTIVATION: Key[dict[str, Any]] = Key(
+    "moqc.coactivation",
+    "profile-coactivation",
+    "site -> experts that fire together, and how their errors correlate",
+)
+SCORES: Key[dict[str, Any]] = Key(
+    "moqc.scores", "score-experts", "site -> importance of each expert, super, starved and drifting ones"
+)
 LINEAR_COSTS: Key[dict[str, dict[str, int]]] = Key(
     "moqc.linear_costs",
     "measure-linears",
@@ -162,6 +170,8 @@ KEYS: dict[str, Key[Any]] = {
         WEIGHTS,
         SIMILARITY,
         PRUNING,
+        COACTIVATION,
+        SCORES,
         LINEAR_COSTS,
         BITS,
         LINEAR_PLAN,
