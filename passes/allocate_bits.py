@@ -5,6 +5,7 @@ It writes BITS: ``{site: {projection: [format name] * E}}``.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -13,14 +14,16 @@ from numpy.typing import NDArray
 from tvm import IRModule
 
 from moqc.errors import BudgetError, PipelineError
-from moqc.ir.annotations import BITS, COSTS, LINEAR_COSTS, LINEAR_PLAN, Key
-from moqc.ir.sites import find_experts
+from moqc.ir.annotations import BITS, COSTS, LINEAR_COSTS, LINEAR_PLAN, PROFILE, Key
+from moqc.ir.sites import ExpertSite, find_experts
 from moqc.log import logger
 from moqc.passes.allocation_problem import NEEDS, build_problem
 from moqc.passes.base import Pass, PassContext
 from moqc.passes.linear_units import add_linears
 from moqc.quant.allocators.table import find_allocator
 from moqc.quant.problem import PROJECTIONS, Problem, Solution
+from moqc.schedules.kernel_times import kernel_times
+from moqc.targets import Target
 
 MOST_BITS = 16.0
 TIES = ("none", "gate-up", "expert")
@@ -37,7 +40,8 @@ class AllocateBits(Pass):
 
     With the global allocator, `tie` gives projections one format: "gate-up" those two of an expert, "expert"
     all of it; `classes` is the most formats that a block may use, 0 for any; `model_bits`, if not 0, is a
-    budget a weight of the whole model, in place of `bits`: the matrices of LINEAR_COSTS are then units too.
+    budget a weight of the whole model, in place of `bits`: the matrices of LINEAR_COSTS are then units too;
+    `microseconds`, if not 0, bounds the expected time a token that the routed experts take.
     """
 
     name: ClassVar[str] = "allocate-bits"
@@ -49,11 +53,15 @@ class AllocateBits(Pass):
     tie: str = "none"
     classes: int = 0
     model_bits: float = 0.0
+    microseconds: float = 0.0
 
     def required(self) -> tuple[Key[Any], ...]:
         """What the chosen allocator needs."""
         find_allocator(self.allocator)
-        return (*NEEDS[self.allocator], LINEAR_COSTS) if self.model_bits else NEEDS[self.allocator]
+        needs = [*NEEDS[self.allocator]]
+        needs += [LINEAR_COSTS] if self.model_bits else []
+        needs += [PROFILE] if self.microseconds and PROFILE not in needs else []
+        return tuple(needs)
 
     def run(self, mod: IRModule, ctx: PassContext) -> IRModule:
         """Write BITS, and LINEAR_PLAN for a budget of the whole model."""
@@ -64,6 +72,9 @@ class AllocateBits(Pass):
         problem = build_problem(mod, sites, self.allocator, self.formats, self.bits)
         if self.classes:
             problem = replace(problem, max_classes=self.classes)
+        if self.microseconds:
+            latency = expected_microseconds(mod, sites, problem, ctx.need("target", self.name))
+            problem = replace(problem, latency=latency, latency_budget=self.microseconds)
         if self.model_bits:
             return self._whole_model(mod, ctx, problem)
         if not self.formats:
@@ -90,10 +101,16 @@ class AllocateBits(Pass):
             raise PipelineError(f"{self.name}: tie={self.tie} is not one of {', '.join(TIES)}")
         if self.classes < 0:
             raise PipelineError(f"{self.name}: classes={self.classes} must not be negative")
-        if self.allocator != "global" and (self.classes or self.tie != "none" or self.model_bits):
+        if self.microseconds < 0:
+            raise PipelineError(f"{self.name}: microseconds={self.microseconds:g} must not be negative")
+        constrained = self.classes or self.tie != "none" or self.model_bits or self.microseconds
+        if self.allocator != "global" and constrained:
             raise PipelineError(
-                f"{self.name}: tie, classes and model_bits are options of the global allocator only"
+                f"{self.name}: tie, classes, model_bits and microseconds are options of the global "
+                "allocator only"
             )
+        if self.model_bits and self.microseconds:
+            raise PipelineError(f"{self.name}: microseconds bound the experts' time; give bits with them")
 
     def _solve(self, problem: Problem) -> Solution:
         if self.tie == "none":
@@ -101,6 +118,21 @@ class AllocateBits(Pass):
         groups = tied_units(problem, self.tie)
         found = find_allocator(self.allocator)(problem.merged(groups))
         return problem.solution(found.choice[groups], found.gap)
+
+
+def expected_microseconds(
+    mod: IRModule, sites: Sequence[ExpertSite], problem: Problem, target: Target
+) -> NDArray[np.float64]:
+    """Expected time a token of each unit in each format [U, F]: its kernel's, times how often it is hit."""
+    profile, times = PROFILE.of(mod), kernel_times(target)
+    found = np.empty(problem.sizes.shape)
+    for unit in range(len(found)):
+        site = sites[int(problem.unit_site[unit])]
+        rows, columns = site.shape(PROJECTIONS[int(problem.unit_projection[unit])])
+        measured = profile[site.site]
+        hit = measured["pairs"][int(problem.unit_expert[unit])] / max(measured["tokens"], 1)
+        found[unit] = [hit * times.microseconds(rows, columns, fmt) for fmt in problem.formats]
+    return found
 
 
 def tied_units(problem: Problem, tie: str) -> NDArray[np.int64]:

@@ -8,16 +8,27 @@ import pytest
 from tvm import IRModule, relax
 
 from moqc.errors import BudgetError, PipelineError, UserError
-from moqc.ir.annotations import BITS, BLOCK_ERRORS, COSTS, GRADIENTS, PROFILE, SIMILARITY, WEIGHTS
+from moqc.ir.annotations import (
+    BITS,
+    BLOCK_ERRORS,
+    COSTS,
+    GRADIENTS,
+    LINEAR_COSTS,
+    PROFILE,
+    SIMILARITY,
+    WEIGHTS,
+)
 from moqc.ir.ops import experts
 from moqc.ir.sites import find_experts
 from moqc.ir.text import parse_module, print_module
-from moqc.passes.allocate_bits import AllocateBits, tied_units
+from moqc.passes.allocate_bits import AllocateBits, expected_microseconds, tied_units
 from moqc.passes.allocation_problem import FORMATS, NEEDS, OWN_FORMATS, TABLE_BITS, build_problem
 from moqc.passes.base import PassContext
 from moqc.passes.pipeline import Pipeline
 from moqc.quant.allocators.table import ALLOCATORS
 from moqc.quant.formats import Format
+from moqc.quant.problem import PROJECTIONS
+from moqc.targets import Roofline, Target
 
 EXPERTS, HIDDEN, INTERMEDIATE = 4, 256, 128
 SITES = {"layers.0": ("gate", "up", "down"), "layers.1": ("up", "down")}
@@ -264,9 +275,40 @@ def test_classes_of_a_block_are_limited(classes: int) -> None:
     [
         ({"tie": "all"}, "tie=all is not one of none, gate-up, expert"),
         ({"classes": -1}, "classes=-1 must not be negative"),
-        ({"classes": 2, "allocator": "uniform"}, "options of the global allocator only"),
+        ({"classes": 2, "allocator": "uniform"}, "allocator only"),
     ],
 )
 def test_bad_constraints(options: dict[str, Any], message: str) -> None:
     with pytest.raises(PipelineError, match=message):
         AllocateBits(bits=2.5, **options)(annotated(), PassContext())
+
+
+def test_time_is_bounded() -> None:
+    target = Target("box", {"kind": "llvm"}, frozenset(), roofline=Roofline(1e9, 1e15, 0.0, "made up"))
+    ctx, mod = PassContext(target=target), annotated()
+    sites = find_experts(mod)
+    problem = build_problem(mod, sites, "global", (), 3.0)
+    times = expected_microseconds(mod, sites, problem, target)
+    # 120 of 100 tokens' pairs go to expert 1 of the first site: 1.2 hits a token.
+    assert times[3, 0] == pytest.approx(1.2 * problem.sizes[3, 0] / 8 / 1e9 * 1e6)
+
+    def spent(plan: dict[str, dict[str, list[str]]]) -> float:
+        names = [str(fmt) for fmt in problem.formats]
+        total = 0.0
+        for unit in range(len(problem.weights)):
+            site = problem.sites[problem.unit_site[unit]]
+            chosen = plan[site][PROJECTIONS[problem.unit_projection[unit]]][problem.unit_expert[unit]]
+            total += times[unit, names.index(chosen)]
+        return total
+
+    free = spent(BITS.of(AllocateBits(bits=3.0)(mod, ctx)))
+    bound = 0.9 * free
+    assert spent(BITS.of(AllocateBits(bits=3.0, microseconds=bound)(mod, ctx))) <= bound
+    with pytest.raises(BudgetError, match="us a token are out of reach"):
+        AllocateBits(bits=3.0, microseconds=0.01 * free)(mod, ctx)
+    with pytest.raises(PipelineError, match="allocate-bits needs a target"):
+        AllocateBits(bits=3.0, microseconds=bound)(mod, PassContext())
+    with pytest.raises(PipelineError, match="microseconds=-1 must not be negative"):
+        AllocateBits(bits=3.0, microseconds=-1.0)(mod, ctx)
+    with pytest.raises(PipelineError, match="give bits with them"):
+        AllocateBits(model_bits=3.0, microseconds=bound)(LINEAR_COSTS.put(mod, {}), ctx)

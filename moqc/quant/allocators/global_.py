@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import optimize, sparse
 
-from moqc.errors import BudgetError
+from moqc.errors import BudgetError, InternalError
 from moqc.quant.allocators.classes import limit_classes
 from moqc.quant.allocators.hull import Relaxation, relax
 from moqc.quant.problem import Problem, Solution
@@ -30,6 +30,8 @@ EXACT_VARIABLES = 4000
 EXACT_SECONDS = 20.0
 MULTIPLIER_STEPS = 40
 """Halvings of the interval of the multiplier on latency, unless the gap is small enough before."""
+DOUBLINGS = 20
+"""Times the multiplier on latency is raised sixteenfold to find one whose plan is fast enough."""
 LATENCY_GAP = 1e-3
 """Relative gap at which they end."""
 
@@ -75,18 +77,21 @@ def _within_latency(problem: Problem, latency: NDArray[np.float64], budget: floa
             best = candidate if best is None or candidate.cost < best.cost else best
         return fits
 
-    if attempt(0.0):
-        high = 0.0
-    else:
-        fastest = float(np.where(problem.permitted, latency, np.inf).min(axis=1).sum())
+    high = 0.0
+    if not attempt(0.0):
+        fastest, _ = _within_memory(replace(plain, costs=latency))
+        least = float(latency[rows, fastest.choice].sum())
+        if least > budget:
+            raise BudgetError(
+                f"{budget:g} us a token are out of reach: the fastest plan in these bits takes {least:g} us; "
+                "allow more time or more bits"
+            )
+        best = problem.solution(fastest.choice)
         high = max(float(problem.costs.max()), 1e-300) / max(budget / len(rows), 1e-300)
-        while not attempt(high):
+        for _ in range(DOUBLINGS):
+            if attempt(high):
+                break
             high *= 16
-            if not np.isfinite(high * budget):
-                raise BudgetError(
-                    f"{budget:g} us a token are out of reach: the fastest formats take {fastest:g} us, "
-                    "and the bits must fit too; allow more time or fewer bits"
-                )
     low = 0.0
     for _ in range(MULTIPLIER_STEPS if high else 0):
         middle = (low + high) / 2 if low else high / 16
@@ -94,7 +99,7 @@ def _within_latency(problem: Problem, latency: NDArray[np.float64], budget: floa
         if best is not None and _gap(best.cost, bound) <= LATENCY_GAP:
             break
     if best is None:
-        raise BudgetError(f"{budget:g} us a token are out of reach")
+        raise InternalError("no plan was found for a budget of time that can be kept")
     return problem.solution(best.choice, _gap(best.cost, bound))
 
 

@@ -1,0 +1,64 @@
+"""Time of a packed matrix in a kernel, for allocation under a budget of time.
+
+A target's table is ``schedules/kernel_costs/TARGET.json``:
+
+    {"schema": 1, "source": "how it was measured",
+     "matrices": [{"rows": 768, "columns": 2048, "format": "int3-g128", "microseconds": 1.9}, ...]}
+
+`microseconds`: what the matrix adds to one token's time where its expert is hit, its share of launches
+included. A matrix that is not in the table takes the longer of the two times of the target's roofline, bytes
+over bandwidth and weights over the rate of the kernels.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from moqc.errors import TargetError
+from moqc.quant.formats import Format
+from moqc.targets import Roofline, Target
+
+FOLDER = Path(__file__).parent / "kernel_costs"
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class KernelTimes:
+    """Measured times by (rows, columns, format), and the roofline for what was not measured."""
+
+    machine: Roofline | None
+    measured: Mapping[tuple[int, int, str], float]
+
+    def microseconds(self, rows: int, columns: int, fmt: Format) -> float:
+        """Time of one matrix. Raises TargetError where neither a measurement nor a roofline is known."""
+        found = self.measured.get((rows, columns, str(fmt)))
+        if found is not None:
+            return found
+        if self.machine is None:
+            raise TargetError(
+                f"no time is known of a {rows} x {columns} matrix in {fmt}, and no roofline of the target: "
+                "measure it for schedules/kernel_costs, or give no budget of time"
+            )
+        memory = fmt.stored_bits(rows, columns) / 8 / self.machine.bandwidth
+        return 1e6 * max(memory, rows * columns / self.machine.weight_rate)
+
+
+def kernel_times(target: Target, folder: Path = FOLDER) -> KernelTimes:
+    """The times of a target's kernels. Raises TargetError for a table that is damaged."""
+    path = folder / f"{target.name}.json"
+    if not path.is_file():
+        return KernelTimes(target.roofline, {})
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content["schema"] != SCHEMA:
+            raise TargetError(f"{path}: schema {content['schema']}, and this moqc reads {SCHEMA}")
+        rows = {}
+        for row in content["matrices"]:
+            key = (int(row["rows"]), int(row["columns"]), str(Format.parse(row["format"])))
+            rows[key] = float(row["microseconds"])
+    except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
+        raise TargetError(f"{path}: not a table of kernel times ({type(error).__name__}: {error})") from error
+    return KernelTimes(target.roofline, rows)

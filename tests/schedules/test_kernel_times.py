@@ -1,0 +1,37 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from moqc.errors import TargetError
+from moqc.quant.formats import Format
+from moqc.schedules.kernel_times import kernel_times
+from moqc.targets import Roofline, Target
+
+INT3 = Format.parse("int3-g128")
+MACHINE = Target("box", {"kind": "llvm"}, frozenset(), roofline=Roofline(1e9, 1e12, 0.0, "made up"))
+
+
+def test_the_roofline_is_the_default(tmp_path: Path) -> None:
+    times = kernel_times(MACHINE, tmp_path)
+    assert times.microseconds(256, 512, INT3) == pytest.approx(INT3.stored_bits(256, 512) / 8 / 1e9 * 1e6)
+    slow = Target("box", {"kind": "llvm"}, frozenset(), roofline=Roofline(1e15, 1e6, 0.0, "made up"))
+    assert kernel_times(slow, tmp_path).microseconds(256, 512, INT3) == pytest.approx(256 * 512)
+    unknown = Target("box", {"kind": "llvm"}, frozenset())
+    with pytest.raises(TargetError, match="no time is known of a 256 x 512 matrix in int3-g128"):
+        kernel_times(unknown, tmp_path).microseconds(256, 512, INT3)
+
+
+def test_measured_times_come_first(tmp_path: Path) -> None:
+    row = {"rows": 256, "columns": 512, "format": "int3-g128", "microseconds": 1.5}
+    (tmp_path / "box.json").write_text(json.dumps({"schema": 1, "source": "a test", "matrices": [row]}))
+    times = kernel_times(MACHINE, tmp_path)
+    assert times.microseconds(256, 512, INT3) == 1.5
+    assert times.microseconds(512, 512, INT3) != 1.5
+
+
+@pytest.mark.parametrize("text", ["{", '{"schema": 2}', '{"schema": 1}', '{"schema": 1, "matrices": [{}]}'])
+def test_damaged_tables_are_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "box.json").write_text(text)
+    with pytest.raises(TargetError, match=r"box\.json"):
+        kernel_times(MACHINE, tmp_path)
