@@ -17,6 +17,7 @@ from moqc.inputs import (
     read_calibration,
     read_module,
     require_compiler,
+    require_onnx,
     resolve_config,
     resolve_model,
 )
@@ -134,6 +135,21 @@ def compile(
     elif debug.stop_after is None:
         raise UserError("no output folder: give one with -o")
     require_compiler()
+    if str(model).endswith(".onnx"):
+        require_onnx()
+        from moqc.graphs import compile_graph
+
+        return compile_graph(
+            Path(model),
+            Path(out or ""),
+            bits=bits,
+            plan=f"{allocator}:{quantizer}",
+            activations=activations,
+            target=target,
+            pipeline=pipeline,
+            cache=cache,
+            force=force,
+        )
     from moqc.assemble import assemble
     from moqc.codegen import check_toolchain
     from moqc.frontend.checkpoint import Checkpoint

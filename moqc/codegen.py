@@ -21,7 +21,7 @@ from tvm.relax.vm_build import VMExecutable
 
 from moqc.errors import TargetError
 from moqc.ir.annotations import CACHE
-from moqc.ir.sites import INPUTS, bindings
+from moqc.ir.sites import bindings, input_count
 from moqc.passes.base import PassContext
 from moqc.passes.legalize import Legalize
 from moqc.passes.plan_cache import PlanCache
@@ -44,10 +44,11 @@ def bundle(mod: IRModule) -> IRModule:
     main, cache = mod["main"], CACHE.get(mod)
     parameters = list(main.params)
     split = len(parameters) - (0 if cache is None else len(cache["tensors"]))
-    groups = {"weights": parameters[INPUTS:split], "caches": parameters[split:]}
+    inputs = input_count(main)
+    groups = {"weights": parameters[inputs:split], "caches": parameters[split:]}
     builder = relax.BlockBuilder()
     tuples = {name: relax.Var(name, relax.AnyType()) for name in groups}
-    with builder.function("main", [*parameters[:INPUTS], *tuples.values()], dict(main.attrs.items())):
+    with builder.function("main", [*parameters[:inputs], *tuples.values()], dict(main.attrs.items())):
         with builder.dataflow():
             for name, group in groups.items():
                 for number, parameter in enumerate(group):

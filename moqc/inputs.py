@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import sys
 import tempfile
@@ -35,6 +36,13 @@ def require_compiler() -> None:
             "this process imported TVM without its compiler (moqc.load does): "
             "`import tvm` first, or compile in another process"
         )
+
+
+def require_onnx() -> None:
+    """Raise UserError where the packages that read and write ONNX are not installed."""
+    missing = [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(f"ONNX needs {' and '.join(missing)}: pip install 'moqc[onnx]'")
 
 
 def resolve_model(model: str | Path) -> Path:

@@ -137,6 +137,21 @@ class SitePruning(Record):
     """What became of them."""
 
 
+class GraphInput(Record):
+    """An input of a compiled graph; sizes that are not numbers are symbolic."""
+
+    name: str
+    dtype: str
+    shape: tuple[str, ...]
+
+
+class GraphSpec(Record):
+    """What goes into a compiled graph and what comes out, in order."""
+
+    inputs: tuple[GraphInput, ...]
+    outputs: tuple[str, ...]
+
+
 class KernelNumerics(Record):
     """A packed kernel against the reference, measured when it was compiled; see `moqc.certificate`."""
 
@@ -175,6 +190,8 @@ class Manifest(Record):
     cache: CacheSpec
     vocabulary: int
     generation: Generation
+    graph: GraphSpec | None = None
+    """None for language models; a graph has no cache, vocabulary or tokenizer."""
     numerics: dict[str, KernelNumerics]
     """The certificate: description of a kernel -> its errors against the reference."""
     quality: dict[str, float] | None = None

@@ -128,7 +128,7 @@ def write_artifact(
     export_library: Callable[[Path], None],
     load: Callable[[str], StoredTensor],
     counts: WeightCounts,
-    source: Path,
+    source: Path | None,
     documents: Callable[[Manifest], Mapping[str, str]] = lambda _: {},
     force: bool = False,
 ) -> Manifest:
@@ -136,14 +136,15 @@ def write_artifact(
 
     `draft` is the manifest without sizes and files; `export_library` writes the compiled library to a path;
     `load` gives the stored form of each of `draft.parameters`, one at a time; `source` is the checkpoint
-    folder that tokenizer and configuration files are copied from; `documents` gives further text files (name
-    -> content) of the manifest without its files.
+    folder that tokenizer and configuration files are copied from, None for a graph; `documents` gives further
+    text files (name -> content) of the manifest without its files.
 
     Raises UserError when `out` exists (see `check_output`) or cannot be written, ModelError when the
     checkpoint has no tokenizer.json.
     """
     with staged_folder(out, force=force) as folder:
-        copy_metadata(source, folder)
+        if source is not None:
+            copy_metadata(source, folder)
         export_library(folder / LIBRARY)
         stored = write_parameters(folder, draft.parameters, load)
         sized = draft.model_copy(update={"sizes": _sizes(stored, counts)})

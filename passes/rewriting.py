@@ -10,7 +10,7 @@ from typing import Any
 from tvm import IRModule, relax
 
 from moqc.ir.annotations import PARAMS
-from moqc.ir.sites import INPUTS, weight_names
+from moqc.ir.sites import input_count, weight_names
 
 
 @dataclass
@@ -84,10 +84,11 @@ def _parameters(
     """The parameters of the new main, and the names of those that are weights."""
     weights = weight_names(mod)
     old: list[Any] = list(mod["main"].params)
-    parameters = old[:INPUTS]
+    inputs = input_count(mod["main"])
+    parameters = old[:inputs]
     names: list[str] = []
-    last = INPUTS + len(weights)
-    for number, variable in enumerate(old[INPUTS:], INPUTS):
+    last = inputs + len(weights)
+    for number, variable in enumerate(old[inputs:], inputs):
         if number == last:
             names += rewrite.added
             parameters += rewrite.added.values()

@@ -43,6 +43,7 @@ LAYERS = {
     "moqc.inputs": 10,
     "moqc.artifact": 10.2,
     "moqc.synthesis": 10.5,
+    "moqc.graphs": 10.2,
     "moqc.api": 10.5,
     "moqc.commands": 11,
     "moqc.cli": 12,

@@ -31,7 +31,7 @@ from moqc.frontend.functionalize import functionalize
 from moqc.frontend.importer import Importer, converted_operators
 from moqc.frontend.skeleton import fake_parameters, first_line
 from moqc.ir.annotations import PARAMS, SCHEMA, SCHEMA_VERSION
-from moqc.ir.sites import INPUTS, find_experts
+from moqc.ir.sites import find_experts, input_count
 
 MAX_BATCH = 4
 MAX_CHUNK = 512
@@ -174,7 +174,7 @@ def import_program(program: torch.export.ExportedProgram, model: transformers.Pr
     except (*_TRACING_ERRORS, InternalError) as error:
         raise ModelError(f"{kind}: cannot be imported: {first_line(error)}") from error
     main = mod["main"].without_attr("params").without_attr("num_input")
-    mod = _drop_unused(IRModule({"main": main}), _weight_names(program, model))
+    mod = drop_unused(IRModule({"main": main}), _weight_names(program, model))
     if not find_experts(mod):
         raise ModelError(f"{kind}: no experts block reached the graph")
     return SCHEMA.put(mod, SCHEMA_VERSION)
@@ -194,11 +194,12 @@ def _weight_names(program: torch.export.ExportedProgram, model: transformers.Pre
     return [model.all_tied_weights_keys.get(name, name) for name in names]
 
 
-def _drop_unused(mod: IRModule, names: list[str]) -> IRModule:
+def drop_unused(mod: IRModule, names: list[str]) -> IRModule:
     """Remove dead bindings and the weights nothing uses; annotate the names of the others."""
     mod = relax.transform.DeadCodeElimination()(relax.transform.CanonicalizeBindings()(mod))
     main = mod["main"]
-    inputs, weights = list(main.params)[:INPUTS], list(main.params)[INPUTS:]
+    count = input_count(main)
+    inputs, weights = list(main.params)[:count], list(main.params)[count:]
     if len(weights) != len(names):
         raise InternalError(f"{len(weights)} parameters were imported, {len(names)} exported")
     used = set(relax.analysis.free_vars(main.body))

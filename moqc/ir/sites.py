@@ -12,7 +12,13 @@ from moqc.ir.annotations import PARAMS
 from moqc.ir.ops import EXPERTS, PRUNE_ROUTING, attributes, is_call, operand, operands
 
 INPUTS = 2
-"""Leading parameters of main that are not weights: input_ids and positions."""
+"""Leading parameters of a language model's main that are not weights: input_ids and positions."""
+
+
+def input_count(main: relax.Function) -> int:
+    """Leading parameters of main that are not weights: `INPUTS`, or those of an imported graph."""
+    attrs = main.attrs
+    return int(attrs["num_input"]) if attrs is not None and "num_input" in attrs else INPUTS
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +91,7 @@ def weight_names(mod: IRModule) -> dict[relax.Var, str]:
 
     Raises VerifyError when PARAMS names more parameters than there are.
     """
-    parameters, names = list(mod["main"].params)[INPUTS:], PARAMS.of(mod)
+    parameters, names = list(mod["main"].params)[input_count(mod["main"]) :], PARAMS.of(mod)
     if len(parameters) < len(names):
         raise VerifyError(f"main has {len(parameters)} weight parameters, {PARAMS} names {len(names)}")
     return dict(zip(parameters, names, strict=False))

@@ -19,7 +19,7 @@ from moqc.ir import ops
 from moqc.ir.annotations import BITS, CACHE, KEYS, LINEAR_BITS, PARAMS
 from moqc.ir.calls import attributes, bit_classes, describe, is_call, operands, plain
 from moqc.ir.packed import mixed_operands, packed_names, packed_types
-from moqc.ir.sites import INPUTS, bindings
+from moqc.ir.sites import bindings, input_count
 from moqc.quant.activations import parse_activation
 from moqc.quant.formats import Format
 
@@ -58,10 +58,10 @@ def _check_parameters(mod: IRModule) -> None:
         raise VerifyError(f"{PARAMS} names {twice} twice")
     cache = CACHE.get(mod)
     caches = 0 if cache is None else len(cache["tensors"])
-    given, expected = len(mod["main"].params), INPUTS + len(names) + caches
+    given, expected = len(mod["main"].params), input_count(mod["main"]) + len(names) + caches
     if given != expected:
         raise VerifyError(
-            f"main has {given} parameters, expected {expected}: input_ids, positions, "
+            f"main has {given} parameters, expected {expected}: its inputs, "
             f"{len(names)} weights ({PARAMS}) and {caches} caches"
         )
 

@@ -46,7 +46,7 @@ class Artifact:
         self._machine = tvm.runtime.vm.VirtualMachine(library, self._device.handle)
         self._main = self._machine["main"]
         self._advance = self._machine["advance"] if manifest.target.architectures else None
-        self._weights = _load_weights(self._device, path, manifest)
+        self._weights = load_weights(self._device, path, manifest)
 
     def session(self) -> Session:
         """A new, empty key/value state to run tokens with."""
@@ -202,6 +202,8 @@ def load(path: str | Path, *, verify: bool = False, kind: type[Artifact] = Artif
     """
     folder = Path(path)
     manifest = read_manifest(folder)
+    if manifest.graph is not None:
+        raise ArtifactError(f"{folder}: is a compiled graph, not a language model; use moqc.load_graph")
     check_machine(folder, manifest)
     check_files(folder, manifest, everything=verify)
     logger.debug("loading %s (%s)", folder, manifest.target.name)
@@ -237,7 +239,7 @@ def check_files(folder: Path, manifest: Manifest, *, everything: bool) -> None:
             check_hash(folder, name, record)
 
 
-def _load_weights(device: Device, folder: Path, manifest: Manifest) -> Any:
+def load_weights(device: Device, folder: Path, manifest: Manifest) -> Any:
     """The weights tuple of ``main``: TVM tensors in the function's order and types, 64-byte aligned."""
     stored: dict[str, StoredTensor] = {}
     for name in manifest.files:

@@ -1,0 +1,1 @@
+"""The ONNX front end: graphs with com.microsoft MoE and QMoE nodes."""
