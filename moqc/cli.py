@@ -23,6 +23,7 @@ from moqc.commands import (
     compile,
     doctor,
     evaluate,
+    export_onnx,
     inspect,
     lists,
     models,
@@ -71,6 +72,7 @@ COMMANDS: dict[str, tuple[Callable[..., None], str]] = {
     "inspect": (inspect.command, "moqc inspect out/tiny"),
     "verify": (verify.command, "moqc verify out/tiny"),
     "synth": (synth.command, "moqc synth olmoe-1b-7b -o out/olmoe --packed --bits int2-g64:3,int4-g64:1"),
+    "export-onnx": (export_onnx.command, "moqc export-onnx out/tiny -o out/tiny-onnx --uniform int4-g64-sym"),
     "opt": (
         opt.command,
         'moqc opt ir/003_allocate-bits.py --pipeline "allocate-bits{bits=2.2}"',

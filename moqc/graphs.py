@@ -49,7 +49,7 @@ def compile_graph(
     *,
     bits: float,
     plan: str,
-    activations: str,
+    activations: str | None,
     target: str,
     pipeline: str | None,
     cache: Path | str | None,
@@ -65,6 +65,9 @@ def compile_graph(
     """
     check_output(out, force=force)
     machine = find_target(target)
+    if machine.schedules != "cpu":
+        raise UserError(f"target {machine.name}: ONNX graphs are compiled for CPUs only")
+    activations = machine.mode(activations)
     check_lowering("none", activations, 1)
     graph = import_onnx(path)
     packed = {block.packed for block in graph.blocks.values()}

@@ -30,7 +30,7 @@ from moqc.tensorfile import StoredTensor, create_tensors
 SHARD_BYTES = 2 << 30
 """Largest parameter file, unless a single tensor is larger."""
 
-_COPIED = (
+COPIED = (
     "tokenizer_config.json",
     "generation_config.json",
     "config.json",
@@ -78,7 +78,7 @@ def check_output(out: Path, *, force: bool) -> None:
 
 def _is_ours(path: Path) -> bool:
     """Whether an artifact may have a file of this name."""
-    written = (MANIFEST, LIBRARY, ANALYSIS, CARD, "tokenizer.json", *_COPIED)
+    written = (MANIFEST, LIBRARY, ANALYSIS, CARD, "tokenizer.json", *COPIED)
     known = path.name in written or path.match("params-*.safetensors")
     return known and path.is_file()
 
@@ -155,7 +155,7 @@ def write_artifact(
 
 def copied_bytes(source: Path) -> int:
     """Bytes of the files of a checkpoint folder that go into an artifact as they are."""
-    paths = (source / name for name in ("tokenizer.json", *_COPIED))
+    paths = (source / name for name in ("tokenizer.json", *COPIED))
     return sum(path.stat().st_size for path in paths if path.is_file())
 
 
@@ -166,7 +166,7 @@ def copy_metadata(source: Path, folder: Path) -> None:
         raise ModelError(
             f"{source}: no tokenizer.json; save the model's tokenizer in the fast format beside its weights"
         )
-    for path in (tokenizer, *(source / name for name in _COPIED)):
+    for path in (tokenizer, *(source / name for name in COPIED)):
         if path.is_file():
             shutil.copyfile(path, folder / path.name)
 

@@ -13,6 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 from moqc.errors import ArtifactError, UserError
 from moqc.manifest import LIBRARY, GraphSpec, Manifest, read_manifest
 from moqc.runtime.artifact import check_files, check_machine, load_weights
+from moqc.runtime.device import open_device
 from moqc.runtime.tvm_runtime import import_runtime
 
 
@@ -21,16 +22,17 @@ class Graph:
 
     def __init__(self, path: Path, manifest: Manifest, spec: GraphSpec, tvm: ModuleType) -> None:
         """Load the library and the weights of a checked folder; use `load_graph` instead."""
-        self.path, self.manifest, self._spec, self._tvm = path, manifest, spec, tvm
+        self.path, self.manifest, self._spec = path, manifest, spec
+        self._device = open_device(tvm, manifest.target.architectures)
         library = tvm.runtime.load_module(str((path / LIBRARY).resolve()))
-        self._machine = tvm.runtime.vm.VirtualMachine(library, tvm.cpu())
-        self._weights = load_weights(tvm, path, manifest)
+        self._machine = tvm.runtime.vm.VirtualMachine(library, self._device.handle)
+        self._weights = load_weights(self._device, path, manifest)
 
     def run(self, inputs: Mapping[str, ArrayLike]) -> dict[str, NDArray[Any]]:
         """Outputs by name, for `inputs` by name. Raises UserError for a wrong name, type or shape."""
         arrays = self._check(inputs)
-        tensors = [self._tvm.runtime.tensor(np.ascontiguousarray(array)) for array in arrays]
-        result = self._machine["main"](*tensors, self._weights, self._tvm.runtime.convert([]))
+        tensors = [self._device.put(array) for array in arrays]
+        result = self._machine["main"](*tensors, self._weights, self._device.group([]))
         found = [result] if hasattr(result, "numpy") else list(result)
         return dict(zip(self._spec.outputs, (tensor.numpy() for tensor in found), strict=True))
 
