@@ -120,14 +120,3 @@ def test_formats_without_a_form(model, tmp_path):
     assert 1e-3 < difference(run_ort(tmp_path / "onnx", TOKENS), exact) < 0.8
     with pytest.raises(UserError, match="holds files that are not a moqc artifact"):
         export_onnx(tmp_path / "out", tmp_path / "onnx", uniform="int4-g64-sym")
-
-
-def test_round_trip(model, tmp_path):
-    """Out to ONNX and in again: the codes are the same, and so are the logits."""
-    export_onnx(model("qwen3_moe"), tmp_path / "onnx", uniform=None)
-    moqc.compile(
-        tmp_path / "onnx" / "model.onnx", tmp_path / "in", activations="float", cache=tmp_path / "cache"
-    )
-    positions = np.tile(np.arange(11), (3, 1))
-    found = moqc.load_graph(tmp_path / "in").run({"input_ids": TOKENS, "positions": positions})["logits"]
-    assert difference(found, run_ort(tmp_path / "onnx", TOKENS)) < 1e-4

@@ -11,6 +11,7 @@ import numpy as np
 import onnx
 import torch
 import tvm
+from onnx import helper, numpy_helper
 from tvm import IRModule, relax
 from tvm.relax.frontend.onnx.onnx_frontend import ONNXGraphImporter, _get_convert_map
 
@@ -26,6 +27,12 @@ from moqc.quant.rtn import quantize_rtn
 from moqc.quant.tensor import Quantized
 
 _EXPERTS = "com.microsoft::experts"
+_CONSTANTS = {
+    "value_int": np.int64,
+    "value_ints": np.int64,
+    "value_float": np.float32,
+    "value_floats": np.float32,
+}
 
 
 @dataclass(frozen=True)
@@ -65,6 +72,7 @@ def import_onnx(path: Path) -> OnnxGraph:
     """
     model = read_onnx(path)
     blocks = _take_experts(model)
+    _plain_constants(model.graph)
     importer = _Importer(model, blocks)
     try:
         with warnings.catch_warnings():
@@ -113,6 +121,16 @@ def _take_experts(model: OnnxModel) -> dict[str, OnnxExperts]:
     del model.graph.initializer[:]
     model.graph.initializer.extend(kept)
     return blocks
+
+
+def _plain_constants(graph: onnx.GraphProto) -> None:
+    """Give Constant nodes a tensor: TVM knows no other kind of value."""
+    for node in graph.node:
+        if node.op_type == "Constant" and node.attribute[0].name in _CONSTANTS:
+            dtype = _CONSTANTS[node.attribute[0].name]
+            array = np.array(helper.get_attribute_value(node.attribute[0]), dtype)
+            del node.attribute[:]
+            node.attribute.append(helper.make_attribute("value", numpy_helper.from_array(array)))
 
 
 def _summary(graph: onnx.GraphProto) -> str:
