@@ -12,8 +12,10 @@ from tvm import relax, tirx
 
 from moqc.ir import ops
 from moqc.ir.ops import is_call
-from moqc.passes.patterns import Definitions, is_top, match_rms_norm
+from moqc.passes.patterns import Definitions, RmsNorm, is_top, match_rms_norm
 
+MOST = 4
+"""Linears in one launch."""
 TRANSPOSED = [0, 2, 1, 3]
 """Axes that turn [batch, token, head, width] into what attention takes."""
 
@@ -60,6 +62,8 @@ class Fusions:
         routers = self._routers()
         # By hash, which is the object's address: calls cannot be compared, `==` on them builds an expression.
         self._by_top = {hash(router.top): router for router in routers}
+        self._siblings = self._groups()
+        self._normed = self._added_norms()
         self._normalized = {hash(router.normalized) for router in routers if router.normalized is not None}
 
     def router(self, call: relax.Call) -> Router | None:
@@ -69,6 +73,14 @@ class Fusions:
     def is_normalization(self, call: relax.Call) -> bool:
         """Whether `call` divides the values of a router that does so itself."""
         return hash(call) in self._normalized
+
+    def added_norm(self, call: relax.Call) -> tuple[RmsNorm, relax.Call] | None:
+        """The norm of the sum that `call` is, and the norm's own call, or None."""
+        return self._normed.get(hash(call))
+
+    def siblings(self, call: relax.Call) -> list[relax.Call]:
+        """The packed linears that read what `call`, one of them, reads, in program order."""
+        return self._siblings.get(hash(call), [call])
 
     def residual(self, call: relax.Call) -> Residual | None:
         """The residual sum that `call` is, or None."""
@@ -169,6 +181,28 @@ class Fusions:
             softmax = self._definition(call.args[0])
             if is_call(softmax, "relax.nn.softmax") and int(softmax.attrs.axis) in (-1, softmax.ty.ndim - 1):
                 found.append(Router(softmax.args[0], call, self._division(variable)))
+        return found
+
+    def _groups(self) -> dict[int, list[relax.Call]]:
+        """By the hash of each packed linear: those with the same input, but for residual sums' own."""
+        sums = [self.residual(call) for call in self._definitions.values() if isinstance(call, relax.Call)]
+        alone = {hash(found.linear) for found in sums if found is not None}
+        groups: dict[int, list[relax.Call]] = {}
+        for call in self._definitions.values():
+            if is_call(call, ops.LINEAR) and hash(call) not in alone:
+                groups.setdefault(hash(call.args[0]), []).append(call)
+        together = [group[at : at + MOST] for group in groups.values() for at in range(0, len(group), MOST)]
+        return {hash(call): group for group in together for call in group}
+
+    def _added_norms(self) -> dict[int, tuple[RmsNorm, relax.Call]]:
+        """By the hash of a sum of equal shapes: the norm of it."""
+        found = {}
+        for call in self._definitions.values():
+            norm = match_rms_norm(call, self._definitions) if isinstance(call, relax.Call) else None
+            total = None if norm is None else self._definition(norm.x)
+            if norm is not None and is_call(total, "relax.add") and _same_shape(*(x.ty for x in total.args)):
+                # Of x * root and its product with the weight, the later one is the whole norm.
+                found[hash(total)] = norm, call
         return found
 
     def _division(self, top: relax.Var) -> relax.Call | None:

@@ -125,8 +125,10 @@ class Stream:
         finally:
             self._call("cuStreamEndCapture", self._handle, ctypes.byref(graph))
         self._call("cuGraphInstantiateWithFlags", ctypes.byref(executable), graph, ctypes.c_ulonglong(0))
+        nodes = ctypes.c_size_t(0)
+        self._call("cuGraphGetNodes", graph, None, ctypes.byref(nodes))
         self._call("cuGraphDestroy", graph)
-        return Graph(self, executable), result
+        return Graph(self, executable, nodes.value), result
 
     def launch(self, executable: ctypes.c_void_p) -> None:
         """Put a graph on the stream."""
@@ -141,8 +143,10 @@ class Stream:
 class Graph:
     """Launches that were captured once, to be repeated with the same addresses."""
 
-    def __init__(self, stream: Stream, executable: ctypes.c_void_p) -> None:
+    def __init__(self, stream: Stream, executable: ctypes.c_void_p, launches: int) -> None:
         self._stream, self._executable = stream, executable
+        self.launches = launches
+        """How many kernels it runs."""
 
     def launch(self) -> None:
         """Run it on the stream, without waiting."""

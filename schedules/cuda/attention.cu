@@ -286,18 +286,6 @@ __device__ __forceinline__ void attend(void* memory, const void* queries, const 
     }
     __syncthreads();
     float* const parts = (float*)parts_ + (long long)pair * splits * (16 * ROOM);
-    const auto merge = [&](const float* from, int count, int stride, int row, int d, float sink, float& top, float& total) {
-      top = sink;
-      for (int i = 0; i < count; ++i) top = fmaxf(top, __ldcg(from + i * stride + row * ROOM + VALUE_WIDTH));
-      const float base = top == -INFINITY ? 0.0f : top;
-      float sum = 0.0f;
-      total = sink == -INFINITY ? 0.0f : exp2f(sink - base);
-      for (int i = 0; i < count; ++i) {
-        const float shrink = exp2f(__ldcg(from + i * stride + row * ROOM + VALUE_WIDTH) - base);
-        sum += shrink * __ldcg(from + i * stride + row * ROOM + d), total += shrink * __ldcg(from + i * stride + row * ROOM + VALUE_WIDTH + 1);
-      }
-      return sum;
-    };
     const auto merge_room = [&](int row, int d, float sink, float& top, float& total) {
       top = sink;
       for (int i = 0; i < 4; ++i) top = fmaxf(top, room[(i * 16 + row) * ROOM + VALUE_WIDTH]);
@@ -332,10 +320,34 @@ __device__ __forceinline__ void attend(void* memory, const void* queries, const 
     __syncthreads();
     if (before != active - 1) return;
     __threadfence();
+    // Shares of the splits, [row][split] in shared memory, then their sums: all loads of a thread are independent.
+    float* const shares = room;
+    for (int i = threadIdx.x; i < 16 * active; i += 128) {
+      const int row = i / active, part = i % active;
+      shares[row * splits + part] = __ldcg(parts + (part * 16 + row) * ROOM + VALUE_WIDTH);
+      shares[(16 + row) * splits + part] = __ldcg(parts + (part * 16 + row) * ROOM + VALUE_WIDTH + 1);
+    }
+    __syncthreads();
+    if (threadIdx.x < min(16, rows)) {
+      const int row = threadIdx.x;
+      const float sink = sink_of(row);
+      top = sink;
+      for (int part = 0; part < active; ++part) top = fmaxf(top, shares[row * splits + part]);
+      const float base = top == -INFINITY ? 0.0f : top;
+      total = sink == -INFINITY ? 0.0f : exp2f(sink - base);
+      for (int part = 0; part < active; ++part) {
+        const float shrink = exp2f(shares[row * splits + part] - base);
+        total += shrink * shares[(16 + row) * splits + part], shares[row * splits + part] = shrink;
+      }
+      for (int part = 0; part < active; ++part) shares[row * splits + part] = total > 0.0f ? shares[row * splits + part] / total : 0.0f;
+    }
+    __syncthreads();
     for (int i = threadIdx.x; i < min(16, rows) * VALUE_WIDTH; i += 128) {
       const int row = i / VALUE_WIDTH, d = i % VALUE_WIDTH;
-      const float sum = merge(parts, active, 16 * ROOM, row, d, sink_of(row), top, total);
-      out[place_of(row) * VALUE_WIDTH + d] = total > 0.0f ? sum / total : 0.0f;
+      float sum = 0.0f;
+#pragma unroll 8
+      for (int part = 0; part < active; ++part) sum = fmaf(shares[row * splits + part], __ldcg(parts + (part * 16 + row) * ROOM + d), sum);
+      out[place_of(row) * VALUE_WIDTH + d] = sum;
     }
   }
 }

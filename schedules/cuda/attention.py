@@ -18,6 +18,8 @@ WARPS = 4
 WAVE = 264
 """Blocks that are worth having: two for each multiprocessor of an H200."""
 WIDEST = 256
+MOST_SPLITS = 32
+"""The last block to finish adds up what all have found."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ def _splits(shape: AttentionShape, batch: Any, context: int) -> Any:
     wanted = tirx.max(
         (WAVE + shape.key_heads * batch - 1) // (batch * shape.key_heads), tirx.const(1, "int64")
     )
-    return tirx.min(wanted, tirx.const(max(1, context // (2 * KEYS)), "int64"))
+    return tirx.min(wanted, tirx.const(max(1, min(MOST_SPLITS, context // (2 * KEYS))), "int64"))
 
 
 def attention_function(shape: AttentionShape, slots: int, context: int) -> tirx.PrimFunc:
@@ -151,7 +153,7 @@ def _launch_attend(
     splits = _splits(shape, batch, context) if few else one
     row_blocks = one if few else (tokens * shape.group + 63) // 64
     stages = 2 * KEYS * (shape.key_width + shape.value_width + 16) * 2
-    shared = max(stages, WARPS * FEW_ROWS * (shape.value_width + 2) * 4)
+    shared = max(stages, WARPS * FEW_ROWS * (shape.value_width + 2) * 4, 2 * FEW_ROWS * MOST_SPLITS * 4)
     arguments = [at[name] for name in ("queries", "k_cache", "v_cache", "positions", "sinks")]
     arguments += [tirx.Cast("int32", tokens), tirx.const(context, "int32"), tirx.Cast("int32", splits)]
     arguments += [tirx.const(shape.scale, "float32"), tirx.const(shape.window, "int32")]

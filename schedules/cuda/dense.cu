@@ -15,16 +15,29 @@ __device__ __forceinline__ float block_sum(float value, float* room) {
   return value;
 }
 
-// y = x * rsqrt(mean(x^2) + epsilon) (* weight); a block a row.
-template <int COLUMNS_, bool WEIGHTED> __device__ __forceinline__ void rms_norm(const float* x, const float* weight, float epsilon, float* y) {
+// y = x * rsqrt(mean(x^2) + epsilon) (* weight); a block a row. ADDED: of x + added, which goes to `total`.
+template <int COLUMNS_, bool WEIGHTED, bool ADDED>
+__device__ __forceinline__ void rms_norm(const float* x, const float* added, const float* weight, float epsilon, float* total, float* y) {
+  constexpr int THREADS = COLUMNS_ / 4 < 32 ? 32 : COLUMNS_ / 4 > 1024 ? 1024 : COLUMNS_ / 4 / 32 * 32, EACH = (COLUMNS_ + THREADS - 1) / THREADS;
   __shared__ float room[32];
   start_next_kernel();
   wait_for_previous_kernel();
   const long long row = (long long)blockIdx.x * COLUMNS_;
-  float sum = 0.0f;
-  for (int i = threadIdx.x; i < COLUMNS_; i += blockDim.x) sum = fmaf(x[row + i], x[row + i], sum);
+  float values[EACH], sum = 0.0f;
+#pragma unroll
+  for (int i = 0; i < EACH; ++i) {
+    const int at = i * THREADS + threadIdx.x;
+    values[i] = COLUMNS_ % THREADS == 0 || at < COLUMNS_ ? x[row + at] + (ADDED ? added[row + at] : 0.0f) : 0.0f;
+    sum = fmaf(values[i], values[i], sum);
+  }
   const float factor = rsqrtf(block_sum(sum, room) / COLUMNS_ + epsilon);
-  for (int i = threadIdx.x; i < COLUMNS_; i += blockDim.x) y[row + i] = x[row + i] * factor * (WEIGHTED ? weight[i] : 1.0f);
+#pragma unroll
+  for (int i = 0; i < EACH; ++i) {
+    const int at = i * THREADS + threadIdx.x;
+    if (COLUMNS_ % THREADS != 0 && at >= COLUMNS_) continue;
+    if (ADDED) total[row + at] = values[i];
+    y[row + at] = values[i] * factor * (WEIGHTED ? weight[at] : 1.0f);
+  }
 }
 
 // y[token][N] = x W' with float32 W [N][K]. A warp takes ROWS_ rows of W and up to 8 tokens; grid: blocks of 4 warps over

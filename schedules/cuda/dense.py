@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from tvm import tirx
+from tvm.tirx.script import builder as T
 
 from moqc.errors import UserError
 from moqc.quant.formats import Format
@@ -16,16 +17,24 @@ MOST_CHOICES = 2048
 """Columns of a top-k; a lane keeps a 32nd of them in registers."""
 
 
-def rms_norm_function(columns: int, epsilon: float, *, weighted: bool, lead: int) -> tirx.PrimFunc:
-    """Build ``x * rsqrt(mean(x^2) + epsilon) * weight``: x float32 ``[*lead, columns]``, weight, result."""
+def rms_norm_function(
+    columns: int, epsilon: float, *, weighted: bool, lead: int, added: bool = False
+) -> tirx.PrimFunc:
+    """Build ``x * rsqrt(mean(x^2) + epsilon) * weight``: x float32 ``[*lead, columns]``, weight, result.
+
+    If something is `added` to x, that comes after x, and the sum before the result.
+    """
     with kernel("rms_norm", columns=columns) as k:
         rows = [tirx.Var(f"n{axis}", "int64") for axis in range(lead)]
         x = k.parameter("x", [*rows, columns], "float32")
+        more = k.parameter("added", [*rows, columns], "float32") if added else x
         weight = k.parameter("weight", [columns], "float32") if weighted else x
+        total = k.parameter("total", [*rows, columns], "float32") if added else None
         y = k.parameter("y", [*rows, columns], "float32")
         threads = min(1024, max(32, columns // 4 // 32 * 32))
-        function = f"moqc::rms_norm<{columns}, {str(weighted).lower()}>"
-        k.launch(product(rows), threads, 0, function, x, weight, tirx.const(epsilon, "float32"), y)
+        function = f"moqc::rms_norm<{columns}, {str(weighted).lower()}, {str(added).lower()}>"
+        arguments = [x, more, weight, tirx.const(epsilon, "float32"), y if total is None else total, y]
+        k.launch(product(rows), threads, 0, function, *arguments)
     return k.finish()
 
 
@@ -39,10 +48,12 @@ def dense_linear_function(rows: int, columns: int, *, lead: int) -> tirx.PrimFun
         x = k.parameter("x", [*extents, columns], "float32")
         w = k.parameter("w", [rows, columns], "float32")
         y = k.parameter("y", [*extents, rows], "float32")
-        each = 1 if rows <= 1024 else 4
-        blocks = (tokens + 7) // 8 * -(-rows // (4 * each))
-        function = f"moqc::linear_dense<{rows}, {columns}, {each}>"
-        k.launch(blocks, 128, 0, function, x, tirx.Cast("int32", tokens), w, y)
+        with T.If(tokens <= 8):
+            for each, branch in ((1 if rows <= 1024 else 4, T.Then()), (4, T.Else())):
+                with branch:
+                    blocks = (tokens + 7) // 8 * -(-rows // (4 * each))
+                    function = f"moqc::linear_dense<{rows}, {columns}, {each}>"
+                    k.launch(blocks, 128, 0, function, x, tirx.Cast("int32", tokens), w, y)
     return k.finish()
 
 

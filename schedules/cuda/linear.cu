@@ -5,14 +5,21 @@
 
 namespace moqc {
 
-// y[token][N] = W x (+ bias) (+ residual). Grid: row tiles of N / TILES. A block holds whole rows: its warps take the
+// One of the matrices that are multiplied with the same x in one launch; TILES and STAGES are its plan for few tokens.
+template <int N_, class F_, int TILES_, int STAGES_, bool BIAS_, bool RESIDUAL_> struct Member {
+  static constexpr int N = N_, TILES = TILES_, STAGES = STAGES_, ROW_TILES = (N + ROWS - 1) / ROWS;
+  static constexpr bool BIAS = BIAS_, RESIDUAL = RESIDUAL_;
+  using F = F_;
+};
+
+// y[token][N] = W x (+ bias) (+ residual). `block`: of row tiles of N / TILES. A block holds whole rows: its warps take the
 // units of columns warp, warp + WARPS, ... of K.
 template <int N, int K, class F, class P, bool BIAS, bool RESIDUAL>
 __device__ __forceinline__ void linear_few(void* memory, const float* x, int tokens, const void* codes, const void* scales,
-                                           const void* zeros, const float* bias, const float* residual, float* y) {
+                                           const void* zeros, const float* bias, const float* residual, float* y, int block) {
   constexpr int UNITS = (K + COLUMNS - 1) / COLUMNS, PASSES = (UNITS + P::WARPS - 1) / P::WARPS, TILE = P::WARPS * ROWS * P::TOKENS;
   static_assert((N + ROWS - 1) / ROWS % P::TILES == 0 && P::ITEMS == 1 && P::REGISTERS, "whole groups of row tiles");
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, tile = blockIdx.x * P::TILES, token = P::TOKENS == 1 ? 0 : lane / 4;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, tile = block * P::TILES, token = P::TOKENS == 1 ? 0 : lane / 4;
   const void* const tensors[] = {codes, scales, zeros};
   float* const partials = (float*)memory;
   start_next_kernel();
@@ -84,14 +91,14 @@ __device__ __forceinline__ void weights(word (&a)[4], const word* w, int s, cons
 }
 
 // y[T][N] for more than 8 tokens. A block takes WARPS row tiles and 8 * COLUMN_TILES tokens; a unit of their activations
-// is in shared memory, the next one on its way. Grid: blocks of tokens within blocks of rows.
+// is in shared memory, the next one on its way. `block`: blocks of tokens within blocks of rows.
 template <int N, int K, class F, int WARPS, int COLUMN_TILES, bool BIAS, bool RESIDUAL>
 __device__ __forceinline__ void linear_many(void* memory, const void* halves, const void* factors, int tokens, const void* codes,
-                                            const void* scales, const void* zeros, const float* bias, const float* residual, float* y) {
+                                            const void* scales, const void* zeros, const float* bias, const float* residual, float* y, int block) {
   constexpr int UNITS = (K + COLUMNS - 1) / COLUMNS, ROW_TILES = (N + ROWS - 1) / ROWS, TOKENS = 8 * COLUMN_TILES;
   constexpr int PITCH = COLUMNS + 8, STEPS = F::GROUP / 16;   // the pitch keeps rows off each other's banks
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, across = (tokens + TOKENS - 1) / TOKENS;
-  const int first = blockIdx.x % across * TOKENS, tile = blockIdx.x / across * WARPS + warp;
+  const int first = block % across * TOKENS, tile = block / across * WARPS + warp;
   const bool there = tile < ROW_TILES;
   __half* const staged = (__half*)memory;
   const void* const tensors[] = {codes, scales, zeros};
@@ -165,6 +172,35 @@ __device__ __forceinline__ void linear_many(void* memory, const void* halves, co
       if (RESIDUAL) sum += residual[place];
       y[place] = sum;
     }
+}
+
+// The block's share of several matrices, one after the other: for each member codes, scales, zeros, bias, residual, y.
+template <int K, int WARPS, int TOKENS, class First, class... Rest, class... Others>
+__device__ __forceinline__ void linears_few_at(void* memory, int block, const float* x, int tokens, const void* codes, const void* scales, const void* zeros,
+                                            const float* bias, const float* residual, float* y, Others... others) {
+  constexpr int BLOCKS = First::ROW_TILES / First::TILES;
+  using P = Plan<WARPS, First::TILES, First::STAGES, true, TOKENS, 1>;
+  if (block < BLOCKS)
+    linear_few<First::N, K, typename First::F, P, First::BIAS, First::RESIDUAL>(memory, x, tokens, codes, scales, zeros, bias, residual, y, block);
+  else if constexpr (sizeof...(Rest) > 0)
+    linears_few_at<K, WARPS, TOKENS, Rest...>(memory, block - BLOCKS, x, tokens, others...);
+}
+template <int K, int WARPS, int COLUMN_TILES, class First, class... Rest, class... Others>
+__device__ __forceinline__ void linears_many_at(void* memory, int block, const void* halves, const void* factors, int tokens, const void* codes,
+                                             const void* scales, const void* zeros, const float* bias, const float* residual, float* y, Others... others) {
+  const int blocks = (First::ROW_TILES + WARPS - 1) / WARPS * ((tokens + 8 * COLUMN_TILES - 1) / (8 * COLUMN_TILES));
+  if (block < blocks)
+    linear_many<First::N, K, typename First::F, WARPS, COLUMN_TILES, First::BIAS, First::RESIDUAL>(memory, halves, factors, tokens, codes, scales, zeros, bias, residual, y, block);
+  else if constexpr (sizeof...(Rest) > 0)
+    linears_many_at<K, WARPS, COLUMN_TILES, Rest...>(memory, block - blocks, halves, factors, tokens, others...);
+}
+template <int K, int WARPS, int TOKENS, class... Members, class... Others>
+__device__ __forceinline__ void linears_few(void* memory, Others... others) {
+  linears_few_at<K, WARPS, TOKENS, Members...>(memory, (int)blockIdx.x, others...);
+}
+template <int K, int WARPS, int COLUMN_TILES, class... Members, class... Others>
+__device__ __forceinline__ void linears_many(void* memory, Others... others) {
+  linears_many_at<K, WARPS, COLUMN_TILES, Members...>(memory, (int)blockIdx.x, others...);
 }
 
 }  // namespace moqc

@@ -45,41 +45,46 @@ class LinearShape:
             raise UserError("linears of 1 bit: the CUDA kernels have 1 bit for experts only")
 
 
-def workspace_bytes(shape: LinearShape, tokens: Any) -> Any:
+def workspace_bytes(columns: int, tokens: Any) -> Any:
     """Bytes of the workspace for `tokens` tokens, an int or an int64 expression: x in fp16, and factors."""
-    return tokens * (_padded(shape.columns) * 2 + 16)
+    return tokens * (_padded(columns) * 2 + 16)
 
 
-def linear_function(shape: LinearShape) -> tirx.PrimFunc:
-    """Build the function.
+def linear_function(shapes: Sequence[LinearShape]) -> tirx.PrimFunc:
+    """Build the function of linears that read the same x: equal columns and leading axes.
 
-    Its parameters: x float32 ``[*lead, K]``, codes, scales and zeros (unless symmetric) of the matrix in
-    layout mma16x256, bias float32 ``[N]`` and residual float32 ``[*lead, N]`` as the shape says, and the
-    outputs workspace uint8 ``[workspace_bytes(shape, T)]`` (T: the product of the leading axes) and y float32
-    ``[*lead, N]``.
+    Its parameters: x float32 ``[*lead, K]``; for each linear codes, scales and zeros (unless symmetric) of
+    the matrix in layout mma16x256, bias float32 ``[N]`` and residual float32 ``[*lead, N]`` as the shape
+    says; and the outputs workspace uint8 ``[workspace_bytes(K, T)]`` (T: the product of the leading axes) and
+    for each y float32 ``[*lead, N]``.
     """
-    with kernel("linear", format=str(shape.format), rows=shape.rows, columns=shape.columns) as k:
-        lead = [tirx.Var(f"n{axis}", "int64") for axis in range(shape.lead)]
+    columns = shapes[0].columns
+    facts = {"formats": [str(shape.format) for shape in shapes], "rows": [shape.rows for shape in shapes]}
+    with kernel("linear", columns=columns, **facts) as k:
+        lead = [tirx.Var(f"n{axis}", "int64") for axis in range(shapes[0].lead)]
         tokens = product(lead)
-        at: dict[str, Any] = {"x": k.parameter("x", [*lead, shape.columns], "float32")}
-        _, at["packed"] = declare_matrix(k, shape.format, shape.rows, shape.columns)
-        # What is not there is not read either; any pointer to floats will do.
-        at["bias"] = k.parameter("bias", [shape.rows], "float32") if shape.bias else at["x"]
-        at["residual"] = at["x"]
-        if shape.residual:
-            at["residual"] = k.parameter("residual", [*lead, shape.rows], "float32")
-        workspace = k.bytes("workspace", workspace_bytes(shape, tokens))
-        at["factors"] = T.address_of(workspace[0])
-        at["halves"] = T.address_of(workspace[tokens * 16])
-        at["y"] = k.parameter("y", [*lead, shape.rows], "float32")
+        x = k.parameter("x", [*lead, columns], "float32")
+        members = []
+        for shape in shapes:
+            pointers = declare_matrix(k, shape.format, shape.rows, columns)[1]
+            # What is not there is not read either; any pointer to floats will do.
+            pointers.append(k.parameter("bias", [shape.rows], "float32") if shape.bias else x)
+            there = shape.residual
+            pointers.append(k.parameter("residual", [*lead, shape.rows], "float32") if there else x)
+            members.append(pointers)
+        workspace = k.bytes("workspace", workspace_bytes(columns, tokens))
+        halves = [T.address_of(workspace[tokens * 16]), T.address_of(workspace[0])]
+        for shape, pointers in zip(shapes, members, strict=True):
+            pointers.append(k.parameter("y", [*lead, shape.rows], "float32"))
+        arguments = [pointer for pointers in members for pointer in pointers]
         with T.If(tokens == 1):
             with T.Then():
-                _launch_few(k, shape, at, tokens, 1)
+                _launch_few(k, shapes, x, tokens, arguments, 1)
             with T.Else(), T.If(tokens <= FEW):
                 with T.Then():
-                    _launch_few(k, shape, at, tokens, FEW)
+                    _launch_few(k, shapes, x, tokens, arguments, FEW)
                 with T.Else():
-                    _launch_many(k, shape, at, tokens)
+                    _launch_many(k, shapes, x, halves, tokens, arguments)
     return k.finish()
 
 
@@ -108,43 +113,58 @@ def _padded(columns: int) -> int:
     return -(-columns // COLUMNS) * COLUMNS
 
 
-def _launch_few(k: Kernel, shape: LinearShape, at: dict[str, Any], tokens: Any, most: int) -> None:
+def _launch_few(
+    k: Kernel, shapes: Sequence[LinearShape], x: Any, tokens: Any, arguments: Sequence[Any], most: int
+) -> None:
     """Up to `most` tokens, 1 or 8: whole rows a block, as few row tiles as give every multiprocessor work."""
-    warps = min(-(-shape.columns // COLUMNS), WARPS)
-    row_tiles = -(-shape.rows // ROWS)
-    wanted = max(1, min(8, row_tiles * warps // (WAVE * 8)))
-    tiles = max(each for each in range(1, wanted + 1) if row_tiles % each == 0)
-    stages = 2 if tiles % 2 == 0 else 1
-    plan = f"moqc::Plan<{warps}, {tiles}, {stages}, true, {most}, 1>"
-    function = f"moqc::linear_few<{_facts(shape)}, {plan}, {_flags(shape)}>"
-    shared = tiles * warps * ROWS * most * 4
-    arguments = [at["x"], tirx.Cast("int32", tokens), *at["packed"], at["bias"], at["residual"], at["y"]]
-    k.launch(row_tiles // tiles, 32 * warps, shared, function, *arguments)
+    columns = shapes[0].columns
+    warps = min(-(-columns // COLUMNS), WARPS)
+    total = sum(-(-shape.rows // ROWS) for shape in shapes)
+    plans = [_tiles(shape, max(1, min(8, total * warps // (WAVE * 8)))) for shape in shapes]
+    function = f"moqc::linears_few<{columns}, {warps}, {most}, {_members(shapes, plans)}>"
+    blocks = sum(-(-shape.rows // ROWS) // tiles for shape, tiles in zip(shapes, plans, strict=True))
+    shared = max(plans) * warps * ROWS * most * 4
+    k.launch(blocks, 32 * warps, shared, function, x, tirx.Cast("int32", tokens), *arguments)
 
 
-def _launch_many(k: Kernel, shape: LinearShape, at: dict[str, Any], tokens: Any) -> None:
+def _tiles(shape: LinearShape, wanted: int) -> int:
+    """The most row tiles a block up to `wanted` that divide all."""
+    return max(each for each in range(1, wanted + 1) if -(-shape.rows // ROWS) % each == 0)
+
+
+def _members(shapes: Sequence[LinearShape], plans: Sequence[int]) -> str:
+    """C++ types of the matrices."""
+    members = []
+    for shape, tiles in zip(shapes, plans, strict=True):
+        flags = f"{str(shape.bias).lower()}, {str(shape.residual).lower()}"
+        plan = f"{tiles}, {2 if tiles % 2 == 0 else 1}"
+        members.append(f"moqc::Member<{shape.rows}, {format_of(shape.format)}, {plan}, {flags}>")
+    return ", ".join(members)
+
+
+def _launch_many(
+    k: Kernel,
+    shapes: Sequence[LinearShape],
+    x: Any,
+    halves: Sequence[Any],
+    tokens: Any,
+    arguments: Sequence[Any],
+) -> None:
     """More tokens: x to fp16, then tiles of 64 tokens, by few rows where there is but one of them."""
-    halves = [at["halves"], at["factors"]]
-    k.launch(tokens, 256, 0, f"moqc::to_half<{shape.columns}>", at["x"], *halves)
-    arguments = [*halves, tirx.Cast("int32", tokens), *at["packed"], at["bias"], at["residual"], at["y"]]
-    width = 8 * COLUMN_TILES
+    columns, width = shapes[0].columns, 8 * COLUMN_TILES
+    k.launch(tokens, 256, 0, f"moqc::to_half<{columns}>", x, *halves)
     shared = 2 * width * (COLUMNS + 8) * 2
+    members = _members(shapes, [1] * len(shapes))
     with T.If(tokens <= width):
         for warps, branch in ((2, T.Then()), (8, T.Else())):
             with branch:
-                blocks = (tokens + (width - 1)) // width * -(-shape.rows // (ROWS * warps))
-                function = f"moqc::linear_many<{_facts(shape)}, {warps}, {COLUMN_TILES}, {_flags(shape)}>"
-                k.launch(blocks, 32 * warps, shared, function, *arguments)
+                rows = sum(-(-shape.rows // (ROWS * warps)) for shape in shapes)
+                blocks = (tokens + (width - 1)) // width * rows
+                function = f"moqc::linears_many<{columns}, {warps}, {COLUMN_TILES}, {members}>"
+                count = tirx.Cast("int32", tokens)
+                k.launch(blocks, 32 * warps, shared, function, *halves, count, *arguments)
 
 
 def format_of(format: Format) -> str:
     """The C++ type of a format."""
     return f"moqc::Format<{format.bits}, {format.group}, {str(format.symmetric).lower()}>"
-
-
-def _facts(shape: LinearShape) -> str:
-    return f"{shape.rows}, {shape.columns}, {format_of(shape.format)}"
-
-
-def _flags(shape: LinearShape) -> str:
-    return f"{str(shape.bias).lower()}, {str(shape.residual).lower()}"

@@ -78,23 +78,29 @@ def lower_linear(
     bb: relax.BlockBuilder, call: relax.Call, _target: Target, residual: relax.Expr | None = None
 ) -> relax.Expr:
     """``R.moqc.linear``, plus `residual` of the result's shape."""
-    named, attrs = operands(call), attributes(call)
-    x = named["x"]
+    return lower_linears(bb, [call], residual)[0]
+
+
+def lower_linears(
+    bb: relax.BlockBuilder, calls: Sequence[relax.Call], residual: relax.Expr | None = None
+) -> list[relax.Expr]:
+    """``R.moqc.linear`` calls with the same x in one launch; `residual` goes with a single one."""
+    x = operands(calls[0])["x"]
     *lead, columns = list(x.ty.shape)
-    shape = linear.LinearShape(
-        Format.parse(attrs["format"]),
-        attrs["rows"],
-        int(columns),
-        len(lead),
-        bias="bias" in named,
-        residual=residual is not None,
-    )
-    arguments = [named[name] for name in ("x", "codes", "scales", "zeros", "bias") if name in named]
+    shapes, arguments, types = [], [x], []
+    for call in calls:
+        named, attrs = operands(call), attributes(call)
+        added = {"bias": "bias" in named, "residual": residual is not None}
+        format = Format.parse(attrs["format"])
+        shapes.append(linear.LinearShape(format, attrs["rows"], int(columns), len(lead), **added))
+        arguments += [named[name] for name in ("codes", "scales", "zeros", "bias") if name in named]
+        types.append(relax.TensorType([*lead, attrs["rows"]], "float32"))
     if residual is not None:
         arguments.append(residual)
-    size = linear.workspace_bytes(shape, linear.product(lead))
-    result = relax.TensorType([*lead, attrs["rows"]], "float32")
-    return _with_workspace(bb, linear.linear_function(shape), "linear", arguments, size, result)
+    size = linear.workspace_bytes(int(columns), linear.product(lead))
+    function = bb.add_func(linear.linear_function(shapes), "moqc_linear")
+    both = bb.emit(relax.call_tir(function, arguments, [relax.TensorType([size], "uint8"), *types]))
+    return [relax.TupleGetItem(both, number + 1) for number in range(len(calls))]
 
 
 def lower_embedding(bb: relax.BlockBuilder, call: relax.Call, _target: Target) -> relax.Expr:
@@ -185,6 +191,16 @@ def lower_rms_norm(
     kernel = rms_norm_function(int(columns), epsilon, weighted=weight is not None, lead=len(lead))
     function = bb.add_func(kernel, "moqc_rms_norm")
     return relax.call_tir(function, [x] if weight is None else [x, weight], x.ty)
+
+
+def lower_added_norm(
+    bb: relax.BlockBuilder, x: relax.Expr, added: relax.Expr, weight: relax.Expr | None, epsilon: float
+) -> relax.Expr:
+    """``x + added`` and its RMS norm, in a tuple."""
+    *lead, columns = list(x.ty.shape)
+    kernel = rms_norm_function(int(columns), epsilon, weighted=weight is not None, lead=len(lead), added=True)
+    arguments = [x, added] if weight is None else [x, added, weight]
+    return relax.call_tir(bb.add_func(kernel, "moqc_rms_norm"), arguments, [x.ty, x.ty])
 
 
 def lower_topk(bb: relax.BlockBuilder, call: relax.Call, _target: Target) -> relax.Expr:
