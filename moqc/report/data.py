@@ -48,7 +48,7 @@ class Analysis(BaseModel):
 
     schema_version: int
     sites: dict[str, SiteShape]
-    annotations: dict[str, dict[str, Any]]
+    annotations: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,8 @@ class Block:
     weight: Floats | None
     sensitivity: float | None
     costs: dict[str, dict[str, Floats]] = field(default_factory=dict)
+    coactivation: dict[str, Any] | None = None
+    """Communities, centrality and the pairs that fire together most, as profile-coactivation writes them."""
 
     @property
     def experts(self) -> int:
@@ -174,7 +176,7 @@ def _block(
     site: str,
     formats: dict[str, tuple[str, ...]],
     shape: SiteShape | None,
-    annotations: dict[str, dict[str, Any]],
+    annotations: dict[str, Any],
     number: int,
 ) -> Block:
     bits, weights = {}, {}
@@ -202,6 +204,7 @@ def _block(
             projection: {name: np.array(values, dtype=np.float64) for name, values in by_format.items()}
             for projection, by_format in costs.items()
         },
+        coactivation=annotations.get("moqc.coactivation", {}).get(site),
     )
 
 

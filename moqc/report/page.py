@@ -12,7 +12,7 @@ from markupsafe import Markup
 
 from moqc.report.data import Block, Report
 from moqc.report.frontier import Point, frontier, uniform_points
-from moqc.report.svg import bits_color, heat_map, layer_bars, line_chart, shade, solid
+from moqc.report.svg import bits_color, circle_graph, heat_map, layer_bars, line_chart, shade, solid
 
 _COLD = 12
 """Experts listed as least used."""
@@ -36,6 +36,7 @@ def render(report: Report) -> str:
         trade=_trade(report),
         uniform=uniform_rows(report),
         cold=cold_rows(report),
+        graphs=_graphs(report),
         command=_command(report),
         linears=sorted(Counter(manifest.linear_bits.values()).items()),
         extras=report.extras,
@@ -82,16 +83,12 @@ def _panels(report: Report) -> list[dict[str, Any]]:
                 over_all=True,
             ),
         )
-    known = [block.sensitivity for block in report.blocks]
-    if all(value is not None for value in known):
-        largest = max(value for value in known if value is not None) or 1.0
-        values = [(value or 0.0) / largest for value in known]
+    title, note, weights = _layer_weights(report, cheap)
+    if weights is not None:
+        largest = max(weights) or 1.0
+        values = [value / largest for value in weights]
         texts = [f"{value:.2f}" for value in values]
-        add(
-            "sensitivity",
-            "of the answer to its errors",
-            layer_bars(values, texts, labels, "sensitivity of each layer"),
-        )
+        add(title, note, layer_bars(values, texts, labels, f"{title} of each layer"))
     means = [float(block.mean_bits.mean()) for block in report.blocks]
     add(
         "mean bits",
@@ -99,6 +96,34 @@ def _panels(report: Report) -> list[dict[str, Any]]:
         layer_bars(means, [f"{value:.2f}" for value in means], labels, "mean bits of each layer"),
     )
     return panels
+
+
+def _layer_weights(report: Report, cheap: str | None) -> tuple[str, str, list[float] | None]:
+    """What layers are compared by: measured sensitivity, or the harm of all their experts."""
+    known = [block.sensitivity for block in report.blocks]
+    if all(value is not None for value in known):
+        return "sensitivity", "of the answer to its errors", [value or 0.0 for value in known]
+    harms = [None if cheap is None else block.harm(cheap) for block in report.blocks]
+    if any(harm is None for harm in harms):
+        return "", "", None
+    return "harm of layer", f"all in {cheap}", [float(harm.sum()) for harm in harms if harm is not None]
+
+
+def _graphs(report: Report) -> list[dict[str, Any]]:
+    """Co-activation of each layer: the pairs that fire together most, experts ordered by community."""
+    graphs = []
+    for block in report.blocks:
+        found = block.coactivation
+        if not found or not found["pairs"]:
+            continue
+        most = max(tokens for _, _, tokens, _ in found["pairs"])
+        edges = [(one, other, tokens / most) for one, other, tokens, _ in found["pairs"]]
+        order = [expert for community in found["communities"] for expert in community]
+        title = f"layer {block.label}"
+        note = f"{len(found['communities'])} communities"
+        svg = circle_graph(order, edges, found["centrality_ppm"], f"co-activation of {title}")
+        graphs.append({"title": title, "note": note, "svg": Markup(svg)})
+    return graphs
 
 
 def _format_tip(report: Report, projection: str) -> Callable[[int, int], str]:

@@ -134,6 +134,38 @@ def line_chart(
     return "".join(parts)
 
 
+def circle_graph(
+    order: Sequence[int], edges: Sequence[tuple[int, int, float]], centrality: Sequence[float], name: str
+) -> str:
+    """Experts on a circle in `order`, edges (expert, expert, weight of 0 to 1), dots sized by centrality."""
+    size, radius = 170.0, 62.0
+    places = {}
+    for at, expert in enumerate(order):
+        angle = 2 * math.pi * at / len(order) - math.pi / 2
+        places[expert] = (size / 2 + radius * math.cos(angle), size / 2 + radius * math.sin(angle))
+    parts = [_open(size, size, name)]
+    for one, other, weight in edges:
+        (x1, y1), (x2, y2) = places[one], places[other]
+        parts.append(
+            f'<line class="edge" x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" '
+            f'stroke-width="{0.6 + 3.4 * weight:.1f}"/>'
+        )
+    linked = {expert for edge in edges for expert in edge[:2]}
+    largest = max([*centrality, 1e-300])
+    for expert, (x, y) in places.items():
+        share = math.sqrt(centrality[expert] / largest)
+        title = f"<title>{escape(f'expert {expert}')}</title>"
+        parts.append(
+            f'<circle class="dot" cx="{x:.1f}" cy="{y:.1f}" r="{1 + 4 * share:.1f}">{title}</circle>'
+        )
+        if expert in linked:
+            out = 1.22
+            tx, ty = (size / 2 + out * (value - size / 2) for value in (x, y))
+            parts.append(f'<text class="tick x" x="{tx:.1f}" y="{ty + 3.5:.1f}">{expert}</text>')
+    parts.append("</svg>")
+    return "".join(parts)
+
+
 class _Axes:
     """Scales of a chart: x linear, y logarithmic."""
 

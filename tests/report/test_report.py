@@ -70,6 +70,14 @@ def folder(tmp_path):
                 site: {"tokens": 600, "pairs": [900, 0, 300], "weight_ppm": [500000, 0, 250000]}
                 for site in SITES
             },
+            "moqc.coactivation": {
+                SITES[0]: {
+                    "communities": [[0, 2], [1]],
+                    "centrality_ppm": [700000, 0, 300000],
+                    "cross_ppm": 0,
+                    "pairs": [[2, 0, 250, 1000]],
+                }
+            },
             "moqc.sensitivity": {SITES[0]: 10**9, SITES[1]: 10**8},
             "moqc.costs": {SITES[0]: costs(100), SITES[1]: costs(1)},
         },
@@ -129,11 +137,13 @@ def test_page_needs_nothing_else(folder):
     for name in FORMATS:
         assert name in page
     figures = re.findall(r"<svg.*?</svg>", page, re.DOTALL)
-    assert len(figures) == 7  # up, down, activation, harm, sensitivity, mean bits, trade
+    assert len(figures) == 8  # up, down, activation, harm, sensitivity, mean bits, trade, co-activation
     for figure in figures:
         ElementTree.fromstring(figure)
     assert "layer 3, expert 1, up: int1-g128, 0.00% of its tokens" in page
     assert "never used" in page
+    assert "2 communities" in page
+    assert page.count('class="edge"') == 1
     assert "moqc compile" in page
     assert "--bits 2.5" in page
 
@@ -192,6 +202,16 @@ def test_without_analysis_what_is_known_is_shown(folder):
     assert "Size against harm" not in page
     assert "bits of up" in page
     assert moqc.inspect(folder)["uniform"] == []
+
+
+def test_layers_are_compared_by_harm_without_a_sensitivity(folder):
+    path = folder / "analysis.json"
+    content = json.loads(path.read_text())
+    del content["annotations"]["moqc.sensitivity"]
+    path.write_text(json.dumps(content))
+    page = render(read_report(folder))
+    assert "harm of layer" in page
+    assert "of the answer to its errors" not in page
 
 
 def test_damaged_analysis_is_refused(folder):
