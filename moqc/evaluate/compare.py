@@ -42,7 +42,7 @@ class Row:
     Bits are file bits per weight; `whole`: `target_bits` are of the whole model, not of the experts. Losses
     and their increases are in nats. `simulated`: no kernel computes this. `unseen_increase`: on the unseen
     text. `flips`: share of the questions it answers otherwise than the unquantized model. `exact`: share of
-    the worked problems that it solves word by word. None: not asked.
+    the worked problems whose result it gives exactly. None: not asked.
     """
 
     plan: str

@@ -5,7 +5,8 @@ model finds likeliest after the query, or ``{"context_options": [str, ...], "con
 context after which the continuation is likeliest. Other keys, such as "gold", are not read: what is compared
 is the answer of the quantized model with the original's.
 
-A file of worked problems is text of blocks ``Problem: ...`` and ``Solution: ...`` between blank lines.
+A file of worked problems is text of blocks ``Problem: ...`` and ``Solution: ...`` between blank lines. Asked
+is what follows the last ``=`` of the solution, the result; of a solution without one, all of it.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ def multiple_choice(files: Sequence[Path | str], tokenizer: Path | str, count: i
 
 
 def worked_problems(file: Path | str, tokenizer: Path | str, count: int) -> list[Scored]:
-    """The first `count` problems of `file` that are short enough; solutions are scored.
+    """The first `count` problems of `file` that are short enough; results are scored.
 
     UserError for a file that has none.
     """
@@ -63,7 +64,8 @@ def worked_problems(file: Path | str, tokenizer: Path | str, count: int) -> list
         problem, mark, solution = block.strip().partition("\nSolution:")
         if len(found) == count or not mark or not problem.startswith("Problem:") or not solution.strip():
             continue
-        sequence = _sequence(encode, f"{problem}\nSolution:", f"{solution.rstrip()}\n", len(found))
+        worked, equals, result = solution.rstrip().rpartition("=")
+        sequence = _sequence(encode, f"{problem}\nSolution:{worked}{equals}", f"{result}\n", len(found))
         found += [] if sequence is None else [sequence]
     if not found:
         raise UserError(f"{file}: no block 'Problem: ...', 'Solution: ...' of at most {LONGEST} tokens")

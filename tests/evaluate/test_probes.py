@@ -124,9 +124,10 @@ def test_files_without_questions_are_refused(tmp_path: Path, tokenizer: Path) ->
 def test_worked_problems(tmp_path: Path, tokenizer: Path) -> None:
     file = tmp_path / "math.txt"
     file.write_text(
-        "Intro.\n\nProblem: 1 + 1?\nSolution: 2.\n\nProblem: no solution\n\nProblem: 3?\nSolution: 3"
+        "Intro.\n\nProblem: 1 + 1?\nSolution: 1 + 1 = 2.\n\nProblem: no solution\n\nProblem: 3?\nSolution: 3"
     )
     found = worked_problems(file, tokenizer, 10)
     assert [one.question for one in found] == [0, 1]
-    assert found[0].start == len("Problem: 1 + 1?\nSolution:")
-    assert len(found[0].tokens) == len("Problem: 1 + 1?\nSolution: 2.\n")
+    assert found[0].start == len("Problem: 1 + 1?\nSolution: 1 + 1 =")
+    assert found[1].start == len("Problem: 3?\nSolution:")
+    assert len(found[0].tokens) == len("Problem: 1 + 1?\nSolution: 1 + 1 = 2.\n")
