@@ -57,3 +57,16 @@ def test_commands_parse(page):
             command = commands[words[1]]
             context = command.make_context(words[1], words[2:], resilient_parsing=False)
             assert context.params, part
+
+
+def test_every_help_has_an_example_that_parses():
+    from moqc.cli import COMMANDS, app
+
+    commands = get_command(app).commands
+    assert set(commands) == set(COMMANDS)
+    for name, (_, example) in COMMANDS.items():
+        words = shlex.split(example.partition(">")[0])
+        assert words[:2] == ["moqc", name]
+        commands[name].make_context(name, words[2:])
+        assert commands[name].epilog == f"Example: {example}"
+        assert commands[name].help, name
