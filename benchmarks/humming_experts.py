@@ -1,8 +1,9 @@
-"""Time humming-kernels (pip, 0.1.19) on the same layers: ``python benchmarks/humming_experts.py OUT.json``.
+"""Time humming-kernels (pip, 0.1.19): ``python benchmarks/humming_experts.py OUT.json [BITS...]``.
 
-WnA16 experts, bf16 activations, group 128, its shipped heuristics for the exact number of tokens; both of its
-ways to take the problem are timed, the better one is reported. A layer is gate_up -> silu * up -> down ->
-weighted sum; the two elementwise steps are Triton kernels, tokens are sorted by expert beforehand.
+The same layers: WnA16 experts, bf16 activations, group 128, its shipped heuristics for the exact number of
+tokens; both of its ways to take the problem are timed, the better one is reported. A layer is gate_up ->
+silu * up -> down -> weighted sum; the two elementwise steps are Triton kernels, tokens are sorted by expert
+beforehand.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from humming.tune import get_heuristics_config
 from workload import SHAPES, Shape, copy_of, graph_us, relative_error, rotation, routing
 
 GROUP = 128
-TOKENS = (1, 8)
+TOKENS = (1, 8, 16, 64, 512, 4096)
 MODES = ("indexed", "grouped_contiguous")
 
 
@@ -156,7 +157,7 @@ def compile_all(bits: tuple[int, ...]) -> None:
 def time_layer(layer: Layer, tokens: int, mode: str) -> tuple[float, float, float]:
     """(µs, experts hit, relative error; nan where not checked) of one number of tokens."""
     shape = layer.shape
-    number, copies = rotation(shape, tokens, layer.expert_bytes)
+    number, copies = rotation(shape, tokens, layer.expert_bytes) if tokens < 512 else (2, 1)
     calls = [Call(shape, tokens, at) for at in range(number)]
     pairs, indexed = tokens * shape.top_k, mode == "indexed"
     make = lambda *size: torch.zeros(size, device="cuda", dtype=torch.bfloat16)  # noqa: E731
@@ -195,7 +196,7 @@ def time_layer(layer: Layer, tokens: int, mode: str) -> tuple[float, float, floa
 
     run(calls[0], layer.copies[0])
     error = float("nan")
-    if shape.experts > 8:  # a small enough matrix to dequantize whole
+    if shape.experts > 8 and tokens == 8:  # a small enough matrix to dequantize whole
         error = relative_error(y, expected(layer, calls[0], x))
     chosen = [layer.copies[copy_of(shape, tokens, at, copies)] for at in range(number)]
     us = graph_us([lambda c=c, w=w: run(c, w) for c, w in zip(calls, chosen, strict=True)], 12.0)
@@ -220,14 +221,16 @@ def expected(layer: Layer, call: Call, x: torch.Tensor) -> torch.Tensor:
 
 
 def main() -> None:
-    out, bits = Path(sys.argv[1]), (4, 3, 2, 1)
+    out, bits = Path(sys.argv[1]), tuple(map(int, sys.argv[2:])) or (4, 3, 2, 1)
     torch.manual_seed(0)
     compile_all(bits)
     rows = []
     for name, shape in SHAPES.items():
         for width in bits:
             size = 3 * shape.hidden * shape.intermediate * (width + 0.125) / 8
-            layer = Layer(shape, width, max(rotation(shape, tokens, size)[1] for tokens in TOKENS))
+            layer = Layer(
+                shape, width, max(rotation(shape, tokens, size)[1] for tokens in TOKENS if tokens < 512)
+            )
             for tokens in TOKENS:
                 timed = {mode: time_layer(layer, tokens, mode) for mode in MODES}
                 mode = min(timed, key=lambda each: timed[each][0])

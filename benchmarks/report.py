@@ -1,6 +1,6 @@
 """Join the runs into one file and one table: ``python benchmarks/report.py FOLDER RESULTS.json PAGE.md``.
 
-FOLDER holds ``decode.json``, ``humming.json``, ``ceilings.json`` and ``run.json`` (date, versions, commands)
+FOLDER holds ``layers.json``, ``humming.json``, ``ceilings.json`` and ``run.json`` (date, versions, commands)
 of one session on one machine.
 """
 
@@ -10,6 +10,8 @@ import json
 import sys
 from pathlib import Path
 from typing import Any
+
+from workload import SHAPES
 
 NODE_US = 2.8
 """Cost of a cold kernel in a graph, beside its bytes."""
@@ -31,24 +33,29 @@ def table(results: dict[str, Any]) -> str:
     rows, ceilings = results["rows"], results["ceilings"]
     peers = {(r["shape"], r["bits"], r["tokens"]): r["us"] for r in rows if r["provider"] == "humming"}
     own = [row for row in rows if row["provider"] == "moqc"]
-    heads = ["shape", "tokens", "bits", "moqc µs", "TB/s", "floor µs", "Humming µs", "moqc / Humming"]
-    heads += ["gate_up", "down", "routed", "plans"]
+    heads = [
+        "shape",
+        "tokens",
+        "bits",
+        "moqc µs",
+        "TB/s",
+        "TFLOP/s",
+        "floor µs",
+        "Humming µs",
+        "moqc / Humming",
+    ]
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for row in sorted(own, key=lambda r: (r["shape"], r["tokens"])):
         peer = peers.get((row["shape"], humming_bits(row["bits"]), row["tokens"]))
         against = ["–", "–"] if peer is None else [f"{peer:.1f}", f"{row['us'] / peer:.2f}"]
-        rate, least = row["hit_bytes"] / row["us"] / 1e6, floor_us(row, ceilings)
-        cells = [
-            row["shape"],
-            row["tokens"],
-            row["bits"],
-            f"**{row['us']:.1f}**",
-            f"{rate:.2f}",
-            f"{least:.1f}",
+        shape = SHAPES[row["shape"]]
+        flop = 6 * row["tokens"] * shape.top_k * shape.hidden * shape.intermediate
+        cells = [row["shape"], row["tokens"], row["bits"], f"**{row['us']:.1f}**"]
+        cells += [f"{row['hit_bytes'] / row['us'] / 1e6:.2f}", f"{flop / row['us'] / 1e6:.0f}"]
+        cells += [
+            f"{max(floor_us(row, ceilings), flop / ceilings['bf16_matmul_8192_tflop_per_s'] / 1e6):.1f}"
         ]
-        cells += [*against, f"{row['gate_up_us']:.1f}", f"{row['down_us']:.1f}"]
-        cells += ["–" if row["routed_us"] is None else f"{row['routed_us']:.1f}", " ".join(row["plans"])]
-        lines.append(f"| {' | '.join(map(str, cells))} |")
+        lines.append(f"| {' | '.join(map(str, [*cells, *against]))} |")
     return "\n".join(lines)
 
 
@@ -56,9 +63,13 @@ def main() -> None:
     folder, out, page = (Path(argument) for argument in sys.argv[1:4])
     read = {
         name: json.loads((folder / f"{name}.json").read_text())
-        for name in ("decode", "humming", "ceilings", "run")
+        for name in ("layers", "humming", "ceilings", "run")
     }
-    results = {"run": read["run"], "ceilings": read["ceilings"], "rows": [*read["decode"], *read["humming"]]}
+    results = {
+        "run": read["run"],
+        "ceilings": read["ceilings"],
+        "rows": [*read["layers"], *read["humming"], *read.get("grouped_mm", [])],
+    }
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(results, indent=1) + "\n")
     begin, _, rest = page.read_text().partition("<!-- table -->")

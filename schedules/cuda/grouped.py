@@ -21,24 +21,31 @@ from moqc.schedules.cuda.experts import Pointers, distinct, formats_of, layer_of
 from moqc.schedules.cuda.plan import MULTIPROCESSORS, SHARED_BYTES, ExpertsShape
 from moqc.schedules.cuda.toolchain import WARP_GROUP_THREADS
 
-X_STAGE = 16 * 1024
-"""Bytes of a stage of activations: 128 tokens x 64 columns."""
+ATOM = 1024
+"""Bytes of 64 columns of a slot's activations."""
+WEIGHTS = 104 * 1024
+"""Bytes of weights on their way to a block, at most; never less than two stages."""
 ROW_TILES = 16
 """Of a block's tile."""
 
 
-def rings(formats: Sequence[Format]) -> tuple[int, int]:
-    """Stages of activations and bytes of shared memory, beside two stages of weights."""
+TILE_SLOTS, GROUP, BUFFERS = 16, 1, 2
+"""Of a tile of tokens: slots at most. Steps of 16 columns whose weights are made at a time; in how many
+buffers."""
+
+
+def rings(formats: Sequence[Format]) -> tuple[str, int]:
+    """The C++ type that says how a block uses its shared memory, and its bytes."""
     groups = max(COLUMNS // fmt.group for fmt in formats)
     zeros = 0 if all(fmt.symmetric for fmt in formats) else groups * 16
-    weights = ROW_TILES * (max(fmt.bits for fmt in formats) * 512 + groups * 32 + zeros)
-    fixed = 2 * weights + 2 * X_STAGE + 1024
-    stages = min((SHARED_BYTES - fixed) // X_STAGE, 8)
-    if stages < 2:
-        raise UserError(
-            f"formats {', '.join(map(str, formats))} together do not fit the shared memory of a block"
-        )
-    return stages, fixed + stages * X_STAGE
+    unit = ROW_TILES * (max(fmt.bits for fmt in formats) * 512 + groups * 32 + zeros)
+    weights, stage = min(max(WEIGHTS // unit, 2), 6), TILE_SLOTS * ATOM
+    fixed = weights * unit + 2 * stage + 1024
+    stages = min((SHARED_BYTES - fixed) // stage, 8)
+    if stages < 3:
+        raise UserError(f"formats {', '.join(map(str, formats))} do not fit the shared memory of a block")
+    numbers = f"{TILE_SLOTS}, {GROUP}, {BUFFERS}, {stages}, {weights}"
+    return f"moqc::Rings<{numbers}, {formats_of(formats)}>", fixed + stages * stage
 
 
 def launch_grouped(
@@ -47,29 +54,19 @@ def launch_grouped(
     """Both products for at most `slots` listed slots; the workspace has room for `capacity`."""
     count, room = tirx.Cast("int32", tokens), tirx.Cast("int32", capacity)
     threads = max(-(-shape.experts // 32) * 32, 256)
-    k.launch(1, threads, 0, f"moqc::list_tiles<{shape.experts}>", at["slots"], at["hit"], at["tiles"])
+    lister = f"moqc::list_tiles<{shape.experts}, {TILE_SLOTS}>"
+    k.launch(1, threads, 0, lister, at["slots"], at["hit"], at["tiles"])
     given = [at[name] for name in ("members", "hit", "images", "factors", "over")]
     k.launch(slots, 256, 0, f"moqc::gather<{shape.hidden}>", at["x"], count, *given, room, at["y"])
-    formats = distinct(shape.gate, shape.up)
-    stages, shared = rings(formats)
-    types = f"moqc::Rings<{stages}, 2, {formats_of(formats)}>"
+    types, shared = rings(distinct(shape.gate, shape.up))
     lists = ("tiles", "hit", "images", "factors", "shares", "over", "table", "gate_bias", "up_bias", "hidden")
     arguments = [*(at[name] for name in lists), room, *at["gate"], *at["up"]]
     for again in ("false", "true"):
         function = f"moqc::gate_up_grouped<{layer_of(shape)}, {types}, {again}, "
         function += f"{formats_of(shape.gate)}, {formats_of(shape.up)}>"
         k.launch(MULTIPROCESSORS, WARP_GROUP_THREADS, shared, function, *arguments)
-    formats = distinct(shape.down)
-    stages, shared = rings(formats)
-    types = f"moqc::Rings<{stages}, 2, {formats_of(formats)}>"
+    types, shared = rings(distinct(shape.down))
     names = ("tiles", "hit", "hidden", "shares", "members", "over", "table", "down_bias", "y")
     function = f"moqc::down_grouped<{layer_of(shape)}, {types}, {formats_of(shape.down)}>"
-    k.launch(
-        MULTIPROCESSORS,
-        WARP_GROUP_THREADS,
-        shared,
-        function,
-        *(at[name] for name in names),
-        room,
-        *at["down"],
-    )
+    arguments = [*(at[name] for name in names), room, *at["down"]]
+    k.launch(MULTIPROCESSORS, WARP_GROUP_THREADS, shared, function, *arguments)

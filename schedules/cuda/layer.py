@@ -31,8 +31,8 @@ from moqc.schedules.cuda.plan import (
 )
 from moqc.schedules.cuda.workspace import ALIGNMENT, capacity_of, sections, workspace_bytes
 
-GROUPED_PAIRS = 8
-"""Tokens an expert, on average, from which on the grouped product is used."""
+GROUPED_PAIRS = 12
+"""Tokens an expert, on average, from which on the grouped product was faster on an H200."""
 
 
 def grouped_from(shape: ExpertsShape) -> int:

@@ -6,16 +6,16 @@
 // order in which the codes come, so that a tile of up to 16 slots is one copy by the bulk copy engine.
 //
 // A block is two warp groups that multiply, each two blocks of 64 rows (gate and up of the same 64 outputs, or 128 rows of
-// one matrix) by up to 128 tokens, and a third of which one warp copies ahead, and which gives its registers to the others.
+// one matrix) by up to 128 tokens, and a third that copies ahead, and gives its registers to the others.
 // Blocks stay, and take tiles in turn.
 #ifndef MOQC_PREFILL
 #define MOQC_PREFILL
 
 namespace moqc {
 
-constexpr int TILE_SLOTS = 16;                 // of a tile: 128 tokens
 constexpr int ATOM = 1024;                     // bytes of an image: 8 tokens x 64 columns
-constexpr int MULTIPLIERS = 8;                 // warps; four more copy
+constexpr int MULTIPLIERS = 8;                 // warps; of four more, one copies activations
+constexpr int WEIGHT_COPIERS = 3;              // and three weights
 constexpr float HALF_LIMIT = 32768.0f;         // activations from here on are divided by a power of two
 
 // ---------------------------------------------------------------------------------------------- instructions
@@ -146,7 +146,7 @@ __device__ __forceinline__ void weights_of(word* a, const word (&c)[8], const Af
 struct Tokens { int expert, group, groups, first, slots; };
 
 // Lists the tiles, from the slots that `route` listed: one block of whole warps, EXPERTS threads or more.
-template <int EXPERTS> __device__ __forceinline__ void list_tiles(const void* slot_list, void* hit_and_tiles, void* tile_list) {
+template <int EXPERTS, int TILE_SLOTS> __device__ __forceinline__ void list_tiles(const void* slot_list, void* hit_and_tiles, void* tile_list) {
   __shared__ int counts[EXPERTS], starts[EXPERTS], sums[32];
   wait_for_previous_kernel();
   start_next_kernel();
@@ -176,7 +176,7 @@ template <int EXPERTS> __device__ __forceinline__ void list_tiles(const void* sl
 
 // Item `item` of all (tile of tokens, one of ROW_BLOCKS): an expert's tiles of tokens follow one another for each of its
 // row blocks, so that weights are read from memory once. `tile.first` and `tile.slots` become the tile's own.
-template <int ROW_BLOCKS> __device__ __forceinline__ Tokens take(const void* tile_list, int item, int& rows) {
+template <int ROW_BLOCKS, int TILE_SLOTS> __device__ __forceinline__ Tokens take(const void* tile_list, int item, int& rows) {
   Tokens tile = ((const Tokens*)tile_list)[item / ROW_BLOCKS];
   const int local = item - tile.group * ROW_BLOCKS, number = local % tile.groups;
   rows = local / tile.groups;
@@ -200,12 +200,14 @@ __device__ __forceinline__ void gather(const X* x, int tokens, const void* membe
   const int token = ((const int*)member_list)[slot * 8 + row];
   const X* from = x + (long long)max(token, 0) * H;
   float most = 0.0f;
-  for (int k = 2 * lane; k < H && token >= 0; k += 64) most = fmaxf(most, largest_of(*(const Pair*)(from + k)));
+#pragma unroll 8
+  for (int k = 2 * lane; k < (token >= 0 ? H : 0); k += 64) most = fmaxf(most, largest_of(*(const Pair*)(from + k)));
 #pragma unroll
   for (int other = 16; other > 0; other /= 2) most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, other));
   const int shift = most < HALF_LIMIT ? 0 : shift_of(most);
   if (lane == 0) ((float*)factor_list)[slot * 8 + row] = power(shift), ((word*)over_list)[slot * 8 + row] = 0;
   const float by = power(-shift);
+#pragma unroll 4
   for (int i = lane; i < BLOCKS * 8; i += 32) {   // chunks of 8 columns, as the image has them
     const int block = i / 8, chunk = i % 8;
     word words[4];
@@ -224,9 +226,11 @@ __device__ __forceinline__ void gather(const X* x, int tokens, const void* membe
 // ---------------------------------------------------------------------------------------------- the product
 // Shared memory of a block: the ring of activations, 64 columns a stage; that of weights, a unit of all 16 row tiles a
 // stage, each with scales and zeros; two images' worth for results; barriers.
-template <int X_STAGES_, int W_STAGES_, class All_> struct Rings {
+template <int SLOTS_, int GROUP_, int BUFFERS_, int X_STAGES_, int W_STAGES_, class All_> struct Rings {
   using All = All_;
-  static constexpr int X_STAGES = X_STAGES_, W_STAGES = W_STAGES_, X_BYTES = TILE_SLOTS * ATOM;
+  static constexpr int SLOTS = SLOTS_;   // of a tile of tokens, at most
+  static constexpr int GROUP = GROUP_, BUFFERS = BUFFERS_;   // see multiply_tile
+  static constexpr int X_STAGES = X_STAGES_, W_STAGES = W_STAGES_, X_BYTES = SLOTS_ * ATOM;
   static constexpr int SCALES = All::GROUPS * 32, ZEROS = All::HAS_ZEROS ? All::GROUPS * 16 : 0;   // of a row tile
   static constexpr int TILE = All::BITS * 512 + SCALES + ZEROS, W_BYTES = 16 * TILE;
   static constexpr int W_AT = X_STAGES * X_BYTES, OUT_AT = W_AT + W_STAGES * W_BYTES, BARRIERS_AT = OUT_AT + 2 * X_BYTES;
@@ -245,53 +249,58 @@ template <class... Fs> __device__ __forceinline__ Matrix matrix_of(Formats<Fs...
 }
 
 #if __CUDA_ARCH_FEAT_SM90_ALL
-// The copying warp's share of one tile: UNITS units of weights, and the activations beside them.
-template <class R, int UNITS, int ROW_TILES>
-__device__ __forceinline__ void copy_tile(word shared, const Matrix& matrix, int row_tile, const char* images, long long block_stride, int slots, int& x_count, int& w_count, int lane) {
+// The copying warp group's share of one tile: its first warp fetches the activations, 64 columns at a time, the others
+// UNITS units of weights: of 16 row tiles, which are rows of matrix `first` or, every second four, of `second`.
+template <class R, int UNITS>
+__device__ __forceinline__ void copy_x(word shared, const char* images, long long block_stride, int slots, int& count) {
   const word barriers = shared + R::BARRIERS_AT;
-  const int place = min(row_tile, ROW_TILES - 1);
 #pragma unroll 1
-  for (int unit = 0; unit < UNITS; ++unit) {
-    const int stage = w_count % R::W_STAGES;
-    const word full = barriers + 8 * (2 * R::X_STAGES + stage), empty = full + 8 * R::W_STAGES;
-    barrier_wait(empty, (w_count / R::W_STAGES & 1) ^ 1);
-    int bytes = 0;
-    if (lane < 16) with_format(typename R::All{}, matrix.id, [&](auto format) {
+  for (int block = 0; block < 4 * UNITS; ++block, ++count) {
+    const int stage = count % R::X_STAGES;
+    const word full = barriers + 8 * stage, empty = full + 8 * R::X_STAGES;
+    barrier_wait(empty, (count / R::X_STAGES & 1) ^ 1);
+    barrier_expect(full, slots * ATOM);
+    bulk_copy(shared + stage * R::X_BYTES, images + block * block_stride, slots * ATOM, full);
+  }
+}
+template <class R, int UNITS, class Where> __device__ __forceinline__ void copy_weights(word shared, Where where, int& count, int warp, int lane) {
+  const word barriers = shared + R::BARRIERS_AT;
+  const int number = warp + WEIGHT_COPIERS * lane;   // of 16 row tiles, a lane each
+  int row_tile = 0, bytes = 0;
+  Matrix matrix = {nullptr, nullptr, nullptr, 0};
+  if (number < 16) {
+    matrix = where(number, row_tile);
+    with_format(typename R::All{}, matrix.id, [&](auto format) {
       using F = decltype(format);
       bytes = F::BITS * 512 + F::GROUPS * 32 + (F::SYMMETRIC ? 0 : F::GROUPS * 16);
     });
+  }
 #pragma unroll
-    for (int other = 16; other > 0; other /= 2) bytes += __shfl_xor_sync(0xffffffffu, bytes, other);
+  for (int other = 4; other > 0; other /= 2) bytes += __shfl_xor_sync(0xffffffffu, bytes, other);   // of lanes 0 to 7
+#pragma unroll 1
+  for (int unit = 0; unit < UNITS; ++unit, ++count) {
+    const int stage = count % R::W_STAGES;
+    const word full = barriers + 8 * (2 * R::X_STAGES + stage), empty = full + 8 * R::W_STAGES;
+    barrier_wait(empty, (count / R::W_STAGES & 1) ^ 1);
     if (lane == 0) barrier_expect(full, bytes);
     __syncwarp();
-    if (lane < 16) with_format(typename R::All{}, matrix.id, [&](auto format) {
+    if (number < 16) with_format(typename R::All{}, matrix.id, [&](auto format) {
       using F = decltype(format);
-      const long long at = (long long)place * UNITS + unit;
-      const word to = shared + R::W_AT + stage * R::W_BYTES + lane * R::TILE;
+      const long long at = (long long)row_tile * UNITS + unit;
+      const word to = shared + R::W_AT + stage * R::W_BYTES + number * R::TILE, scales = to + R::All::BITS * 512;
       bulk_copy(to, matrix.codes + at * (F::BITS * 512), F::BITS * 512, full);
-      bulk_copy(to + R::All::BITS * 512, matrix.scales + at * (F::GROUPS * 32), F::GROUPS * 32, full);
-      if (!F::SYMMETRIC) bulk_copy(to + R::All::BITS * 512 + R::SCALES, matrix.zeros + at * (F::GROUPS * 16), F::GROUPS * 16, full);
+      bulk_copy(scales, matrix.scales + at * (F::GROUPS * 32), F::GROUPS * 32, full);
+      if (!F::SYMMETRIC) bulk_copy(scales + R::SCALES, matrix.zeros + at * (F::GROUPS * 16), F::GROUPS * 16, full);
     });
-    ++w_count;
-    if (lane == 0) {
-#pragma unroll 1
-      for (int quarter = 0; quarter < 4; ++quarter, ++x_count) {
-        const int x_stage = x_count % R::X_STAGES;
-        const word x_full = barriers + 8 * x_stage, x_empty = x_full + 8 * R::X_STAGES;
-        barrier_wait(x_empty, (x_count / R::X_STAGES & 1) ^ 1);
-        barrier_expect(x_full, slots * ATOM);
-        bulk_copy(shared + x_stage * R::X_BYTES, images + (4 * unit + quarter) * block_stride, slots * ATOM, x_full);
-      }
-    }
-    x_count = __shfl_sync(0xffffffffu, x_count, 0);
   }
 }
 
-// A warp's share of one tile: d[0] and d[1] = two blocks of 64 rows times N tokens.
-template <int N, class R, int UNITS> __device__ __forceinline__ void multiply_tile(float (&d)[2][64], char* memory, const int (&ids)[2], int& x_count, int& w_count, int warp, int lane) {
+// A warp's share of one tile: d[0] and d[1] = two blocks of 64 rows times N tokens. Weights are made for GROUP steps of 16
+// columns at a time, into one of BUFFERS, while the tensor core works on those before.
+template <int N, int GROUP, int BUFFERS, class R, int UNITS> __device__ __forceinline__ void multiply_tile(float (&d)[2][64], char* memory, const int (&ids)[2], int& x_count, int& w_count, int warp, int lane) {
   const word shared = shared_address(memory), barriers = shared + R::BARRIERS_AT;
-  const int group = warp / 4;
-  word a[2][2][4];   // every second step, block of rows
+  const auto release_x = [&] { barrier_arrive(barriers + 8 * (R::X_STAGES + (x_count - 1) % R::X_STAGES)); };
+  word a[BUFFERS][GROUP][2][4];   // step, block of rows
 #pragma unroll
   for (int i = 0; i < N / 2; ++i) d[0][i] = d[1][i] = 0.0f;
 #pragma unroll 1
@@ -300,7 +309,7 @@ template <int N, class R, int UNITS> __device__ __forceinline__ void multiply_ti
     const word full = barriers + 8 * (2 * R::X_STAGES + stage), empty = full + 8 * R::W_STAGES;
     barrier_wait(full, w_count / R::W_STAGES & 1);
     ++w_count;
-    const char* tiles = memory + R::W_AT + stage * R::W_BYTES + (group * 8 + warp % 4) * R::TILE;
+    const char* tiles = memory + R::W_AT + stage * R::W_BYTES + (warp / 4 * 8 + warp % 4) * R::TILE;
 #pragma unroll 1
     for (int quarter = 0; quarter < 4; ++quarter) {
       word c[2][8];
@@ -324,15 +333,24 @@ template <int N, class R, int UNITS> __device__ __forceinline__ void multiply_ti
       barrier_wait(barriers + 8 * x_stage, x_count / R::X_STAGES & 1);
       const unsigned long long b = descriptor(shared + x_stage * R::X_BYTES);
 #pragma unroll
-      for (int step = 0; step < 4; ++step) {
-        wgmma_wait<1>();   // of the step before the last: its registers are free
-        if (step == 1 && (unit > 0 || quarter > 0) && lane == 0)   // and so is the stage before
-          barrier_arrive(barriers + 8 * (R::X_STAGES + (x_count + R::X_STAGES - 1) % R::X_STAGES));
+      for (int group = 0; group < 4 / GROUP; ++group) {
+        wgmma_wait<BUFFERS - 1>();   // its registers are free
+        if (group == BUFFERS - 1 && (unit > 0 || quarter > 0) && lane == 0) release_x();   // and so is the stage before
+        word(&w)[GROUP][2][4] = a[group % BUFFERS];
 #pragma unroll
-        for (int block = 0; block < 2; ++block) weights_of(a[step % 2][block], c[block], by[block][step / 2], step);
+        for (int step = 0; step < GROUP; ++step)
+#pragma unroll
+          for (int block = 0; block < 2; ++block) {
+            const int at = group * GROUP + step;
+            weights_of(w[step][block], c[block], by[block][at / 2], at);
+#pragma unroll
+            for (int i = 0; i < 4; ++i) asm volatile("" : "+r"(w[step][block][i])::"memory");   // made before the fence
+          }
         wgmma_fence();
 #pragma unroll
-        for (int block = 0; block < 2; ++block) Wgmma<N>::run(d[block], a[step % 2][block], b + step * 2);
+        for (int step = 0; step < GROUP; ++step)
+#pragma unroll
+          for (int block = 0; block < 2; ++block) Wgmma<N>::run(d[block], w[step][block], b + (group * GROUP + step) * 2);
         wgmma_commit();
       }
       ++x_count;
@@ -340,7 +358,7 @@ template <int N, class R, int UNITS> __device__ __forceinline__ void multiply_ti
   }
   wgmma_wait<0>();
   __syncwarp();
-  if (lane == 0) barrier_arrive(barriers + 8 * (R::X_STAGES + (x_count + R::X_STAGES - 1) % R::X_STAGES));
+  if (lane == 0) release_x();
 }
 
 // Lanes g and g ^ 1 of 8 (rows) swap, so that each has both rows of one of two tokens.
@@ -353,36 +371,39 @@ __device__ __forceinline__ float2 both_rows(float token0, float token1, int lane
 template <int VALUE> struct Number { static constexpr int value = VALUE; };
 
 // The frame of both products: `finish(d, tile, rows, n)` takes a tile's results, n tokens of them computed.
-template <class R, int UNITS, int ROW_TILES, int ROW_BLOCKS, class Where, class Finish>
+template <class R, int UNITS, int ROW_BLOCKS, class Where, class Finish>
 __device__ __forceinline__ void grouped(char* memory, const void* tile_list, int items, const char* images, int capacity, Where where, Finish finish) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const word barriers = shared_address(memory) + R::BARRIERS_AT;
   if (threadIdx.x == 0) {
     for (int i = 0; i < R::X_STAGES; ++i) barrier_init(barriers + 8 * i, 1), barrier_init(barriers + 8 * (R::X_STAGES + i), MULTIPLIERS);
-    for (int i = 0; i < R::W_STAGES; ++i) barrier_init(barriers + 8 * (2 * R::X_STAGES + i), 1), barrier_init(barriers + 8 * (2 * R::X_STAGES + R::W_STAGES + i), MULTIPLIERS);
+    for (int i = 0; i < R::W_STAGES; ++i) barrier_init(barriers + 8 * (2 * R::X_STAGES + i), WEIGHT_COPIERS), barrier_init(barriers + 8 * (2 * R::X_STAGES + R::W_STAGES + i), MULTIPLIERS);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
   __syncthreads();
   int x_count = 0, w_count = 0, rows, row_tile;
   if (warp >= MULTIPLIERS) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
-    if (warp == MULTIPLIERS) {
 #pragma unroll 1
-      for (int item = blockIdx.x; item < items; item += gridDim.x) {
-        const Tokens tile = take<ROW_BLOCKS>(tile_list, item, rows);
-        const Matrix matrix = where(tile.expert, rows, lane % 16, row_tile);
-        copy_tile<R, UNITS, ROW_TILES>(shared_address(memory), matrix, row_tile, images + (long long)tile.first * ATOM, (long long)capacity * ATOM, tile.slots, x_count, w_count, lane);
+    for (int item = blockIdx.x; item < items; item += gridDim.x) {
+      const Tokens tile = take<ROW_BLOCKS, R::SLOTS>(tile_list, item, rows);
+      if (warp > MULTIPLIERS) {
+        const auto matrices = where(tile.expert, rows);
+        copy_weights<R, UNITS>(shared_address(memory), matrices, w_count, warp - MULTIPLIERS - 1, lane);
+      } else if (lane == 0) {
+        copy_x<R, UNITS>(shared_address(memory), images + (long long)tile.first * ATOM, (long long)capacity * ATOM, tile.slots, x_count);
       }
     }
   } else {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
 #pragma unroll 1
     for (int item = blockIdx.x; item < items; item += gridDim.x) {
-      const Tokens tile = take<ROW_BLOCKS>(tile_list, item, rows);
-      const int ids[2] = {where(tile.expert, rows, warp / 4 * 8, row_tile).id, where(tile.expert, rows, warp / 4 * 8 + 4, row_tile).id};
+      const Tokens tile = take<ROW_BLOCKS, R::SLOTS>(tile_list, item, rows);
+      const auto matrices = where(tile.expert, rows);
+      const int ids[2] = {matrices(0, row_tile).id, matrices(4, row_tile).id};
       float d[2][64];
       const auto run = [&](auto n) {
-        multiply_tile<decltype(n)::value, R, UNITS>(d, memory, ids, x_count, w_count, warp, lane);
+        multiply_tile<decltype(n)::value, R::GROUP, R::BUFFERS, R, UNITS>(d, memory, ids, x_count, w_count, warp, lane);
         finish(d, tile, rows, n);
       };
       if (tile.slots <= 4) run(Number<32>{});
@@ -408,14 +429,16 @@ __device__ __forceinline__ void gate_up_grouped(void* memory, const void* tile_l
   const void* const tensors[] = {packed...};
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, group = warp / 4;
   char* out = (char*)memory + R::OUT_AT + group * R::X_BYTES;
-  const auto where = [&](int expert, int rows, int number, int& row_tile) {   // number: of 16 row tiles
-    const bool gate = L::GATED && number % 8 < 4;
-    row_tile = L::GATED ? rows * 8 + number / 8 * 4 + number % 4 : rows * 16 + number;
-    constexpr long long UNITS_EACH = (long long)ROW_TILES * UNITS;
-    const int2 place = gate ? (Gates::COUNT == 1 ? make_int2(0, expert) : __ldg((const int2*)table + expert))
-                            : (Ups::COUNT == 1 ? make_int2(0, expert) : __ldg((const int2*)table + L::EXPERTS + expert));
-    if constexpr (L::GATED) if (gate) return matrix_of(Gates{}, tensors, place, UNITS_EACH);
-    return matrix_of(Ups{}, tensors + 3 * Gates::COUNT, place, UNITS_EACH);
+  const auto where = [&](int expert, int rows) {
+    constexpr long long EACH = (long long)ROW_TILES * UNITS;
+    const int2 second_at = Ups::COUNT == 1 ? make_int2(0, expert) : __ldg((const int2*)table + L::EXPERTS + expert);
+    const Matrix second = matrix_of(Ups{}, tensors + 3 * Gates::COUNT, second_at, EACH);
+    Matrix first = second;
+    if constexpr (L::GATED) first = matrix_of(Gates{}, tensors, Gates::COUNT == 1 ? make_int2(0, expert) : __ldg((const int2*)table + expert), EACH);
+    return [=](int number, int& row_tile) {   // of 16 row tiles
+      row_tile = min(L::GATED ? rows * 8 + number / 8 * 4 + number % 4 : rows * 16 + number, ROW_TILES - 1);
+      return L::GATED && number % 8 < 4 ? first : second;
+    };
   };
   const auto finish = [&](float (&d)[2][64], const Tokens& tile, int rows, auto n) {
     constexpr int N = decltype(n)::value;
@@ -465,7 +488,7 @@ __device__ __forceinline__ void gate_up_grouped(void* memory, const void* tile_l
         bulk_store((char*)hidden_images + ((long long)(row0 / 64) * capacity + tile.first) * ATOM, shared_address(out), tile.slots * ATOM);
     }
   };
-  grouped<R, UNITS, ROW_TILES, ROW_BLOCKS>((char*)memory, tile_list, ((const int*)hit)[1] * ROW_BLOCKS, (const char*)x_images, capacity, where, finish);
+  grouped<R, UNITS, ROW_BLOCKS>((char*)memory, tile_list, ((const int*)hit)[1] * ROW_BLOCKS, (const char*)x_images, capacity, where, finish);
   if (threadIdx.x % 128 == 0) bulk_store_finish();
 #endif
 }
@@ -479,10 +502,13 @@ __device__ __forceinline__ void down_grouped(void* memory, const void* tile_list
   wait_for_previous_kernel();
   const void* const tensors[] = {packed...};
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, group = warp / 4;
-  const auto where = [&](int expert, int rows, int number, int& row_tile) {
-    row_tile = rows * 16 + number;
+  const auto where = [&](int expert, int rows) {
     const int2 place = Downs::COUNT == 1 ? make_int2(0, expert) : __ldg((const int2*)table + 2 * L::EXPERTS + expert);
-    return matrix_of(Downs{}, tensors, place, (long long)ROW_TILES * UNITS);
+    const Matrix matrix = matrix_of(Downs{}, tensors, place, (long long)ROW_TILES * UNITS);
+    return [=](int number, int& row_tile) {
+      row_tile = min(rows * 16 + number, ROW_TILES - 1);
+      return matrix;
+    };
   };
   const auto finish = [&](float (&d)[2][64], const Tokens& tile, int rows, auto n) {
     constexpr int N = decltype(n)::value;
@@ -510,7 +536,7 @@ __device__ __forceinline__ void down_grouped(void* memory, const void* tile_list
         }
     }
   };
-  grouped<R, UNITS, ROW_TILES, ROW_BLOCKS>((char*)memory, tile_list, ((const int*)hit)[1] * ROW_BLOCKS, (const char*)hidden_images, capacity, where, finish);
+  grouped<R, UNITS, ROW_BLOCKS>((char*)memory, tile_list, ((const int*)hit)[1] * ROW_BLOCKS, (const char*)hidden_images, capacity, where, finish);
 #endif
 }
 
