@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import tempfile
@@ -25,7 +26,7 @@ from moqc.manifest import (
     record_files,
     write_manifest,
 )
-from moqc.tensorfile import StoredTensor, create_tensors
+from moqc.tensorfile import LINE_BYTES, StoredTensor, create_tensors
 
 SHARD_BYTES = 2 << 30
 """Largest parameter file, unless a single tensor is larger."""
@@ -171,6 +172,10 @@ def copy_metadata(source: Path, folder: Path) -> None:
             shutil.copyfile(path, folder / path.name)
 
 
+def _ends_within_a_line(parameter: Parameter) -> bool:
+    return math.prod(parameter.shape) * np.dtype(parameter.dtype).itemsize % LINE_BYTES != 0
+
+
 def write_parameters(
     folder: Path,
     parameters: Sequence[Parameter],
@@ -178,9 +183,12 @@ def write_parameters(
     *,
     shard_bytes: int = SHARD_BYTES,
 ) -> dict[str, int]:
-    """Write ``params-00001.safetensors`` and on; name -> stored bytes. One tensor is in memory at a time."""
+    """Write ``params-00001.safetensors`` and on; name -> stored bytes. One tensor is in memory at a time.
+
+    Tensors of whole cache lines come first, so that they start at one too and need not be copied when loaded.
+    """
     stored: dict[str, int] = {}
-    pending = [parameter.name for parameter in parameters]
+    pending = [parameter.name for parameter in sorted(parameters, key=_ends_within_a_line)]
     shapes = {parameter.name: parameter.shape for parameter in parameters}
     tensors = track(((name, load(name)) for name in pending), "writing parameters", len(pending))
     item = next(tensors, None)

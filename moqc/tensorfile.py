@@ -33,6 +33,8 @@ DTYPES: dict[str, np.dtype[Any]] = {
 }
 """safetensors type name -> numpy type that holds its bits."""
 
+LINE_BYTES = 64
+"""A cache line: the data of a file starts at a multiple of it, and kernels expect tensors to."""
 _NAMES = {dtype: name for name, dtype in DTYPES.items() if name != "BF16"}
 _ENTRY_BYTES = 160
 """Room one header entry needs beside its name: type, up to eight extents, two offsets."""
@@ -70,6 +72,7 @@ class StoredTensor:
 def open_tensors(path: Path) -> dict[str, StoredTensor]:
     """The tensors of a safetensors file, memory-mapped: nothing is read before it is used.
 
+    The arrays are private copies-on-write: whoever writes into one does not change the file.
     Raises ArtifactError when the header does not fit the file.
     """
     try:
@@ -83,7 +86,7 @@ def open_tensors(path: Path) -> dict[str, StoredTensor]:
         header.pop("__metadata__", None)
         if path.stat().st_size == 8 + length:  # nothing but empty tensors; such a file cannot be mapped
             return {name: _view(np.empty(0, np.uint8), entry) for name, entry in header.items()}
-        raw = np.memmap(path, dtype=np.uint8, mode="r", offset=8 + length)
+        raw = np.memmap(path, dtype=np.uint8, mode="c", offset=8 + length)
         return {name: _view(raw, entry) for name, entry in header.items()}
     except (ValueError, KeyError) as error:
         raise ArtifactError(f"{path}: not a valid safetensors file ({error})") from error
@@ -110,7 +113,7 @@ class TensorWriter:
 
     def __post_init__(self) -> None:
         room = sum(len(json.dumps(name)) + _ENTRY_BYTES for name in self.names) + 2
-        self._room = -(-(room + 8) // 64) * 64 - 8  # data starts on a cache line
+        self._room = -(-(room + 8) // LINE_BYTES) * LINE_BYTES - 8
         self.stream.seek(8 + self._room)
 
     def add(self, name: str, tensor: StoredTensor) -> int:

@@ -22,12 +22,21 @@ def test_shards_hold_every_tensor_once(tmp_path):
     wanted = parameters((10,), (10,), (100,), (5,), (0,), (10,))
     arrays = {p.name: np.full(p.shape, at, np.float32) for at, p in enumerate(wanted)}
     stored = write_parameters(tmp_path, wanted, lambda name: StoredTensor.of(arrays[name]), shard_bytes=80)
-    files = [open_tensors(path) for path in sorted(tmp_path.iterdir())]
-    assert [list(file) for file in files] == [["p0", "p1"], ["p2"], ["p3", "p4", "p5"]]
+    files = [open_tensors(path) for path in sorted(tmp_path.iterdir())]  # p4, empty, is whole lines
+    assert [list(file) for file in files] == [["p4", "p0", "p1"], ["p2"], ["p3", "p5"]]
     assert stored == {name: array.nbytes for name, array in arrays.items()}
     for file in files:
         for name, tensor in file.items():
             np.testing.assert_array_equal(tensor.data, arrays[name])
+
+
+def test_tensors_of_whole_lines_start_at_one(tmp_path):
+    shapes = {"odd": (3,), "even": (32,), "more": (5,), "last": (2, 16)}
+    parameters = [Parameter(name=name, shape=shape, dtype="float32") for name, shape in shapes.items()]
+    write_parameters(tmp_path, parameters, lambda name: StoredTensor.of(np.ones(shapes[name], np.float32)))
+    tensors = open_tensors(tmp_path / "params-00001.safetensors")
+    assert [tensors[name].data.ctypes.data % 64 for name in ("even", "last")] == [0, 0]
+    assert set(tensors) == set(shapes)
 
 
 def test_one_tensor_at_a_time(tmp_path):

@@ -256,5 +256,5 @@ def load_weights(device: Device, folder: Path, manifest: Manifest) -> Any:
             raise ArtifactError(
                 f"{folder}: {parameter.name} is {source.data.shape}, not {parameter.shape}; compile again"
             )
-        weights.append(device.filled(parameter.shape, parameter.dtype, source.copy_to))
+        weights.append(device.stored(source, parameter.dtype))
     return device.group(weights)

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moqc.runtime.cuda import Graph, Stream, load_cuda
+from moqc.tensorfile import LINE_BYTES, StoredTensor
 
 Array = NDArray[Any]
 _VOID = ctypes.c_void_p
@@ -29,6 +30,9 @@ class Device(Protocol):
 
     def filled(self, shape: Sequence[int], dtype: str, fill: Callable[[Array], None]) -> Any:
         """A tensor whose content `fill` writes into an array of the host."""
+
+    def stored(self, source: StoredTensor, dtype: str) -> Any:
+        """A tensor of type `dtype` with the values of a file's; ArtifactError where that is not exact."""
 
     def zeros(self, shape: Sequence[int], dtype: str) -> Any:
         """A tensor of zeros."""
@@ -60,6 +64,13 @@ class Cpu:
         tensor = self._runtime.empty(shape, dtype)
         fill(np.from_dlpack(tensor))
         return tensor
+
+    def stored(self, source: StoredTensor, dtype: str) -> Any:
+        """See `Device`. The file's pages themselves where they are aligned and of this type, else a copy."""
+        data = source.data
+        if data.size and data.dtype == dtype and data.ctypes.data % LINE_BYTES == 0:
+            return self._runtime.from_dlpack(data)
+        return self.filled(data.shape, dtype, source.copy_to)
 
     def zeros(self, shape: Sequence[int], dtype: str) -> Any:
         """See `Device`."""
@@ -97,6 +108,10 @@ class Cuda:
         array: Array = np.empty(shape, dtype)
         fill(array)
         return self.put(array)
+
+    def stored(self, source: StoredTensor, dtype: str) -> Any:
+        """See `Device`."""
+        return self.filled(source.data.shape, dtype, source.copy_to)
 
     def zeros(self, shape: Sequence[int], dtype: str) -> Any:
         """See `Device`."""
