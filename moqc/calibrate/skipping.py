@@ -16,7 +16,7 @@ from moqc.frontend.checkpoint import Checkpoint
 from moqc.quant.routing import Pruning
 from moqc.quant.skips import RoutingSample, calibrate, most_share
 
-VERSION = 1
+VERSION = 2
 """Of the calibration of rules; part of the key of losses."""
 
 FLOOR = 1e-3

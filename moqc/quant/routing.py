@@ -58,7 +58,7 @@ class SitePruning:
     above `peak` (massive activations), or whose two largest weights differ by less than `margin` times their
     sum (the router cannot tell). A token of position below 0 is padding, and keeps nothing.
 
-    `renormalize`: the model divides routing weights by their sum, so kept ones are scaled to the sum of all.
+    `renormalize`: what is kept is scaled to the sum of all, as a model does that divides by the sum.
     """
 
     kind: Kind

@@ -72,9 +72,9 @@ class RoutingSample:
         """Which pairs `pruning` keeps, bool [T, k]."""
         return pruning.select(self.features, self.ids, self.weights)
 
-    def errors(self, keep: Tensor) -> Tensor:
+    def errors(self, keep: Tensor, renormalize: bool) -> Tensor:
         """Squared error of the block's output relative to the output's square, float32 [T]."""
-        kept = drop(self.ids, self.weights, keep, self.renormalize)[1]
+        kept = drop(self.ids, self.weights, keep, renormalize)[1]
         return _quadratic(self.grams, self.weights - kept).clamp(min=0) / self.output_square
 
     def skipped(self, pruning: Pruning) -> float:
@@ -85,20 +85,14 @@ class RoutingSample:
     def strength(self) -> Tensor:
         """Calibrated contribution of each expert per unit of routing weight, float32 [E].
 
-        The mean over its tokens of the relative change of the block's output when this expert alone is
-        dropped, as the model renormalizes, over the routing weight. Where nothing is renormalized that is
-        ``E ||w E(x)|| / (w ||y||)``. An expert that saw no token gets the mean of all.
+        ``E ||E(x)|| / ||y||``, the mean over its tokens of the norm of its output relative to that of the
+        block. An expert that saw no token gets the mean of all.
         """
-        changes = torch.stack([self._without(slot) for slot in range(self.ids.shape[1])], 1)
-        per_weight = changes / self.weights.abs().clamp(min=1e-20)
+        norms = self.grams.diagonal(dim1=1, dim2=2).clamp(min=0).sqrt()
+        per_weight = norms / self.output_square.sqrt()[:, None]
         total = torch.zeros(self.experts).index_add_(0, self.ids.flatten(), per_weight.flatten())
         count = torch.bincount(self.ids.flatten(), minlength=self.experts)
         return torch.where(count > 0, total / count.clamp(min=1), per_weight.mean())
-
-    def _without(self, slot: int) -> Tensor:
-        keep = torch.ones_like(self.ids, dtype=torch.bool)
-        keep[:, slot] = False
-        return self.errors(keep).sqrt()
 
 
 def _quadratic(grams: Tensor, weights: Tensor) -> Tensor:
@@ -212,7 +206,8 @@ class _Curve:
 
     @classmethod
     def measure(cls, sample: RoutingSample, curvature: float) -> _Curve:
-        base = SitePruning("mass", 1.0, sample.strength, sample.renormalize, EXPONENT)
+        # Scaling what is left, as the model would, doubles the error (docs/methods.md): weights stay.
+        base = SitePruning("mass", 1.0, sample.strength, False, EXPONENT)
         base = _protected(base, sample)
         scores = base.contributions(sample.ids, sample.weights).sort(dim=1, descending=True).values
         # The limits at which a pair goes: in equal numbers of pairs between two.
@@ -223,7 +218,7 @@ class _Curve:
             keep = sample.keep(replace(base, limit=limit))
             limits.append(limit)
             skips.append(float((~keep).sum()))
-            harm.append(curvature * float(sample.errors(keep).double().sum()))
+            harm.append(curvature * float(sample.errors(keep, base.renormalize).double().sum()))
         return cls(base, limits, skips, harm)
 
     def cheapest(self, price: float) -> int:

@@ -59,12 +59,12 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     },
     "gpt_oss": {"num_local_experts": 8, "head_dim": 8, "sliding_window": 4},
 }
-RENORMALIZES = {"qwen3_moe": 1, "olmoe": 0, "mixtral": 1, "deepseek_v3": 1, "gpt_oss": 1}
+RENORMALIZES = {"qwen3_moe": 0, "olmoe": 0, "mixtral": 1, "deepseek_v3": 1, "gpt_oss": 1}
 RULES = {
     "qwen3_moe": "mass",
     "olmoe": "mass",
     "mixtral": "odp",
-    "deepseek_v3": "mass",
+    "deepseek_v3": "odp",
     "gpt_oss": "topk-threshold",
 }
 SHARE = 0.3

@@ -75,7 +75,7 @@ def test_the_report_counts_pairs(pruned):
     assert 1 - kept / chosen == pytest.approx(0.2, abs=0.02)
     for entry in report.values():
         assert entry["cold"] == [expert for expert, pairs in enumerate(entry["kept"]) if pairs == 0]
-        assert (entry["rule"], entry["renormalize"], entry["policy"]) == ("mass", 1, "keep")
+        assert (entry["rule"], entry["renormalize"], entry["policy"]) == ("mass", 0, "keep")
         assert entry["skipped_ppm"] == round(1e6 * (1 - sum(entry["kept"]) / sum(entry["chosen"])))
 
 
