@@ -11,11 +11,15 @@ import torch
 
 import moqc
 import moqc.api
-from moqc.calibrate.quantize import quantize_experts, reference_forward
+from moqc.calibrate.layers import LayeredModel
+from moqc.calibrate.quantize import experts_function, quantize_experts, reference_forward
+from moqc.calibrate.routing import PrunedExperts
+from moqc.calibrate.skipping import Skipping
 from moqc.calibrate.workspace import Workspace
 from moqc.errors import BudgetError, UserError
 from moqc.evaluate.summary import markdown, table
 from moqc.frontend.checkpoint import Checkpoint
+from moqc.inputs import read_calibration
 from moqc.ir.annotations import BITS
 from moqc.ir.text import parse_module
 from moqc.manifest import read_manifest
@@ -338,3 +342,36 @@ def test_plan_counts_the_same_bytes(compiled, model):
     assert plan.chosen.stored.parameter_bytes == manifest.sizes.parameter_bytes
     elements = sum(shape[1] * shape[3] for shape in manifest.cache.tensors)
     assert plan.chosen.stored.kv_bytes_per_token == 4 * elements
+
+
+def test_a_pruned_model_skips_and_says_what(model, tmp_path):
+    """What the artifact computes is the rule in front of the experts; the manifest has the coverage."""
+    options = {"prune": 0.3, "cold_expert_policy": "remove", "linears": "none", "seed": 0}
+    calibration = {"calibration": [model.text], "calibration_tokens": 512}
+    manifest = model.compile(tmp_path / "out", **options, **calibration)
+    assert read_manifest(tmp_path / "out") == manifest
+    chosen = sum(sum(site.chosen) for site in manifest.pruning.values())
+    kept = sum(sum(site.kept) for site in manifest.pruning.values())
+    assert len(manifest.pruning) == 2
+    assert 1 - kept / chosen == pytest.approx(0.3, abs=0.05)
+    for site in manifest.pruning.values():
+        assert site.policy == "remove"
+        assert list(site.cold) == [expert for expert, pairs in enumerate(site.kept) if pairs == 0]
+
+    checkpoint = Checkpoint.open(model.folder)
+    workspace = Workspace(model.cache)
+    texts = read_calibration(checkpoint, **{"files": [model.text], "tokens": 512, "seed": 0})
+    prunings = Skipping.of(checkpoint, texts, workspace).prunings("mass", 0.3)
+    for site, pruning in prunings.items():
+        pruning.strength[list(manifest.pruning[site].cold)] = 0
+    store = quantize_experts(checkpoint, manifest.bits, "rtn", None, workspace)
+    tokens = np.random.default_rng(0).integers(0, 256, (1, 40))
+    layered = LayeredModel(checkpoint)
+    stream, pruned = layered.start([torch.from_numpy(tokens)]), PrunedExperts(prunings, 40)
+    for index in range(layered.layer_count):
+        with layered.layer(index) as layer:
+            layer.run(stream, pruned.around(experts_function(layered, index, store, "float")))
+    (expected,) = layered.logits(stream)
+    assert pruned.skipped > 0.05
+    found = moqc.load(tmp_path / "out").forward(tokens[0].tolist())
+    assert relative_error(found, expected[0].numpy()) < 1e-4

@@ -33,7 +33,8 @@ RULES: dict[str, str] = {
 }
 """Rule of ``--prune-rule`` -> what it does."""
 
-EXPONENT = 1.5
+EXPONENT = 2.0
+"""Outputs of different experts are nearly orthogonal: then tau bounds the relative squared error."""
 FIRST = 4
 """Positions that attention sinks on are among the first few (arXiv 2309.17453 keeps four)."""
 PEAK = 5.0

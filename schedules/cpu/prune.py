@@ -103,7 +103,9 @@ def _scores(shape: PruneShape, ids: Any, weights: Any, strength: Any, t: Any) ->
         known = bind(tirx.all(number >= int64(0), number < int64(shape.experts)))
         at = bind(T.if_then_else(known, number, int64(0)))
         value = bind(T.fabs(load(weights, [t, j])) * load(strength, [at]))
-        if shape.exponent != 1.0:
+        if shape.exponent == 2.0:
+            value = bind(value * value)
+        elif shape.exponent != 1.0:
             value = T.pow(value, _f(shape.exponent))
         store(scores, [j], T.if_then_else(known, value, _f(0)))
     return scores

@@ -74,7 +74,7 @@ def inputs(tokens: int, top_k: int):
 STRENGTH = torch.tensor([0.5, 2.0, 1.0, 0.0, 1.5, 0.7, 1.1])
 RULES = {
     "mass": SitePruning("mass", 0.8, STRENGTH, True, 1.5, first=2, peak=2.5, margin=0.02),
-    "mass, plain": SitePruning("mass", 0.9, torch.ones(EXPERTS), False),
+    "mass, plain": SitePruning("mass", 0.9, torch.ones(EXPERTS), False, 2.0),
     "ratio": SitePruning("ratio", 0.4, STRENGTH, True, first=1, margin=0.1),
 }
 
