@@ -348,8 +348,8 @@ def test_a_pruned_model_skips_and_says_what(model, tmp_path):
     """What the artifact computes is the rule in front of the experts; the manifest has the coverage."""
     options = {"prune": 0.3, "cold_expert_policy": "remove", "linears": "none", "seed": 0}
     calibration = {"calibration": [model.text], "calibration_tokens": 512}
-    manifest = model.compile(tmp_path / "out", **options, **calibration)
-    assert read_manifest(tmp_path / "out") == manifest
+    model.compile(tmp_path / "out", **options, **calibration)
+    manifest = read_manifest(tmp_path / "out")
     chosen = sum(sum(site.chosen) for site in manifest.pruning.values())
     kept = sum(sum(site.kept) for site in manifest.pruning.values())
     assert len(manifest.pruning) == 2
