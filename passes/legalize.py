@@ -74,6 +74,14 @@ LOWERINGS: dict[str, Lowerings] = {
 }
 """Folder under schedules/ -> how it lowers."""
 
+_FILLS: dict[str, int | None] = {
+    "relax.zeros_like": 0,
+    "relax.ones_like": 1,
+    "relax.full_like": None,
+    "relax.full": None,
+}
+"""Operator that fills a tensor -> the value, None where it is the second argument."""
+
 
 @dataclass(frozen=True)
 class Legalize(Pass):
@@ -134,6 +142,11 @@ class _Lowering(PyExprMutator):  # type: ignore[misc]  # tvm has no types
         if ops.is_call(call, "relax.take"):
             # An index out of range reads the nearest row; TVM's default mode reads out of bounds.
             return relax.op.take(call.args[0], call.args[1], call.attrs.axis, mode="clip")
+        if ops.is_call(call, *_FILLS):
+            # TVM 0.27 cannot legalize these where a size is symbolic: it takes the dtype for text.
+            value = _FILLS[str(call.op.name)]
+            scalar = call.args[1] if value is None else relax.const(value, str(call.ty.dtype))
+            return relax.op.broadcast_to(scalar, relax.ShapeExpr(list(call.ty.shape)))
         if is_top(call):
             return self._lowerings.topk(self.builder_, call, self._target)
         if ops.is_call(call, *self._lowerings.operators):
