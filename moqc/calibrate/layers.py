@@ -26,6 +26,8 @@ from torch import Tensor, nn
 from moqc.calibrate.experts import ExpertWeights
 from moqc.errors import ModelError
 from moqc.frontend.checkpoint import Checkpoint
+from moqc.frontend.experts import ExpertLayout
+from moqc.frontend.plain_experts import run_block
 from moqc.frontend.skeleton import build_skeleton
 from moqc.quant import reference
 from moqc.quant.device import compute_device
@@ -112,7 +114,7 @@ class LayeredModel:
         self._batch = 0
         for site in self.layouts:
             parent, _, name = site.rpartition(".")
-            block = _Experts(site, self._model.get_submodule(site), self._run_experts)
+            block = _Experts(self.layouts[site], self._model.get_submodule(site), self._run_experts)
             setattr(self._model.get_submodule(parent), name, block)
         self._real_layers = list(self._layers)
 
@@ -347,18 +349,16 @@ class _Experts(_Forwarding):
     """Takes the place of an experts block: hands its inputs to the caller's function."""
 
     def __init__(
-        self, site: str, original: nn.Module, call: Callable[[str, Tensor, Tensor, Tensor], Tensor]
+        self, layout: ExpertLayout, original: nn.Module, call: Callable[[str, Tensor, Tensor, Tensor], Tensor]
     ) -> None:
         super().__init__(original)
-        object.__setattr__(self, "_site", site)
+        object.__setattr__(self, "_layout", layout)
         object.__setattr__(self, "_call", call)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        flat = hidden_states.reshape(-1, hidden_states.shape[-1])
-        ids = top_k_index.reshape(flat.shape[0], -1)
-        weights = top_k_weights.reshape(flat.shape[0], -1).float()
-        output: Tensor = self.__dict__["_call"](self.__dict__["_site"], flat, ids, weights)
-        return output.reshape(hidden_states.shape)
+        layout: ExpertLayout = self.__dict__["_layout"]
+        compute = partial(self.__dict__["_call"], layout.site)
+        return run_block(compute, hidden_states, top_k_index, top_k_weights.float(), layout.identities_from)
 
 
 def _inputs(tokens: Tensor) -> dict[str, Any]:

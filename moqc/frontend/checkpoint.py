@@ -92,6 +92,8 @@ class Checkpoint:
         """
         if name in self._operands:
             layout, operand = self._operands[name]
+            if layout.flat and expert is not None:
+                return layout.take(self._load(layout.source(operand), None), operand)[expert]
             return layout.take(self._load(layout.source(operand), expert), operand)
         return self._load(self._known(name), expert)
 

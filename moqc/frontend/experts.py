@@ -14,6 +14,7 @@ import torch
 
 from moqc.errors import ModelError
 from moqc.frontend.gates import classify_gate
+from moqc.frontend.plain_experts import FLAT, mark
 
 if TYPE_CHECKING:
     from moqc.frontend.checkpoint import Checkpoint
@@ -38,6 +39,15 @@ class ExpertLayout:
     transposed: bool
     interleaved: bool
     activation: str
+    flat: bool = False
+    """The experts of a projection lie below each other in one matrix (`moqc.frontend.plain_experts.FLAT`)."""
+    identities: int = 0
+    """Further experts, numbered after the others, that hand their input through."""
+
+    @property
+    def identities_from(self) -> int | None:
+        """The first expert that hands its input through, None when there is none."""
+        return self.experts if self.identities else None
 
     @property
     def projections(self) -> tuple[str, ...]:
@@ -59,12 +69,19 @@ class ExpertLayout:
     def source(self, operand: str) -> str:
         """Name of the transformers parameter that holds `operand`."""
         projection, bias, _ = operand.partition("_bias")
+        if self.flat:
+            return f"{self.site}.{FLAT[projection]}"
         fused = "down_proj" if projection == "down" else "gate_up_proj" if self.has_gate else "up_proj"
         return f"{self.site}.{fused}{bias}"
 
     def take(self, stored: torch.Tensor, operand: str) -> torch.Tensor:
         """Cut `operand` out of the transformers parameter `source(operand)`, of all experts or of one."""
         bias = operand.endswith("_bias")
+        if self.flat:
+            rows = stored.reshape(self.experts, self.intermediate, self.hidden)
+            return rows.transpose(1, 2) if operand == "down" else rows
+        if self.identities and stored.dim() == 3:
+            stored = stored[: self.experts]
         tensor = stored.transpose(-1, -2) if self.transposed and not bias else stored
         if operand.startswith("down") or not self.has_gate:
             return tensor
@@ -90,9 +107,14 @@ def describe(module: torch.nn.Module, site: str) -> ExpertLayout:
         raise ModelError(
             f"{site}: {type(module).__name__} normalizes after each expert, which moqc does not model"
         )
-    down = module.get_parameter("down_proj")
-    experts, first, second = down.shape
-    hidden, intermediate = (second, first) if module.is_transposed else (first, second)
+    flat = getattr(module, "moqc_flat", False)
+    if flat:
+        experts, hidden = int(module.num_experts), module.get_parameter(FLAT["up"]).shape[1]  # type: ignore[arg-type]
+        total, intermediate = experts, module.get_parameter(FLAT["up"]).shape[0] // experts
+    else:
+        experts, first, second = module.get_parameter("down_proj").shape
+        hidden, intermediate = (second, first) if module.is_transposed else (first, second)
+        total = module.get_parameter("gate_up_proj" if module.has_gate else "up_proj").shape[0]
     return ExpertLayout(
         site=site,
         experts=experts,
@@ -103,11 +125,15 @@ def describe(module: torch.nn.Module, site: str) -> ExpertLayout:
         transposed=bool(module.is_transposed),
         interleaved=bool(module.has_gate) and not module.is_concatenated,
         activation=classify_gate(module, site),
+        flat=flat,
+        identities=total - experts,
     )
 
 
 def find_layouts(model: torch.nn.Module, model_type: str) -> tuple[ExpertLayout, ...]:
     """Layouts of all experts blocks of `model`, in module order. Raises ModelError when there is none."""
+    for module in model.modules():
+        mark(module)
     layouts = tuple(describe(module, name) for name, module in model.named_modules() if is_experts(module))
     if not layouts:
         raise ModelError(

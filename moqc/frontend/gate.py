@@ -30,7 +30,7 @@ from tvm import IRModule
 
 import moqc
 from moqc.errors import InternalError, ModelError, PipelineError, UserError
-from moqc.frontend.hf import export, import_program
+from moqc.frontend.hf import translate
 from moqc.frontend.hooks import hook
 from moqc.frontend.shrink import shrink
 from moqc.frontend.skeleton import CONFIG_ERRORS, build_eager, build_skeleton, first_line
@@ -127,9 +127,8 @@ def _measure(small: transformers.PretrainedConfig, compile_and_run: CompileAndRu
     layouts = hook(hooked)
     comparison = Comparison(eager)
     comparison.check("hooked", _torch_run(hooked))
-    program = export(hooked, max_batch=4, max_chunk=16)
+    program, mod = translate(hooked, max_batch=4, max_chunk=16)
     comparison.check("exported", _torch_run(program.module()))
-    mod = import_program(program, hooked)
     state = dict(hooked.named_parameters(remove_duplicate=False))
     weights_in_order = [state[name].detach().numpy() for name in PARAMS.of(mod)]
     try:

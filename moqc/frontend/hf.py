@@ -66,10 +66,26 @@ def import_torch(
     model: transformers.PreTrainedModel, *, max_batch: int = MAX_BATCH, max_chunk: int = MAX_CHUNK
 ) -> IRModule:
     """The IR module of a hooked model, whose parameters may be on the meta device."""
-    mod = import_program(export(model, max_batch=max_batch, max_chunk=max_chunk), model)
+    mod = translate(model, max_batch=max_batch, max_chunk=max_chunk)[1]
     bounds = {"batch": max_batch, "seq": max_chunk}
     mod.update_func(mod.get_global_var("main"), mod["main"].with_attr("tir_var_upper_bound", bounds))
     return mod
+
+
+def translate(
+    model: transformers.PreTrainedModel, *, max_batch: int = MAX_BATCH, max_chunk: int = MAX_CHUNK
+) -> tuple[torch.export.ExportedProgram, IRModule]:
+    """The exported program of a hooked model, and its IR module.
+
+    Where the importer cannot translate a composite operator, torch takes it apart. Raises ModelError for a
+    model that cannot be exported or imported, naming the reason.
+    """
+    program = export(model, max_batch=max_batch, max_chunk=max_chunk)
+    try:
+        return program, import_program(program, model)
+    except ModelError:
+        program = export(model, max_batch=max_batch, max_chunk=max_chunk, decompose=True)
+        return program, import_program(program, model)
 
 
 class _Logits(torch.nn.Module):
@@ -85,11 +101,16 @@ class _Logits(torch.nn.Module):
 
 
 def export(
-    model: transformers.PreTrainedModel, *, max_batch: int = MAX_BATCH, max_chunk: int = MAX_CHUNK
+    model: transformers.PreTrainedModel,
+    *,
+    max_batch: int = MAX_BATCH,
+    max_chunk: int = MAX_CHUNK,
+    decompose: bool = False,
 ) -> torch.export.ExportedProgram:
     """Export a hooked model with symbolic batch and seq; meta parameters become fake tensors.
 
-    The graph has operators that the importer knows, and none that writes in place.
+    The graph has operators that the importer knows, and none that writes in place. With `decompose` torch
+    takes composite operators apart, which takes several times as long.
 
     Raises ModelError naming the model type when torch cannot export it for all sizes.
     """
@@ -111,7 +132,7 @@ def export(
                 prefer_deferred_runtime_asserts_over_guards=True,
             )
             check_assertions(program, kind)
-            if functionalize(program.graph, converted_operators()):
+            if not decompose and functionalize(program.graph, converted_operators()):
                 program.graph_module.recompile()
                 return program
             decomposed: torch.export.ExportedProgram = program.run_decompositions(_decompositions())

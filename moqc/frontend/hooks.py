@@ -8,6 +8,8 @@ rule that the mask would follow (`moqc.frontend.masks`), which comes back with t
 
 from __future__ import annotations
 
+import types
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +21,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from moqc.errors import ModelError
 from moqc.frontend import masks
 from moqc.frontend.experts import ExpertLayout, find_layouts
+from moqc.frontend.plain_experts import run_block
 from moqc.frontend.recurrent import rebind
 from moqc.quant import reference
 
@@ -120,6 +123,15 @@ def _experts_forward(
     return found
 
 
+def _plain_forward(
+    self: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> torch.Tensor:
+    """The same for a module that transformers' interface does not know."""
+    compute = partial(_experts_forward, self)
+    layout: ExpertLayout = self.moqc_layout
+    return run_block(compute, hidden_states, top_k_index, top_k_weights, layout.identities_from)
+
+
 def _attention_forward(
     module: Any,
     query: torch.Tensor,
@@ -195,13 +207,18 @@ def hook(model: transformers.PreTrainedModel) -> tuple[ExpertLayout, ...]:
 @torch.no_grad()
 def canonicalize(module: torch.nn.Module, layout: ExpertLayout) -> None:
     """Replace the parameters of an experts module by the canonical operands of `layout`."""
-    stored = dict(module.named_parameters(recurse=False))
+    stored = dict(module.named_parameters())
     made = {
-        operand: layout.take(stored[layout.source(operand).rpartition(".")[2]], operand).contiguous()
+        operand: layout.take(
+            stored[layout.source(operand).removeprefix(f"{layout.site}.")], operand
+        ).contiguous()
         for operand in layout.operands
     }
     for name in stored:
-        delattr(module, name)
+        path, _, leaf = name.rpartition(".")
+        delattr(module.get_submodule(path), leaf)
     for name, tensor in made.items():
         module.register_parameter(name, torch.nn.Parameter(tensor.clone(), requires_grad=False))
     module.moqc_layout = layout  # type: ignore[assignment]
+    if hasattr(module, "moqc_plain"):
+        object.__setattr__(module, "forward", types.MethodType(_plain_forward, module))

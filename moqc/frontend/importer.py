@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 import tvm
 import tvm_ffi
@@ -95,8 +96,9 @@ class Importer(ExportedProgramImporter):  # type: ignore[misc]  # tvm ships no t
             "addmm.default": self._add_product,
             "linear.default": self._linear_product,
             "topk.default": self._top,
+            "layer_norm.default": self._layer_norm,
             "amax.default": self._largest,
-            "to.device": self._cast,
+            **dict.fromkeys(("to.device", "to.dtype", "to.dtype_layout", "type_as.default"), self._cast),
             "empty.memory_format": self._filled(0, 0, None),
             "zeros.default": self._filled(0, 0, None),
             "ones.default": self._filled(0, 1, None),
@@ -202,6 +204,15 @@ class Importer(ExportedProgramImporter):  # type: ignore[misc]  # tvm ships no t
         transposed = self.emit(relax.op.permute_dims(weight))
         product = self.emit(relax.op.matmul(x, transposed, out_dtype=dtype_of(node)))
         return product if not rest or rest[0] is None else self.emit(relax.op.add(product, rest[0]))
+
+    def _layer_norm(self, node: Node) -> relax.Var:
+        """Layer norm; TVM's converter wants a weight and a bias."""
+        x, shape, weight, bias, epsilon, _ = self._given(node, None, None, 1e-5, True)
+        dtype = dtype_of(node)
+        gamma = relax.const(np.ones(shape, dtype)) if weight is None else weight
+        beta = relax.const(np.zeros(shape, dtype)) if bias is None else bias
+        axes = list(range(-len(shape), 0))
+        return self.emit(relax.op.nn.layer_norm(x, gamma, beta, axes=axes, epsilon=epsilon))
 
     def _top(self, node: Node) -> relax.Var:
         """topk; an unsorted one may come sorted."""

@@ -1,7 +1,7 @@
 """Greedy decoding: 24 tokens from the compiled module are those of transformers' generate().
 
-Tiny random models with the weights in float32 on both sides. The module is built as an artifact is, with caches,
-and decodes one token a call after a prompt in two ragged pieces.
+Tiny random models with the weights in float32 on both sides. The module is built as an artifact is, with
+caches, and decodes one token a call after a prompt in two pieces.
 """
 
 import numpy as np
