@@ -78,8 +78,8 @@ class ExpertLayout:
         """Cut `operand` out of the transformers parameter `source(operand)`, of all experts or of one."""
         bias = operand.endswith("_bias")
         if self.flat:
-            rows = stored.reshape(self.experts, self.intermediate, self.hidden)
-            return rows.transpose(1, 2) if operand == "down" else rows
+            stacked = stored.reshape(self.experts, self.intermediate, self.hidden)
+            return stacked.transpose(1, 2) if operand == "down" else stacked
         if self.identities and stored.dim() == 3:
             stored = stored[: self.experts]
         tensor = stored.transpose(-1, -2) if self.transposed and not bias else stored
