@@ -77,15 +77,10 @@ def translate(
 ) -> tuple[torch.export.ExportedProgram, IRModule]:
     """The exported program of a hooked model, and its IR module.
 
-    Where the importer cannot translate a composite operator, torch takes it apart. Raises ModelError for a
-    model that cannot be exported or imported, naming the reason.
+    Raises ModelError for a model that cannot be exported or imported, naming the reason.
     """
     program = export(model, max_batch=max_batch, max_chunk=max_chunk)
-    try:
-        return program, import_program(program, model)
-    except ModelError:
-        program = export(model, max_batch=max_batch, max_chunk=max_chunk, decompose=True)
-        return program, import_program(program, model)
+    return program, import_program(program, model)
 
 
 class _Logits(torch.nn.Module):
@@ -105,12 +100,13 @@ def export(
     *,
     max_batch: int = MAX_BATCH,
     max_chunk: int = MAX_CHUNK,
-    decompose: bool = False,
+    decompose: bool = True,
 ) -> torch.export.ExportedProgram:
     """Export a hooked model with symbolic batch and seq; meta parameters become fake tensors.
 
-    The graph has operators that the importer knows, and none that writes in place. With `decompose` torch
-    takes composite operators apart, which takes several times as long.
+    The graph has operators that the importer knows, and none that writes in place. Without `decompose`
+    composite operators stay, if the importer knows them all; that is several times as fast, but TVM cannot
+    compile every such graph.
 
     Raises ModelError naming the model type when torch cannot export it for all sizes.
     """
