@@ -12,7 +12,7 @@ from tvm import relax, tirx
 
 from moqc.ir import ops
 from moqc.ir.ops import is_call
-from moqc.passes.patterns import Definitions, RmsNorm, is_top, match_rms_norm
+from moqc.passes.patterns import Definitions, RmsNorm, definition, is_top, match_rms_norm
 
 MOST = 4
 """Linears in one launch."""
@@ -112,7 +112,7 @@ class Fusions:
         return Heads(inputs, (first.weight, second.weight), first.epsilon, q_turn)
 
     def _definition(self, expr: Any) -> Any:
-        return self._definitions.get(expr, expr) if isinstance(expr, relax.Var) else expr
+        return definition(expr, self._definitions)
 
     def _unrotated(self, expr: relax.Expr) -> tuple[relax.Expr, tuple[relax.Expr, ...]]:
         """x, and (cosines, sines), of ``x * cos + rotated(x) * sin``; otherwise `expr` and nothing."""

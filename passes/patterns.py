@@ -35,7 +35,7 @@ def match_linear(call: relax.Call, definitions: Definitions) -> Linear | None:
     """The linear that `call` computes, or None."""
     if not is_call(call, "relax.matmul"):
         return None
-    transpose = _definition(call.args[1], definitions)
+    transpose = definition(call.args[1], definitions)
     if not is_call(transpose, "relax.permute_dims"):
         return None
     matrix = transpose.args[0]
@@ -55,8 +55,8 @@ def match_rms_norm(call: relax.Call, definitions: Definitions) -> RmsNorm | None
     if plain is not None:
         return plain
     for weight, normed in (call.args, reversed(call.args)):
-        definition = _definition(normed, definitions)
-        inner = _match_plain_norm(definition, definitions) if is_call(definition, "relax.multiply") else None
+        found = definition(normed, definitions)
+        inner = _match_plain_norm(found, definitions) if is_call(found, "relax.multiply") else None
         if inner is not None and _is_weight(weight, inner.x):
             return RmsNorm(inner.x, weight, inner.epsilon)
     return None
@@ -73,22 +73,26 @@ def is_top(call: relax.Call) -> bool:
 
 def _match_plain_norm(call: relax.Call, definitions: Definitions) -> RmsNorm | None:
     for x, root in (call.args, reversed(call.args)):
-        rsqrt = _definition(root, definitions)
+        rsqrt = definition(root, definitions)
         if not is_call(rsqrt, "relax.rsqrt"):
             continue
-        add = _definition(rsqrt.args[0], definitions)
+        add = definition(rsqrt.args[0], definitions)
         if not is_call(add, "relax.add") or not isinstance(add.args[1], GenericConst):
             continue
-        mean = _definition(add.args[0], definitions)
+        mean = definition(add.args[0], definitions)
         if not is_call(mean, "relax.mean") or not _is_last_axis(mean):
             continue
-        if _is_square(_definition(mean.args[0], definitions), x) and _has_rows(x):
+        if _is_square(definition(mean.args[0], definitions), x) and _has_rows(x):
             return RmsNorm(x, None, float(add.args[1].value.numpy()))
     return None
 
 
-def _definition(expr: relax.Expr, definitions: Definitions) -> relax.Expr:
-    return definitions.get(expr, expr) if isinstance(expr, relax.Var) else expr
+def definition(expr: relax.Expr, definitions: Definitions) -> relax.Expr:
+    """What a variable is bound to, casts to the dtype that a value has already left out; else `expr`."""
+    found = definitions.get(expr, expr) if isinstance(expr, relax.Var) else expr
+    while is_call(found, "relax.astype") and str(found.args[0].ty.dtype) == str(found.attrs.dtype):
+        found = definitions.get(found.args[0], found.args[0])
+    return found
 
 
 def _is_last_axis(mean: relax.Call) -> bool:
