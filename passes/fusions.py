@@ -199,8 +199,10 @@ class Fusions:
         found = {}
         for call in self._definitions.values():
             norm = match_rms_norm(call, self._definitions) if isinstance(call, relax.Call) else None
-            total = None if norm is None else self._definition(norm.x)
-            if norm is not None and is_call(total, "relax.add") and _same_shape(*(x.ty for x in total.args)):
+            if norm is None:
+                continue
+            total = self._definition(norm.x)
+            if is_call(total, "relax.add") and _same_shape(*(x.ty for x in total.args)):
                 # Of x * root and its product with the weight, the later one is the whole norm.
                 found[hash(total)] = norm, call
         return found
