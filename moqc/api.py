@@ -49,6 +49,7 @@ def compile(
     *,
     bits: float = 3.0,
     model_bits: float | None = None,
+    formats: str = "integer",
     linears: str = "int8-g64-sym",
     allocator: str = "global",
     quantizer: str = "gptq",
@@ -79,6 +80,8 @@ def compile(
         bits: budget of the routed experts in file bits per weight, everything counted.
         model_bits: budget of the whole model instead: embeddings, attention and all are then units of one
             problem with the experts, and `bits` and `linears` do nothing. None: `bits` decides.
+        formats: what the allocator chooses from: "integer", "trellis" (smaller loss, slower), or formats
+            separated by commas.
         linears: format of the other matrices, or "none".
         allocator: who decides on bits; a name of `moqc allocators`.
         quantizer: how matrices are rounded, "rtn" or "gptq".
@@ -112,6 +115,7 @@ def compile(
         {
             "bits": bits,
             "model_bits": model_bits,
+            "formats": formats,
             "linears": linears,
             "allocator": allocator,
             "quantizer": quantizer,
@@ -179,6 +183,7 @@ def compile(
             layout=machine.layout,
             pruning=pruning,
             model_bits=model_bits,
+            formats=formats,
         )
         if pipeline is None
         else Pipeline.parse(pipeline)
@@ -381,6 +386,7 @@ def compare(
     bits: Sequence[float] = (),
     model_bits: Sequence[float] = (),
     plans: Sequence[str],
+    formats: str = "integer",
     linears: str = "none",
     tokens: int | None = None,
     window: int = 512,
@@ -428,7 +434,7 @@ def compare(
     }
     bench = Bench.open(checkpoint, workspace, probes)
     budgets = [Budget(value) for value in bits] + [Budget(value, whole=True) for value in model_bits]
-    return compare_plans(contexts, bench, parsed, budgets, linears=linears)
+    return compare_plans(contexts, bench, parsed, budgets, linears=linears, formats=formats)
 
 
 def compare_pruning(

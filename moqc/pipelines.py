@@ -21,7 +21,10 @@ from moqc.quant.quantizers import STORABLE
 
 DEFAULT_QUANTIZER = "gptq"
 TRELLIS_FORMATS = ("tcq1-g128", "tcq2-g128", "tcq3-g128", "int4-g128-s8")
-"""Candidates where kernels read trellis formats; docs/methods.md has the measurements behind the choice."""
+CANDIDATES = {"integer": FORMATS, "trellis": TRELLIS_FORMATS}
+"""Families of formats to choose from. Trellises lose less at equal size, take about three times as long to
+quantize and longer to multiply with; docs/methods.md has the measurements."""
+DEFAULT_CANDIDATES = "integer"
 TRELLIS_QUANTIZERS = ("gptq", "rtn")
 """Quantizers that can round to them."""
 WIDEST_BITS = 4.0
@@ -119,29 +122,45 @@ def check_bits(bits: float) -> None:
 
 
 def candidate_formats(
-    bits: float, layout: str = DEFAULT_LAYOUT, quantizer: str = DEFAULT_QUANTIZER
+    bits: float,
+    layout: str = DEFAULT_LAYOUT,
+    quantizer: str = DEFAULT_QUANTIZER,
+    chosen: str = DEFAULT_CANDIDATES,
 ) -> tuple[str, ...]:
-    """Formats that an allocation for a budget of `bits` chooses from by default.
+    """Formats that an allocation for a budget of `bits` chooses from: those `chosen`.
 
-    Those that have kernels in `layout` and that `quantizer` can round to.
+    `chosen` is a name of `CANDIDATES`, or formats separated by commas. Raises UserError for an unknown one,
+    and for trellises where the kernels of `layout` cannot read them or `quantizer` cannot round to them.
     """
-    trellis = layout == DEFAULT_LAYOUT and quantizer in TRELLIS_QUANTIZERS
-    formats = TRELLIS_FORMATS if trellis else FORMATS
-    return formats if bits <= WIDEST_BITS else (*formats, "int8-g128")
+    formats = CANDIDATES.get(chosen) or tuple(str(Format.parse(name.strip())) for name in chosen.split(","))
+    trellis = any(Format.parse(name).trellis for name in formats)
+    if trellis and not (layout == DEFAULT_LAYOUT and quantizer in TRELLIS_QUANTIZERS):
+        raise UserError(
+            f"formats {chosen!r}: trellises need a CPU target and one of the quantizers "
+            f"{', '.join(TRELLIS_QUANTIZERS)}; use integer formats"
+        )
+    return formats if bits <= WIDEST_BITS or chosen not in CANDIDATES else (*formats, "int8-g128")
 
 
 def allocation_pipeline(
-    plan: Plan, bits: float, *, layout: str = DEFAULT_LAYOUT, model_bits: float | None = None
+    plan: Plan,
+    bits: float,
+    *,
+    layout: str = DEFAULT_LAYOUT,
+    model_bits: float | None = None,
+    formats: str = DEFAULT_CANDIDATES,
 ) -> Pipeline:
     """The passes that end with moqc.bits: measure what the allocator reads, then allocate.
 
-    With `model_bits`, the budget is file bits a weight of the whole model, and `bits` does nothing.
+    With `model_bits`, the budget is file bits a weight of the whole model, and `bits` does nothing. `formats`
+    are the candidates, as for `candidate_formats`.
     """
     # What is measured with a simulated quantizer is measured with the one whose formats are real.
     quantizer = plan.quantizer if plan.quantizer in STORABLE else DEFAULT_QUANTIZER
     analyses = ANALYSES.get(plan.allocator, (*ANALYSES["pmq"], *ANALYSES["global"]))
-    formats = candidate_formats(bits if model_bits is None else model_bits, layout, plan.quantizer)
-    texts = [text.format(quantizer=quantizer, formats="+".join(formats)) for text in analyses]
+    budget = bits if model_bits is None else model_bits
+    names = "+".join(candidate_formats(budget, layout, plan.quantizer, formats))
+    texts = [text.format(quantizer=quantizer, formats=names) for text in analyses]
     if plan.quantizer == "mcmoe":
         bits -= MCMOE_EXTRA_BITS
     if model_bits is None:
@@ -163,12 +182,14 @@ def default_pipeline(
     layout: str = DEFAULT_LAYOUT,
     pruning: Pruning | None = None,
     model_bits: float | None = None,
+    formats: str = DEFAULT_CANDIDATES,
 ) -> Pipeline:
     """All passes of `moqc compile`, from the imported module to one that can be built.
 
     `linears` is the format of the matrices that are not experts, or "none"; `activations` is "int8" or
     "float"; `layout` the target's. With `model_bits` the allocator decides on all matrices, and `bits` and
-    `linears` do nothing. Raises UserError for a value out of range.
+    `linears` do nothing. `formats` are the candidates, as for `candidate_formats`. Raises UserError for a
+    value out of range.
     """
     if plan.quantizer == "mcmoe":
         raise UserError("quantizer mcmoe is simulated, for `moqc compare` only; compile with gptq or rtn")
@@ -180,7 +201,7 @@ def default_pipeline(
         f"quantize-linears{{linears={linears} embeddings={linears} activations={activations}}}"
     )
     rest = lowering_pipeline(context, max_batch)
-    allocation = allocation_pipeline(plan, bits, layout=layout, model_bits=model_bits)
+    allocation = allocation_pipeline(plan, bits, layout=layout, model_bits=model_bits, formats=formats)
     return Pipeline(allocation.passes + quantizing.passes + rest.passes)
 
 

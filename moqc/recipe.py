@@ -28,6 +28,10 @@ class Recipe(BaseModel):
     model_bits: float | None = Field(
         default=None, description="file bits per weight of the whole model instead; null: bits decides"
     )
+    formats: str = Field(
+        default="integer",
+        description="what the allocator chooses from: integer, trellis, or formats by comma",
+    )
     linears: str = Field(default="int8-g64-sym", description="format of the other matrices, or none")
     allocator: str = Field(default="global", description="who decides on bits; see moqc allocators")
     quantizer: str = Field(default="gptq", description="how experts are rounded: gptq or rtn")

@@ -11,6 +11,8 @@ from moqc.quant.layouts import LAYOUTS
 @pytest.mark.parametrize("bits", [2.5, 6.0])
 def test_candidates_can_be_stored_and_rounded_to(layout: str, quantizer: str, bits: float) -> None:
     formats = [Format.parse(name) for name in candidate_formats(bits, layout, quantizer)]
+    if layout == "interleaved16" and quantizer in ("gptq", "rtn"):
+        formats += [Format.parse(name) for name in candidate_formats(bits, layout, quantizer, "trellis")]
     for fmt in formats:
         LAYOUTS[layout].shapes(fmt, 64, 256)  # refuses a format that the layout's kernels cannot read
         assert not fmt.trellis or quantizer in ("gptq", "rtn")
@@ -20,10 +22,25 @@ def test_candidates_can_be_stored_and_rounded_to(layout: str, quantizer: str, bi
     assert (max(sizes) > 8) == (bits > 4)
 
 
-def test_costs_are_measured_for_the_candidates_of_the_layout() -> None:
-    assert "tcq2-g128" in str(allocation_pipeline(Plan("global"), 2.5))
-    assert "tcq2-g128" not in str(allocation_pipeline(Plan("global"), 2.5, layout="mma16x256"))
-    assert "tcq" not in str(allocation_pipeline(Plan("global", "hqq"), 2.5))
+def test_costs_are_measured_for_the_candidates() -> None:
+    assert "tcq2-g128" in str(allocation_pipeline(Plan("global"), 2.5, formats="trellis"))
+    assert "tcq" not in str(allocation_pipeline(Plan("global"), 2.5))
+    assert "formats=int4-g64+int2-g32}" in str(
+        allocation_pipeline(Plan("mxmoe"), 3.0, formats="int4-g64, int2-g32")
+    )
+
+
+@pytest.mark.parametrize(
+    ("layout", "quantizer", "formats", "says"),
+    [
+        ("mma16x256", "gptq", "trellis", "trellises need a CPU target"),
+        ("interleaved16", "hqq", "tcq2-g128", "one of the quantizers gptq, rtn"),
+        ("interleaved16", "gptq", "int5-g64", "int5-g64"),
+    ],
+)
+def test_candidates_without_kernels_or_quantizer(layout, quantizer, formats, says) -> None:
+    with pytest.raises(UserError, match=says):
+        candidate_formats(2.5, layout, quantizer, formats)
 
 
 def test_unknown_quantizer() -> None:

@@ -12,6 +12,7 @@ from moqc.commands.options import (
     Cache,
     Calibration,
     CalibrationTokens,
+    Formats,
     Json,
     ModelArgument,
     Quiet,
@@ -64,6 +65,7 @@ def command(
     prune_rules: Annotated[
         str, typer.Option("--prune-rules", metavar="RULE,...", help="Rules to compare with --prune.")
     ] = RULES,
+    formats: Formats = "integer",
     linears: Annotated[
         str, typer.Option(metavar="FORMAT", help="Format of the other matrices, or none: as they are.")
     ] = "none",
@@ -127,6 +129,7 @@ def command(
         bits=split_numbers(bits or ("" if model_bits else "2.5")),
         model_bits=split_numbers(model_bits or ""),
         plans=split(PLANS if allocators is None else allocators),
+        formats=formats,
         linears=linears,
         tokens=tokens,
         window=window,

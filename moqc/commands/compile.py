@@ -15,6 +15,7 @@ from moqc.commands.options import (
     CalibrationTokens,
     Context,
     DumpIr,
+    Formats,
     Linears,
     MaxBatch,
     ModelArgument,
@@ -66,6 +67,7 @@ def command(
             "--model-bits", metavar="N", help="File bits per weight of the whole model, instead of --bits."
         ),
     ] = None,
+    formats: Formats = "integer",
     linears: Linears = "int8-g64-sym",
     allocator: Annotated[
         str, typer.Option(metavar="NAME", help="Who decides on bits; see `moqc allocators`.")
@@ -132,6 +134,7 @@ def command(
     options = {
         "bits": bits,
         "model_bits": model_bits,
+        "formats": formats,
         "linears": linears,
         "allocator": allocator,
         "quantizer": quantizer,

@@ -39,6 +39,12 @@ TargetName = Annotated[
         autocompletion=lambda: ["native", *TARGETS],
     ),
 ]
+Formats = Annotated[
+    str,
+    typer.Option(
+        "--formats", metavar="NAMES", help="To choose from: integer, trellis, or formats separated by commas."
+    ),
+]
 Linears = Annotated[
     str,
     typer.Option("--linears", metavar="FORMAT", help="Format of the other matrices, or none: as they are."),

@@ -20,7 +20,15 @@ from moqc.ir.annotations import BITS, LINEAR_PLAN
 from moqc.log import logger
 from moqc.passes.base import PassContext
 from moqc.passes.quantize_linears import QuantizeLinears
-from moqc.pipelines import Debug, Plan, allocation_pipeline, check_bits, run_passes
+from moqc.pipelines import (
+    DEFAULT_CANDIDATES,
+    TRELLIS_QUANTIZERS,
+    Debug,
+    Plan,
+    allocation_pipeline,
+    check_bits,
+    run_passes,
+)
 from moqc.quant.formats import Format
 
 
@@ -88,17 +96,20 @@ def compare_plans(
     budgets: Sequence[Budget],
     *,
     linears: str = "none",
+    formats: str = DEFAULT_CANDIDATES,
 ) -> Comparison:
     """Evaluate each of `plans` (its text and itself) at each of `budgets`.
 
     `contexts`: seed -> a context whose calibration text was drawn with it. `bench` has a `TextProbe` called
     "text", and may have another one called "unseen", a `ChoiceProbe` "choices" and an `ExactProbe` "exact".
+    `formats`: candidates of the allocators, as for `candidate_formats`; quantizers that cannot round to
+    trellises choose from the default ones.
     `linears`: format of the other matrices, or "none": as stored. A pair of plan and budget that is out of
     reach is left out with a warning; BudgetError when none is left.
     """
     for budget in budgets:
         check_bits(budget.bits)
-    formats = QuantizeLinears(linears=linears, embeddings=linears).plan(bench.mod)
+    others = QuantizeLinears(linears=linears, embeddings=linears).plan(bench.mod)
     planned: list[tuple[str, Plan, Budget, int, IRModule]] = []
     unreachable: list[str] = []
     for seed, ctx in contexts.items():
@@ -107,7 +118,8 @@ def compare_plans(
                 logger.info("planning %s at %s, seed %d", text, budget, seed)
                 whole = budget.bits if budget.whole else None
                 try:
-                    passes = allocation_pipeline(plan, budget.bits, model_bits=whole)
+                    wanted = formats if plan.quantizer in TRELLIS_QUANTIZERS else DEFAULT_CANDIDATES
+                    passes = allocation_pipeline(plan, budget.bits, model_bits=whole, formats=wanted)
                     mod = run_passes(passes, bench.mod, ctx, Debug())
                 except BudgetError as error:
                     unreachable.append(f"{text} at {budget}: {error}")
@@ -122,7 +134,7 @@ def compare_plans(
     for text, plan, budget, seed, mod in planned:
         logger.info("evaluating %s at %s, seed %d", text, budget, seed)
         chosen = LINEAR_PLAN.get(mod) if budget.whole else None
-        mine = formats if chosen is None else {site: Format.parse(name) for site, name in chosen.items()}
+        mine = others if chosen is None else {site: Format.parse(name) for site, name in chosen.items()}
         rows.append(_row(bench, contexts[seed], reference, (text, plan, budget, seed), mod, mine))
     return _comparison(bench, reference, rows)
 
