@@ -161,7 +161,7 @@ def test_a_wrong_kernel_is_refused(weights, tmp_path, monkeypatch, factor):
         result = builder.emit(lower_linear(builder, call, target))
         return relax.op.multiply(result, relax.const(factor, "float32"))
 
-    monkeypatch.setitem(LOWERINGS["cpu"], ops.LINEAR, wrong)
+    monkeypatch.setitem(LOWERINGS["cpu"].operators, ops.LINEAR, wrong)
     library, mod, load = lowered(weights, tmp_path, "float")
     with pytest.raises(InternalError, match=r"q: the compiled kernel 'linear int4-g64 .* relative error"):
         certify(library, mod, find_target("native"), load)

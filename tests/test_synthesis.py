@@ -95,7 +95,7 @@ def test_artifact_runs_and_is_certified(tmp_path, config):
         ({"experts": ("int2-g64", "int2-g64")}, "each once"),
         ({"experts": ()}, "no format for the experts"),
         ({"linears": "int9"}, "unknown format"),
-        ({"activations": "int4"}, "one of int8, float"),
+        ({"activations": "int4"}, "have int8, float"),
         ({"max_batch": 0}, "must be at least 1"),
         ({"context": 65}, "this model does 1 to 64 tokens"),
         ({"layers": 9}, "has 2 layers"),

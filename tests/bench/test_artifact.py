@@ -6,6 +6,12 @@ from moqc.bench.artifact import bench_artifact
 from moqc.errors import UserError
 
 
+@pytest.fixture(autouse=True)
+def _threads(monkeypatch):
+    """The number of threads is a variable of the process: it is put back."""
+    monkeypatch.setenv("TVM_NUM_THREADS", "1")
+
+
 def test_times_prompts_and_generation(toy):
     result = bench_artifact(toy.folder, prompts=[16], generated=[4], batch=2, repetitions=2, threads=1)
     assert [(row.test, row.batch, row.repetitions) for row in result.rows] == [("pp16", 2, 2), ("tg4", 2, 2)]
