@@ -155,13 +155,13 @@ def compile(
             force=force,
         )
     from moqc.assemble import assemble
-    from moqc.codegen import check_toolchain
     from moqc.frontend.checkpoint import Checkpoint
     from moqc.frontend.hf import MAX_CHUNK
     from moqc.ir.text import print_module
     from moqc.passes.base import PassContext
     from moqc.passes.pipeline import Pipeline
     from moqc.pipelines import Plan, Pruning, default_pipeline, run_passes
+    from moqc.toolchains import check_toolchain
 
     pruning = Pruning.of(prune, prune_loss, prune_rule, cold_expert_policy)
     machine = find_target(target)

@@ -53,7 +53,7 @@ def assemble(
     # The certificate is of the very file that is shipped, and machine code is generated when it is written.
     with tempfile.TemporaryDirectory(prefix="moqc-") as folder:
         library = Path(folder) / LIBRARY
-        export(executable, library)
+        export(executable, library, ctx.target)
 
         def place(path: Path) -> None:
             shutil.move(library, path)

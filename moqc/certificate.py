@@ -27,7 +27,7 @@ from moqc.quant import reference
 from moqc.quant.formats import ROW_TILE, Format
 from moqc.quant.layouts import find_layout
 from moqc.quant.pack import Packed
-from moqc.targets import Target, host_features
+from moqc.targets import Target, missing_features
 from moqc.tensorfile import StoredTensor
 
 TOLERANCES = {"float": 1e-4, "int8": 2e-3}
@@ -92,7 +92,7 @@ def certify(
     nothing is run, and the entries say so. Raises InternalError when an error is over its tolerance.
     """
     kernels = [_Kernel(**entry) for entry in KERNELS.get(mod) or []]
-    missing = sorted(target.features - host_features())
+    missing = [*missing_features(target)]
     missing += [f"a GPU of {' or '.join(target.architectures)}"] if target.architectures else []
     if missing:
         reason = f"host lacks {', '.join(missing)}"

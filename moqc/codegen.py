@@ -6,7 +6,6 @@ that a call does not pass hundreds of arguments.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,12 +26,12 @@ from moqc.passes.legalize import Legalize
 from moqc.passes.plan_cache import PlanCache
 from moqc.passes.schedule import Schedule
 from moqc.schedules.cuda.dense import advance_function
-from moqc.schedules.cuda.toolchain import find_nvcc, prepare
+from moqc.schedules.cuda.toolchain import prepare
 from moqc.targets import Target
+from moqc.toolchains import linker
 
 Run = Callable[[npt.NDArray[Any], npt.NDArray[Any]], npt.NDArray[Any]]
 _GET_ITEM = "vm.builtin.tuple_getitem"
-LINKERS = ("cc", "gcc", "clang", "g++")
 
 
 def bundle(mod: IRModule) -> IRModule:
@@ -64,12 +63,6 @@ def bundle(mod: IRModule) -> IRModule:
     return bundled
 
 
-def check_toolchain(target: Target) -> None:
-    """Raise TargetError where `target` needs a compiler that is not here: before hours of work."""
-    if target.architectures:
-        find_nvcc()
-
-
 def build(mod: IRModule, target: Target) -> VMExecutable:
     """Compile a module that went through legalize and schedule.
 
@@ -82,7 +75,7 @@ def build(mod: IRModule, target: Target) -> VMExecutable:
             f"the model needs {', '.join(missing)}, which TVM's runtime library lacks; report this model"
         )
     machine = tvm.target.Target(target.tvm)
-    if not target.architectures:
+    if target.device == "cpu":
         return tvm.compile(bundle(mod), machine)
     prepare(target.architectures)
     # TVM's own pipeline for GPUs would legalize, fuse and schedule once more.
@@ -143,18 +136,13 @@ def _called_packed(mod: IRModule, prefix: str) -> set[str]:
     return {name for name in names if name.startswith(prefix)}
 
 
-def export(executable: VMExecutable, path: Path) -> None:
+def export(executable: VMExecutable, path: Path, target: Target) -> None:
     """Write the executable as a shared library, which TVM's runtime loads without its compiler.
 
-    Raises TargetError when there is no linker.
+    Raises TargetError when there is no linker for the target.
     """
-    linker = next((found for name in LINKERS if (found := shutil.which(name))), None)
-    if linker is None:
-        raise TargetError(
-            f"{path}: no linker; TVM links the library with a C compiler ({', '.join(LINKERS)}): install gcc "
-            "or clang, for example `apt install gcc`"
-        )
-    executable.export_library(str(path), cc=linker)
+    program = linker(target.machine).require()
+    executable.export_library(str(path), cc=str(program))
 
 
 def compile_and_run(mod: IRModule, weights: Sequence[npt.NDArray[Any]], target: Target) -> Run:

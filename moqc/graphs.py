@@ -39,6 +39,7 @@ from moqc.passes.quantize_experts import check_plan, rewrite_experts
 from moqc.pipelines import Debug, check_bits, check_lowering, run_passes
 from moqc.targets import Target, find_target
 from moqc.tensorfile import StoredTensor
+from moqc.toolchains import check_toolchain
 
 LOWERING = "legalize,schedule"
 
@@ -67,6 +68,7 @@ def compile_graph(
     machine = find_target(target)
     if machine.schedules != "cpu":
         raise UserError(f"target {machine.name}: ONNX graphs are compiled for CPUs only")
+    check_toolchain(machine)
     activations = machine.mode(activations)
     check_lowering("none", activations, 1)
     graph = import_onnx(path)
@@ -151,7 +153,7 @@ def _write(
 
     with tempfile.TemporaryDirectory(prefix="moqc-") as folder:
         library = Path(folder) / LIBRARY
-        export(executable, library)
+        export(executable, library, machine)
 
         def place(path: Path) -> None:
             shutil.move(library, path)

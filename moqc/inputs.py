@@ -137,10 +137,9 @@ def architecture_gate(workspace: Workspace, target: Target) -> Callable[[Pretrai
     """
     from moqc.codegen import compile_and_run
     from moqc.frontend.gate import verify_architecture
-    from moqc.targets import find_target, host_features
+    from moqc.targets import find_target, runs_here
 
-    runs = target.features <= host_features() and not target.architectures
-    target = target if runs else find_target("native")
+    target = target if runs_here(target) else find_target("native")
     compiler = partial(compile_and_run, target=target)
     return lambda config: verify_architecture(config, workspace.root, compiler, target.name)
 

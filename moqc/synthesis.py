@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 from tvm import IRModule
 
 from moqc.assemble import assemble
-from moqc.codegen import check_toolchain
 from moqc.errors import InternalError
 from moqc.frontend.checkpoint import Checkpoint
 from moqc.frontend.hf import MAX_CHUNK, import_model
@@ -44,6 +43,7 @@ from moqc.quant.formats import Format
 from moqc.quant.layouts import Layout, find_layout
 from moqc.targets import find_target
 from moqc.tensorfile import create_tensors
+from moqc.toolchains import check_toolchain
 
 SHARD_BYTES = 4 << 30
 """Largest weight file of a checkpoint, unless a single tensor is larger."""

@@ -8,7 +8,7 @@ import pytest
 import torch
 from tvm import relax
 
-from moqc import certificate, codegen
+from moqc import codegen, targets
 from moqc.calibrate.workspace import ParamStore
 from moqc.certificate import TOLERANCES, certify
 from moqc.errors import InternalError
@@ -117,7 +117,7 @@ def lowered(weights, folder, activations):
     mod = QuantizeLinears(linears="int4-g64", activations=activations)(mod, ctx)
     mod = Schedule()(Legalize()(mod, ctx), ctx)
     library = folder / "model.so"
-    codegen.export(codegen.build(mod, ctx.target), library)
+    codegen.export(codegen.build(mod, ctx.target), library, ctx.target)
 
     def load(name):
         return StoredTensor.of(params.get(name)) if name in params else from_torch(weights.load(name))
@@ -169,7 +169,7 @@ def test_a_wrong_kernel_is_refused(weights, tmp_path, monkeypatch, factor):
 
 def test_a_host_without_the_instructions_says_so(weights, tmp_path, monkeypatch):
     library, mod, load = lowered(weights, tmp_path, "float")
-    monkeypatch.setattr(certificate, "host_features", lambda: find_target("x86-64-v3").features - {"fma"})
+    monkeypatch.setattr(targets, "host_features", lambda: find_target("x86-64-v3").features - {"fma"})
     found = certify(library, mod, find_target("x86-64-v3"), load)
     assert {record.not_run for record in found.values()} == {"host lacks fma"}
     assert {record.max_relative_error for record in found.values()} == {None}

@@ -19,7 +19,9 @@ LAYERS = {
     "moqc.errors": 0,
     "moqc.log": 0,
     "moqc.quant": 1,
+    "moqc.machines": 1.5,
     "moqc.targets": 2,
+    "moqc.toolchains": 2.5,
     "moqc.ir": 3,
     "moqc.frontend": 4,
     "moqc.calibrate": 4.5,
@@ -59,7 +61,14 @@ FORBIDDEN = {
     "moqc.schedules": {"torch", "transformers"},
 }
 # Modules of other layers the runtime may use: it works where the compiler's layers are absent.
-RUNTIME_MAY_USE = {"moqc.errors", "moqc.log", "moqc.targets", "moqc.manifest", "moqc.tensorfile"}
+RUNTIME_MAY_USE = {
+    "moqc.errors",
+    "moqc.log",
+    "moqc.machines",
+    "moqc.targets",
+    "moqc.manifest",
+    "moqc.tensorfile",
+}
 
 
 def modules() -> dict[str, Path]:

@@ -23,7 +23,7 @@ from moqc.log import track
 from moqc.passes.legalize import LOWERINGS
 from moqc.quant.formats import Format
 from moqc.quant.pack import BYTE_SCALE_SHIFT
-from moqc.targets import Target, find_target, host_features
+from moqc.targets import Target, find_target, missing_features
 
 COLD_BYTES = 1 << 30
 """Weights that lie between two uses of the same ones."""
@@ -75,7 +75,7 @@ def bench_kernels(
     Raises UserError for an unknown name or a bad number, TargetError when this machine cannot run the target.
     """
     machine, layer = find_target(target), find_shape(shape)
-    missing = sorted(machine.features - host_features())
+    missing = missing_features(machine)
     if missing:
         raise TargetError(
             f"{machine.name}: this machine lacks {', '.join(missing)}; measure on one that has it"

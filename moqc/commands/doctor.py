@@ -12,7 +12,8 @@ import typer
 
 from moqc.commands.options import Json, print_json
 from moqc.errors import TargetError
-from moqc.targets import TARGETS, Target, find_target, host_features
+from moqc.targets import TARGETS, Target, find_target, missing_features
+from moqc.toolchains import check_toolchain, linker
 
 
 def command(as_json: Json = False) -> None:
@@ -50,18 +51,13 @@ def diagnose() -> tuple[dict[str, str], list[str]]:
     except TargetError as error:
         problems.append(str(error))
     try:
-        from moqc.codegen import LINKERS
+        import moqc.codegen  # noqa: F401
     except (ImportError, OSError) as error:
         problems.append(f"the compiler does not load: {error}; `pip install --force-reinstall apache-tvm`")
-    else:
-        linker = next((path for name in LINKERS if (path := shutil.which(name))), None)
-        if linker is None:
-            problems.append(
-                f"no C compiler to link libraries with; install one of {', '.join(LINKERS)}: "
-                "`apt install gcc`"
-            )
-        else:
-            found["linker"] = linker
+    try:
+        found["linker"] = str(linker(platform.machine()).require())
+    except TargetError as error:
+        problems.append(str(error))
     found["cores"] = str(available_cores())
     root = default_root()
     found["cache"] = str(root)
@@ -92,14 +88,12 @@ def requirements() -> Iterator[tuple[str, str, str | None]]:
 
 def target_state(target: Target) -> str:
     """What compiling for `target` and running that here takes; one line."""
-    missing = sorted(target.features - host_features())
-    if target.architectures:
-        from moqc.schedules.cuda.toolchain import find_nvcc
-
-        try:
-            return f"compiles with {find_nvcc()}; runs where there is such a GPU"
-        except TargetError as error:
-            return f"not ready: {error}"
-    if missing:
+    try:
+        check_toolchain(target)
+    except TargetError as error:
+        return f"not ready: {error}"
+    if target.device != "cpu":
+        return "compiles; runs where there is such a GPU"
+    if missing := missing_features(target):
         return f"compiles; this machine cannot run it, it lacks {', '.join(missing)}"
     return "compiles and runs here"

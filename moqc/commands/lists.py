@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from moqc.commands.options import Json, print_json, print_table
+
+if TYPE_CHECKING:
+    from moqc.targets import Target
 
 
 def passes(as_json: Json = False) -> None:
@@ -42,25 +45,57 @@ def passes(as_json: Json = False) -> None:
 
 
 def targets(as_json: Json = False) -> None:
-    """List the machines moqc compiles for."""
+    """List the machines moqc compiles for, what that takes here, and how the code was verified."""
     from moqc.errors import TargetError
-    from moqc.targets import TARGETS, find_target
+    from moqc.targets import TARGETS, find_target, runs_here
 
     try:
         native = find_target("native").name
     except TargetError:
         native = None
     rows = [
-        {"name": target.name, "native": target.name == native, "doc": target.doc, "tvm": target.tvm}
+        {**_target(target), "native": target.name == native, "runs_here": runs_here(target)}
         for target in TARGETS.values()
     ]
     if as_json:
         print_json(rows)
         return
     print_table(
-        ("target", "this machine", "what it is"),
-        [(row["name"], "native" if row["native"] else "", row["doc"]) for row in rows],
+        ("target", "compiles", "runs", "activations", "what it is", "verified"),
+        [
+            (
+                row["name"],
+                "; ".join(row["missing_tools"]) or "here",
+                "native" if row["native"] else "here" if row["runs_here"] else "",
+                ", ".join(row["activations"]),
+                row["doc"],
+                row["verified"],
+            )
+            for row in rows
+        ],
     )
+
+
+def _target(target: Target) -> dict[str, Any]:
+    """What is known of a target, and the tools it lacks here with the command that installs them."""
+    from moqc.toolchains import tools
+
+    needed = tools(target)
+    return {
+        "name": target.name,
+        "doc": target.doc,
+        "device": target.device,
+        "machine": target.machine,
+        "features": sorted(target.features),
+        "architectures": list(target.architectures),
+        "activations": list(target.activations),
+        "cache": target.cache,
+        "layout": target.layout,
+        "verified": target.verified,
+        "tools": [str(found) for tool in needed if (found := tool.find())],
+        "missing_tools": [f"{tool.what}: {tool.install}" for tool in needed if tool.find() is None],
+        "tvm": target.tvm,
+    }
 
 
 def allocators(as_json: Json = False) -> None:

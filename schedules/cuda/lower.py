@@ -14,6 +14,7 @@ from tvm import relax, tirx
 
 from moqc.errors import TargetError
 from moqc.ir.ops import PROJECTIONS, attributes, bit_classes, describe, operands
+from moqc.machines.cuda import CUDA_ARCHITECTURES
 from moqc.quant.formats import Format
 from moqc.schedules.cuda import attention, layer, linear
 from moqc.schedules.cuda.dense import (
@@ -30,7 +31,7 @@ from moqc.schedules.cuda.plan import (
     shared_bytes,
 )
 from moqc.schedules.cuda.workspace import workspace_bytes
-from moqc.targets import CUDA_ARCHITECTURES, Target
+from moqc.targets import Target
 
 
 def lower_mixed_experts(bb: relax.BlockBuilder, call: relax.Call, target: Target) -> relax.Expr:

@@ -11,15 +11,14 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import re
-import shutil
 import subprocess
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 from moqc.errors import TargetError
+from moqc.toolchains import TOOLS
 
-CUDA_HOME = Path("/usr/local/cuda")
 WARP_GROUP_THREADS = 384
 """Threads of the kernels whose warp groups pass on registers (``grouped.py``)."""
 NO_DEVICE = 100
@@ -28,14 +27,7 @@ NO_DEVICE = 100
 
 def find_nvcc() -> Path:
     """The CUDA compiler: on the PATH, else in the usual place. TargetError if there is none."""
-    found = shutil.which("nvcc")
-    if found is not None:
-        return Path(found)
-    if (CUDA_HOME / "bin" / "nvcc").exists():
-        return CUDA_HOME / "bin" / "nvcc"
-    raise TargetError(
-        "no nvcc on the PATH or in /usr/local/cuda: install the CUDA toolkit, version 12 or later"
-    )
+    return TOOLS["nvcc"].require()
 
 
 def compile_fatbin(source: str, architectures: Sequence[str]) -> bytes:

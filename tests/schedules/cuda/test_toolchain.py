@@ -1,11 +1,14 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 
 import pytest
 
+from moqc import toolchains
 from moqc.errors import TargetError
 from moqc.schedules.cuda import toolchain
+from moqc.targets import find_target
 
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
 
@@ -26,6 +29,6 @@ def test_a_refusal_is_one_line():
 
 def test_says_what_to_install(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", "")
-    monkeypatch.setattr(toolchain, "CUDA_HOME", tmp_path)
+    monkeypatch.setitem(toolchains.TOOLS, "nvcc", replace(toolchains.TOOLS["nvcc"], folders=(tmp_path,)))
     with pytest.raises(TargetError, match="install the CUDA toolkit"):
-        toolchain.find_nvcc()
+        toolchains.check_toolchain(find_target("cuda"))

@@ -1,0 +1,73 @@
+"""NVIDIA GPUs: any architectures with any host CPU; Jetson boards are such pairs."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+
+from moqc.errors import TargetError
+from moqc.machines.cpus import find_cpu
+from moqc.machines.target import Roofline, Target
+
+_H200 = Roofline(
+    bandwidth=3.7e12,
+    weight_rate=1.0e13,
+    layer_seconds=5.6e-6,
+    source="NVIDIA H200, experts of mixtral-8x7b at 1 token and two launches a layer, in "
+    "docs/benchmarks-h200.md; what else a layer does is not counted: an upper bound",
+)
+
+CUDA_ARCHITECTURES = {"sm_80": 163, "sm_86": 99, "sm_87": 163, "sm_89": 99, "sm_90": 227}
+"""NVIDIA architectures that there are kernels for, and the KiB of shared memory a block may have there."""
+CUDA_DEFAULT = "cuda:sm_90@x86-64-v3"
+"""What ``cuda`` stands for."""
+
+
+_FORM = re.compile(r"cuda(?::(?P<archs>[\w+]+))?(?:@(?P<host>[\w:-]+))?")
+
+
+def find_cuda(name: str) -> Target:
+    """The target of ``cuda[:ARCHITECTURE[+ARCHITECTURE...]][@HOST]``; the default has what is left out.
+
+    Raises TargetError with what is known.
+    """
+    form, defaults = _FORM.fullmatch(name), _FORM.fullmatch(CUDA_DEFAULT)
+    if form is None or defaults is None:
+        raise TargetError(f"target {name!r}: expected for example {CUDA_DEFAULT} or cuda:sm_80+sm_90")
+    architectures = tuple(sorted(set((form["archs"] or defaults["archs"]).split("+"))))
+    for architecture in architectures:
+        if architecture not in CUDA_ARCHITECTURES:
+            known = ", ".join(CUDA_ARCHITECTURES)
+            raise TargetError(f"target {name!r}: unknown architecture {architecture!r}: known are {known}")
+    try:
+        host = find_cpu(form["host"] or defaults["host"])
+    except TargetError as error:
+        raise TargetError(f"target {name!r}: {error}") from error
+    shared = min(CUDA_ARCHITECTURES[architecture] for architecture in architectures) * 1024
+    tvm = {"kind": "cuda", "arch": architectures[0], "max_threads_per_block": 1024, "host": host.tvm}
+    return Target(
+        f"cuda:{'+'.join(architectures)}@{host.name}",
+        {**tvm, "max_shared_memory_per_block": shared},
+        host.features,
+        schedules="cuda",
+        layout="mma16x256",
+        activations=("float",),
+        cache="float16",
+        architectures=architectures,
+        machine=host.machine,
+        tools=("nvcc",),
+        verified="run on an H200 (sm_90), against the reference",
+        roofline=_H200 if architectures == ("sm_90",) else None,
+        doc="NVIDIA GPUs; cuda:ARCHITECTURE+...@HOST chooses, by default " + CUDA_DEFAULT,
+    )
+
+
+CUDA = (
+    replace(find_cuda("cuda"), name="cuda"),
+    replace(
+        find_cuda("cuda:sm_87@aarch64:cortex-a78ae"),
+        name="jetson-orin",
+        doc="NVIDIA Jetson Orin (AGX, NX, Nano) with JetPack 7",
+        verified="",
+    ),
+)

@@ -1,0 +1,79 @@
+"""What a target is: one machine family that moqc compiles for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from moqc.errors import TargetError
+
+
+@dataclass(frozen=True, slots=True)
+class Roofline:
+    """What a machine sustains while one sequence is decoded; `moqc plan` predicts with it.
+
+    `bandwidth`: bytes a second from memory. `weight_rate`: weights a second that are unpacked and multiplied,
+    whatever their width. `layer_seconds`: time of a decoder layer that does not depend on its weights (norms,
+    attention, router, launches). `source`: the machine and where the numbers are from.
+    """
+
+    bandwidth: float
+    weight_rate: float
+    layer_seconds: float
+    source: str
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """One machine family.
+
+    `tvm` is the dict `tvm.target.Target` takes. `features` are the CPU flags (Linux names) the generated code
+    uses; loading an artifact checks them. `schedules` names the folder under `schedules/`; `layout` the
+    packed weight layout its kernels read (`moqc.quant.layouts`). `activations` are the modes its kernels
+    have, the default first; `cache` is the dtype of its key-value caches. `architectures` are those of the
+    GPUs that the library has machine code for; empty for CPUs. `machine` is the host's CPU as
+    `platform.machine` says; `tools` are entries of `moqc.toolchains.TOOLS` beside its linker. `verified` says
+    how its code was checked. `roofline` is None where nothing is known.
+    """
+
+    name: str
+    tvm: dict[str, Any]
+    features: frozenset[str]
+    schedules: str = "cpu"
+    layout: str = "interleaved16"
+    activations: tuple[str, ...] = ("int8", "float")
+    cache: str = "float32"
+    architectures: tuple[str, ...] = ()
+    machine: str = "x86_64"
+    tools: tuple[str, ...] = ()
+    doc: str = ""
+    verified: str = ""
+    roofline: Roofline | None = None
+
+    @property
+    def device(self) -> str:
+        """What runs the model: ``cpu``, or TVM's kind of GPU (``cuda``)."""
+        return "cpu" if self.tvm["kind"] == "llvm" else str(self.tvm["kind"])
+
+    def mode(self, activations: str | None) -> str:
+        """The mode of activations asked for, or the default. TargetError if there are no kernels for it."""
+        if activations not in (None, *self.activations):
+            modes = ", ".join(self.activations)
+            raise TargetError(f"activations {activations!r}: the kernels of target {self.name} have {modes}")
+        return activations or self.activations[0]
+
+    @property
+    def vector_lanes(self) -> int:
+        """float32 lanes of the widest vector register."""
+        if self.machine == "aarch64":
+            return 4
+        return 16 if "avx512f" in self.features else 8
+
+    @property
+    def dot(self) -> str:
+        """Instruction family for u8 x i8 dot products: a name of `moqc.schedules.cpu.dot.FAMILIES`."""
+        if self.machine == "aarch64":
+            return "i8mm" if "i8mm" in self.features else "dotprod" if "asimddp" in self.features else "neon"
+        if {"avx512_vnni", "avx512bw"} <= self.features:
+            return "vnni512-gfni" if "gfni" in self.features else "vnni512"
+        return "bw512" if "avx512bw" in self.features else "avx2"
