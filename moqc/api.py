@@ -184,6 +184,7 @@ def compile(
             pruning=pruning,
             model_bits=model_bits,
             formats=formats,
+            rotate=machine.rotates,
         )
         if pipeline is None
         else Pipeline.parse(pipeline)

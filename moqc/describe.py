@@ -44,6 +44,7 @@ from moqc.manifest import (
 )
 from moqc.package import WeightCounts
 from moqc.passes.pipeline import Pipeline
+from moqc.quant.activations import parse_activation
 from moqc.recipe import Recipe
 from moqc.targets import Target
 
@@ -91,6 +92,7 @@ def describe(
         linear_bits=LINEAR_BITS.get(mod) or {},
         pruning={site: _pruning(entry) for site, entry in (PRUNING.get(mod) or {}).items()},
         activations=_activations(mod),
+        rotated=_rotated(mod),
         sizes=_NO_SIZES,
         parameters=parameters(mod),
         cache=CacheSpec(
@@ -144,6 +146,12 @@ def _activations(mod: IRModule) -> Activations:
     """What the kernels do with the inputs of quantized matrices: float where all are exact."""
     chosen = [kernel["attributes"].get("activations") for kernel in KERNELS.of(mod)]
     return "int8" if "int8" in chosen else "float"
+
+
+def _rotated(mod: IRModule) -> bool:
+    """Whether kernels rotate what reaches down."""
+    names = [kernel["attributes"].get("activation") for kernel in KERNELS.of(mod)]
+    return any(parse_activation(name).rotated for name in names if name is not None)
 
 
 def versions() -> Versions:

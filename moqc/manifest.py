@@ -185,6 +185,8 @@ class Manifest(Record):
     pruning: dict[str, SitePruning] = {}
     """site -> how tokens skip its experts, and the coverage of each; empty where nothing is pruned."""
     activations: Activations
+    rotated: bool = False
+    """Whether the packed matrices of down are for rotated inputs (`moqc.quant.hadamard`)."""
     sizes: Sizes
     parameters: tuple[Parameter, ...]
     cache: CacheSpec

@@ -28,6 +28,7 @@ from moqc.log import logger, track
 from moqc.manifest import MANIFEST, read_manifest
 from moqc.package import COPIED, staged_folder
 from moqc.quant.formats import Format
+from moqc.quant.hadamard import rotate
 from moqc.quant.layouts import find_layout
 from moqc.quant.rtn import quantize_rtn
 from moqc.quant.tensor import Quantized
@@ -102,7 +103,7 @@ class ArtifactWeights:
         return array
 
     def expert(self, layout: ExpertLayout, projection: str, expert: int) -> Quantized:
-        """One expert's matrix [N, K]."""
+        """One expert's matrix [N, K]. Raises ModelError for codes that stand for rotated weights."""
         names = self._manifest.bits[layout.site][projection]
         number, index = self._array(f"{layout.site}.table")[PROJECTIONS.index(projection), expert].tolist()
         shape = layout.shape(projection)[1:]
@@ -110,7 +111,16 @@ class ArtifactWeights:
         found = self._unpack(prefix, slice(index, index + 1), Format.parse(names[expert]), *shape)
         zeros = None if found.zeros is None else found.zeros[0]
         matrix = Quantized(found.format, found.codes[0], found.scales[0], zeros)
-        return matrix if self._format is None else quantize_rtn(matrix.dequantize(), self._format)
+        rotated = self._manifest.rotated and projection == "down"
+        if self._format is not None:
+            dense = matrix.dequantize()
+            return quantize_rtn(rotate(dense) if rotated else dense, self._format)
+        if rotated:
+            raise ModelError(
+                f"{layout.site}: down is stored for rotated inputs, which QMoE has not: export with "
+                f"--uniform {DEFAULT_FORMAT}, or an artifact whose quantize-experts has rotate=false"
+            )
+        return matrix
 
     def _array(self, name: str) -> Array:
         return np.asarray(self._stored[name].data)

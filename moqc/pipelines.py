@@ -40,12 +40,12 @@ ANALYSES = {
     "moqa": ("profile-activation",),
     "pmq": ("profile-activation", "measure-block-errors"),
     "gemq": ("measure-gradients",),
-    "mxmoe": ("profile-channels", "measure-costs{{quantizer={quantizer} formats={formats}}}"),
+    "mxmoe": ("profile-channels", "measure-costs{{quantizer={quantizer} formats={formats}{rotate}}}"),
     "global": (
         "profile-activation",
         "profile-channels",
         "measure-gradients",
-        "measure-costs{{quantizer={quantizer} formats={formats} curvature=token}}",
+        "measure-costs{{quantizer={quantizer} formats={formats} curvature=token{rotate}}}",
     ),
 }
 """What an allocator reads is measured by these passes; any other allocator gets all of them."""
@@ -75,6 +75,11 @@ class Plan:
         """Whether calibration text is read."""
         data_free = self.quantizer in STORABLE and STORABLE[self.quantizer].data_free
         return not data_free or self.allocator != "uniform"
+
+    @property
+    def rotates(self) -> bool:
+        """Whether the inputs of down are rotated, given kernels that can."""
+        return self.quantizer in STORABLE and STORABLE[self.quantizer].rotates
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,18 +154,20 @@ def allocation_pipeline(
     layout: str = DEFAULT_LAYOUT,
     model_bits: float | None = None,
     formats: str = DEFAULT_CANDIDATES,
+    rotate: bool = True,
 ) -> Pipeline:
     """The passes that end with moqc.bits: measure what the allocator reads, then allocate.
 
     With `model_bits`, the budget is file bits a weight of the whole model, and `bits` does nothing. `formats`
-    are the candidates, as for `candidate_formats`.
+    are the candidates, as for `candidate_formats`; `rotate`: the kernels can rotate the inputs of down.
     """
     # What is measured with a simulated quantizer is measured with the one whose formats are real.
     quantizer = plan.quantizer if plan.quantizer in STORABLE else DEFAULT_QUANTIZER
     analyses = ANALYSES.get(plan.allocator, (*ANALYSES["pmq"], *ANALYSES["global"]))
     budget = bits if model_bits is None else model_bits
     names = "+".join(candidate_formats(budget, layout, plan.quantizer, formats))
-    texts = [text.format(quantizer=quantizer, formats=names) for text in analyses]
+    rotated = _rotation(plan, rotate)
+    texts = [text.format(quantizer=quantizer, formats=names, rotate=rotated) for text in analyses]
     if plan.quantizer == "mcmoe":
         bits -= MCMOE_EXTRA_BITS
     if model_bits is None:
@@ -169,6 +176,10 @@ def allocation_pipeline(
         texts.append("measure-linears")
         texts.append(f"allocate-bits{{model_bits={model_bits!r} allocator={plan.allocator}}}")
     return Pipeline.parse(",".join(texts))
+
+
+def _rotation(plan: Plan, rotate: bool) -> str:
+    return " rotate=true" if rotate and plan.rotates else ""
 
 
 def default_pipeline(
@@ -183,25 +194,29 @@ def default_pipeline(
     pruning: Pruning | None = None,
     model_bits: float | None = None,
     formats: str = DEFAULT_CANDIDATES,
+    rotate: bool = True,
 ) -> Pipeline:
     """All passes of `moqc compile`, from the imported module to one that can be built.
 
     `linears` is the format of the matrices that are not experts, or "none"; `activations` is "int8" or
     "float"; `layout` the target's. With `model_bits` the allocator decides on all matrices, and `bits` and
-    `linears` do nothing. `formats` are the candidates, as for `candidate_formats`. Raises UserError for a
+    `linears` do nothing. `formats` and `rotate` are those of `allocation_pipeline`. Raises UserError for a
     value out of range.
     """
     if plan.quantizer == "mcmoe":
         raise UserError("quantizer mcmoe is simulated, for `moqc compare` only; compile with gptq or rtn")
     check_bits(bits if model_bits is None else model_bits)
     linears = check_lowering(linears, activations, max_batch)
+    rotated = _rotation(plan, rotate)
     quantizing = Pipeline.parse(
         ("" if pruning is None else f"{pruning},")
-        + f"quantize-experts{{quantizer={plan.quantizer} activations={activations}}},"
+        + f"quantize-experts{{quantizer={plan.quantizer} activations={activations}{rotated}}},"
         f"quantize-linears{{linears={linears} embeddings={linears} activations={activations}}}"
     )
     rest = lowering_pipeline(context, max_batch)
-    allocation = allocation_pipeline(plan, bits, layout=layout, model_bits=model_bits, formats=formats)
+    allocation = allocation_pipeline(
+        plan, bits, layout=layout, model_bits=model_bits, formats=formats, rotate=rotate
+    )
     return Pipeline(allocation.passes + quantizing.passes + rest.passes)
 
 

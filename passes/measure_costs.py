@@ -32,7 +32,8 @@ class MeasureCosts(Pass):
     `quantizer` is one of gptq, awq, rtn and hqq. A unit's cost on a dataset is the squared error a token,
     multiplied by the block's SENSITIVITY where that was measured; with ``curvature=token``, every component
     of the error is weighted by the squared gradient of the loss there instead. The cost is the mean over the
-    datasets plus `robustness` times their standard deviation. Writes COSTS: ``{site: {projection: {format:
+    datasets plus `robustness` times their standard deviation. With `rotate`, the inputs of down are rotated,
+    as `quantize-experts{rotate=true}` will have them. Writes COSTS: ``{site: {projection: {format:
     [int] * E}}}``, in 1e-15 nats a token; without sensitivity and gradients, squared errors scaled so that
     the largest of the module is 1e12. Costs of different units add up.
     """
@@ -44,6 +45,7 @@ class MeasureCosts(Pass):
     formats: tuple[str, ...] = FORMATS
     curvature: str = "block"
     robustness: float = 0.0
+    rotate: bool = False
 
     def required(self) -> tuple[Key[Any], ...]:
         """The sensitivity may be missing: all blocks then count the same."""
@@ -66,7 +68,14 @@ class MeasureCosts(Pass):
         formats = [Format.parse(name) for name in self.formats]
         by_token = self.curvature == "token"
         gradients = run_backward(ctx, self.name, GRADIENTS.of(mod)["tokens"]) if by_token else None
-        costs = measure_costs(checkpoint, statistics, formats, quantizer=self.quantizer, gradients=gradients)
+        costs = measure_costs(
+            checkpoint,
+            statistics,
+            formats,
+            quantizer=self.quantizer,
+            gradients=gradients,
+            rotate=self.rotate,
+        )
         sensitivity = SENSITIVITY.get(mod)
         if by_token:  # the change of the loss, by the diagonal of the Fisher information
             factor = dict.fromkeys(costs, 0.5 * NATS)

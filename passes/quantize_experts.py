@@ -19,6 +19,7 @@ from moqc.ir.sites import ExpertSite, bindings, expert_site, weight_names
 from moqc.log import track
 from moqc.passes.base import Pass, PassContext
 from moqc.passes.rewriting import Rewrite, apply_rewrite, new_parameter
+from moqc.quant.activations import rotated_name
 from moqc.quant.formats import Format
 from moqc.quant.layouts import DEFAULT, Layout, PackedTensors, find_layout
 from moqc.quant.quantizers import STORABLE
@@ -39,7 +40,8 @@ class QuantizeExperts(Pass):
     """Quantize the routed experts as moqc.bits says and group them into bit classes.
 
     `quantizer` is one of gptq, awq, rtn and hqq; `activations` tells whether the kernels read their inputs as
-    floats or quantize them to int8 by groups of 32.
+    floats or quantize them to int8 by groups of 32. With `rotate`, the inputs of down are rotated in blocks
+    of 32 at run time (`moqc.quant.hadamard`), for targets whose kernels can.
     """
 
     name: ClassVar[str] = "quantize-experts"
@@ -47,6 +49,7 @@ class QuantizeExperts(Pass):
 
     quantizer: str = "gptq"
     activations: str = "int8"
+    rotate: bool = False
 
     def run(self, mod: IRModule, ctx: PassContext) -> IRModule:
         """Quantize with checkpoint, calibration and workspace of `ctx`; packed arrays go to its params."""
@@ -62,8 +65,10 @@ class QuantizeExperts(Pass):
         if not sites:
             return mod
         plan = BITS.of(mod)
-        provider = quantize_experts(checkpoint, plan, self.quantizer, ctx.calibration, workspace)
-        return rewrite_experts(mod, provider, params, self.activations, ctx.layout)
+        provider = quantize_experts(
+            checkpoint, plan, self.quantizer, ctx.calibration, workspace, rotate=self.rotate
+        )
+        return rewrite_experts(mod, provider, params, self.activations, ctx.layout, rotate=self.rotate)
 
 
 def check_plan(mod: IRModule, activations: str) -> list[ExpertSite]:
@@ -97,6 +102,8 @@ def rewrite_experts(
     params: ParamStore,
     activations: str,
     layout: str = DEFAULT,
+    *,
+    rotate: bool = False,
 ) -> IRModule:
     """`mod` with every experts block mixed, its matrices taken from `provider` and packed into `params`."""
     plan = BITS.of(mod)
@@ -106,18 +113,23 @@ def rewrite_experts(
         classes = {name: bit_classes(plan[site.site][name], removed) for name in site.projections}
         for name, array in pack_site(site, classes, provider, find_layout(layout)):
             params.put(f"{site.site}.{name}", array)
-    return mix_experts(mod, activations, layout)
+    return mix_experts(mod, activations, layout, rotate=rotate)
 
 
-def mix_experts(mod: IRModule, activations: str, layout: str = DEFAULT) -> IRModule:
-    """`mod` with every experts block mixed as BITS says; its packed matrices are new parameters."""
+def mix_experts(mod: IRModule, activations: str, layout: str = DEFAULT, *, rotate: bool = False) -> IRModule:
+    """`mod` with every experts block mixed as BITS says; its packed matrices are new parameters.
+
+    With `rotate`, what reaches down is rotated first, as the matrices of down must be.
+    """
     plan, rewrite = BITS.of(mod), Rewrite()
     for variable, call in _experts_calls(mod):
         site, named = expert_site(call), ops.operands(call)
         removed = removed_experts(mod, site.site)
         classes = {name: bit_classes(plan[site.site][name], removed) for name in site.projections}
         packed = _packed_parameters(site, classes, layout)
-        rewrite.values[variable] = _mixed_call(call, classes, packed, activations, layout, removed)
+        name = rotated_name(site.activation) if rotate else site.activation
+        modes = {"activation": name, "activations": activations, "layout": layout}
+        rewrite.values[variable] = _mixed_call(call, classes, packed, modes, removed)
         for number, projection in enumerate(site.projections):
             prefixes = (f"{projection}.", "table") if number == 0 else (f"{projection}.",)
             rewrite.parameters[named[projection]] = {
@@ -130,11 +142,10 @@ def _mixed_call(
     call: relax.Call,
     classes: Mapping[str, Mapping[Format, list[int]]],
     packed: Mapping[str, relax.Var],
-    activations: str,
-    layout: str,
+    modes: Mapping[str, str],
     removed: Sequence[int],
 ) -> relax.Call:
-    """The mixed_experts call that takes the place of the experts `call`."""
+    """The mixed_experts call, with the attributes `modes`, that takes the place of the experts `call`."""
     site, named = expert_site(call), ops.operands(call)
     biases = {name: named[name] for name in site.operands if name.endswith("_bias")}
     formats = {projection: list(members) for projection, members in classes.items()}
@@ -143,13 +154,11 @@ def _mixed_call(
         *packed.values(),
         *biases.values(),
         site=site.site,
-        activation=site.activation,
-        activations=activations,
         operands=mixed_operands(formats, biases),
         classes=[f"{projection}:{format}" for projection, members in formats.items() for format in members],
         intermediate=site.intermediate,
-        layout=layout,
         removed=removed,
+        **modes,
     )
 
 

@@ -9,7 +9,7 @@ from tvm import IRModule
 
 from moqc.errors import PipelineError
 from moqc.ir.annotations import BITS, PARAMS, ROUTERS, Key
-from moqc.ir.sites import find_linears
+from moqc.ir.sites import find_linears, rotates
 from moqc.log import logger
 from moqc.passes.base import Pass, PassContext
 
@@ -40,7 +40,9 @@ class RecalibrateRouter(Pass):
         if self.damping <= 0:
             raise PipelineError(f"{self.name}: damping={self.damping:g} must be above 0")
         routers = [site.site for site in find_linears(mod) if site.router]
-        store = quantize_experts(checkpoint, BITS.of(mod), self.quantizer, calibration, workspace)
+        store = quantize_experts(
+            checkpoint, BITS.of(mod), self.quantizer, calibration, workspace, rotate=rotates(mod)
+        )
         updates = recalibrate_routers(
             checkpoint, calibration, workspace, store, routers, damping=self.damping
         )

@@ -127,6 +127,8 @@ def activation_expr(name: str, gate: tirx.Expr | None, up: tirx.Expr) -> tirx.Ex
     pass variables or loads, not long sums.
     """
     activation = parse_activation(name)
+    if activation.rotated:
+        raise InternalError(f"activation {name}: an expression of one element has no rotation")
     kind, alpha, limit = activation.kind, activation.alpha, activation.limit
     if kind == "relu2":
         return _relu(up) * _relu(up)

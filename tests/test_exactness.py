@@ -23,6 +23,7 @@ from moqc.evaluate.metrics import Accumulator, evaluation_windows
 from moqc.frontend.checkpoint import Checkpoint
 from moqc.manifest import read_manifest
 from moqc.quant.formats import Format
+from moqc.quant.hadamard import rotate
 from moqc.quant.pack import Packed, unpack
 from moqc.quant.tensor import Quantized
 from moqc.tensorfile import open_tensors
@@ -92,6 +93,10 @@ class _Experts:
     stored: Stored
     config: Any
 
+    @property
+    def rotated(self) -> bool:
+        return read_manifest(self.stored.folder).rotated
+
     def site(self, site: str) -> dict[str, ProjectionResult]:
         inner, hidden = self.config.moe_intermediate_size, self.config.hidden_size
         shapes = {"gate": (inner, hidden), "up": (inner, hidden), "down": (hidden, inner)}
@@ -126,6 +131,7 @@ class Pair:
     def transformers(self) -> torch.nn.Module:
         """transformers' model, its weights replaced by those that the float artifact stores."""
         checkpoint, stored = Checkpoint.open(self.model), Stored.read(self.artifacts["float"])
+        manifest = read_manifest(stored.folder)
         model = AutoModelForCausalLM.from_pretrained(self.model, dtype=torch.float32, local_files_only=True)
         parameters = dict(model.named_parameters(remove_duplicate=False))
         replaced = set()
@@ -133,8 +139,9 @@ class Pair:
             for site, matrix in stored.linears(checkpoint).items():
                 parameters[f"{site}.weight"].copy_(matrix.dequantize())
                 replaced.add(f"{site}.weight")
-            for site in read_manifest(stored.folder).bits:
+            for site in manifest.bits:
                 found = {name: r.dense() for name, r in _Experts(stored, model.config).site(site).items()}
+                found["down"] = rotate(found["down"]) if manifest.rotated else found["down"]
                 parameters[f"{site}.gate_up_proj"].copy_(torch.cat([found["gate"], found["up"]], dim=1))
                 parameters[f"{site}.down_proj"].copy_(found["down"])
                 replaced |= {f"{site}.gate_up_proj", f"{site}.down_proj"}
@@ -182,7 +189,7 @@ def pair(request, tmp_path_factory, write_tokenizer) -> Pair:
         random_model(model, write_tokenizer(model))
         text = model / "text.txt"
         text.write_text("".join(PROMPTS.values()) * 8)
-        options = {"bits": 3.0, "allocator": "frequency", "quantizer": "rtn", "calibration": [text]}
+        options = {"bits": 3.0, "allocator": "frequency", "calibration": [text]}
         options |= {"calibration_tokens": 512}
         tokens, window = 512, 64
     else:
@@ -219,6 +226,7 @@ def test_the_plan_mixes_formats(pair):
     bits = read_manifest(pair.artifacts["float"]).bits
     assert len({fmt for site in bits.values() for formats in site.values() for fmt in formats}) > 1
     assert read_manifest(pair.artifacts["float"]).linear_bits
+    assert read_manifest(pair.artifacts["float"]).rotated
 
 
 def test_float_logits_equal_transformers(pair, torch_model):

@@ -103,6 +103,16 @@ def test_artifact_keeps_its_codes(model, tmp_path, formats):
     assert difference(run_ort(tmp_path / "onnx", TOKENS), expected) < 1e-4
 
 
+def test_rotated_experts_are_turned_back(model, tmp_path):
+    rotating = LOWERING.format("int4-g64-sym").replace("quantizer=rtn", "quantizer=rtn rotate=true")
+    moqc.compile(model("qwen3_moe"), tmp_path / "out", pipeline=rotating, cache=tmp_path / "cache")
+    with pytest.raises(ModelError, match=r"down is stored for rotated inputs, which QMoE has not"):
+        export_onnx(tmp_path / "out", tmp_path / "onnx", uniform=None)
+    export_onnx(tmp_path / "out", tmp_path / "onnx", uniform="int8-g64-sym")
+    expected = moqc.load(tmp_path / "out").forward(TOKENS)
+    assert difference(run_ort(tmp_path / "onnx", TOKENS), expected) < 0.05  # rounded once more, to 8 bits
+
+
 def test_formats_without_a_form(model, tmp_path):
     moqc.compile(
         model("qwen3_moe"), tmp_path / "out", pipeline=LOWERING.format("int3-g64"), cache=tmp_path / "cache"

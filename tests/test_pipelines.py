@@ -1,7 +1,7 @@
 import pytest
 
 from moqc.errors import UserError
-from moqc.pipelines import Plan, allocation_pipeline, candidate_formats
+from moqc.pipelines import Plan, allocation_pipeline, candidate_formats, default_pipeline
 from moqc.quant.formats import Format
 from moqc.quant.layouts import LAYOUTS
 
@@ -25,9 +25,27 @@ def test_candidates_can_be_stored_and_rounded_to(layout: str, quantizer: str, bi
 def test_costs_are_measured_for_the_candidates() -> None:
     assert "tcq2-g128" in str(allocation_pipeline(Plan("global"), 2.5, formats="trellis"))
     assert "tcq" not in str(allocation_pipeline(Plan("global"), 2.5))
-    assert "formats=int4-g64+int2-g32}" in str(
+    assert "formats=int4-g64+int2-g32 " in str(
         allocation_pipeline(Plan("mxmoe"), 3.0, formats="int4-g64, int2-g32")
     )
+
+
+@pytest.mark.parametrize(
+    ("plan", "kernels", "rotates"),
+    [
+        ("global", True, True),
+        ("global", False, False),
+        ("global:rtn", True, False),
+        ("pmq:mcmoe", True, False),
+    ],
+)
+def test_inputs_of_down_are_rotated_where_quantizer_and_kernels_do(plan, kernels, rotates) -> None:
+    passes = allocation_pipeline(Plan.parse(plan), 2.5, rotate=kernels)
+    assert ("rotate=true" in str(passes)) == rotates
+    if plan != "pmq:mcmoe":
+        options = {"linears": "none", "activations": "int8", "context": 64, "max_batch": 1}
+        whole = default_pipeline(Plan.parse(plan), bits=2.5, rotate=kernels, **options)
+        assert str(whole).count("rotate=true") == 2 * rotates
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,7 @@ from moqc.calibrate.text import CalibrationSet
 from moqc.calibrate.workspace import Workspace, digest
 from moqc.frontend.checkpoint import Checkpoint
 from moqc.log import track
+from moqc.quant.activations import parse_activation
 from moqc.quant.formats import Format
 from moqc.quant.mcmoe import mcmoe_rtn
 from moqc.quant.problem import MCMOE_BITS
@@ -54,23 +55,27 @@ def measure_costs(
     *,
     quantizer: str = "gptq",
     gradients: Gradients | None = None,
+    rotate: bool = False,
 ) -> dict[str, SiteCosts]:
     """Costs of all units: site -> projection -> format -> [dataset][expert].
 
     The number is ``Σ_t g_t² ‖E(x_t) - E_q(x_t)‖²`` over the dataset's tokens routed to the expert, per token
     of the dataset, taken from a `Sample`: the squared error in the block's output when this unit alone is
     quantized with `quantizer`, one of `STORABLE`. With `gradients`, every squared component is multiplied by
-    the squared gradient of the loss there. Cached by site and format in the statistics' workspace.
+    the squared gradient of the loss there; with `rotate`, the inputs of down are rotated. Cached by site and
+    format in the statistics' workspace.
     """
     workspace, version = statistics.workspace, QUANTIZER_VERSIONS[quantizer]
     model = LayeredModel(checkpoint)
     costs: dict[str, SiteCosts] = {}
     for site in track(statistics.sites, "measuring costs"):
         source = [statistics.keys[site], None if gradients is None else gradients.keys[site]]
+        source += ["rotated"] if rotate else []
         keys = {fmt: digest("costs", VERSION, version, source, quantizer, str(fmt)) for fmt in formats}
         missing = [fmt for fmt in formats if not workspace.has(keys[fmt])]
         if missing:
             weights, measured = model.experts(site), statistics.of(site)
+            weights = weights.rotated() if rotate else weights
             sample = measured.sample if gradients is None else gradients.sample(site)
             for fmt in missing:
                 found = _site_costs(weights, measured, sample, fmt, quantizer)
@@ -87,10 +92,11 @@ def _site_costs(
 ) -> dict[str, list[list[float]]]:
     """Cost by dataset and expert of each projection in one format."""
     exact = weights.output(slice(None), sample.x)
+    rotated = parse_activation(weights.activation).rotated
     costs: dict[str, list[list[float]]] = {}
     for projection in weights.projections:
-        original = weights.matrices(projection)
-        quantized = STORABLE[quantizer].run(original, measured.hessians(projection).matrices, fmt)
+        hessians = measured.hessians(projection, rotated=rotated).matrices
+        quantized = STORABLE[quantizer].run(weights.matrices(projection), hessians, fmt)
         block = weights.substitute(**{projection: quantized.dequantize()})
         squared = (block.output(slice(None), sample.x) - exact).square_()
         if sample.curvature is not None:

@@ -12,7 +12,8 @@ from torch import Tensor
 from moqc.frontend.checkpoint import Checkpoint
 from moqc.frontend.experts import ExpertLayout, canonical
 from moqc.quant import reference
-from moqc.quant.activations import apply_activation
+from moqc.quant.activations import apply_activation, rotated_name
+from moqc.quant.hadamard import rotate
 from moqc.quant.reference import Activations
 
 PROJECTIONS = ("gate", "up", "down")
@@ -64,6 +65,10 @@ class ExpertWeights:
         """The same block with some of its operands replaced."""
         changes: dict[str, Any] = operands
         return replace(self, **changes)
+
+    def rotated(self) -> ExpertWeights:
+        """A block that computes the same with the inputs of down rotated (`moqc.quant.hadamard`)."""
+        return replace(self, activation=rotated_name(self.activation), down=rotate(self.down))
 
     def only(self, expert: int) -> ExpertWeights:
         """A block of this one expert."""

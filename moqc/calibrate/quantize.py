@@ -49,9 +49,12 @@ def quantize_experts(
     quantizer: str,
     calibration: CalibrationSet | None,
     workspace: Workspace,
+    *,
+    rotate: bool = False,
 ) -> ExpertStore:
     """Quantize all experts as `plan` says; results come from the workspace where they are there.
 
+    With `rotate`, the inputs of down are rotated (`ExpertWeights.rotated`).
     `calibration` may be None for quantizers that need no data. Layers go in order: each is quantized for the
     inputs that the already quantized layers give it. A result depends on the plan of its own and the earlier
     sites only, so plans that begin alike share work, and an interrupted run continues where it stopped.
@@ -64,14 +67,15 @@ def quantize_experts(
         raise PipelineError(f"quantizer {quantizer} needs calibration text; rtn and hqq work without")
     model = LayeredModel(checkpoint)
     _check(plan, model)
-    keys = _keys(model, plan, quantizer, None if data_free else calibration)
+    keys = _keys(model, plan, quantizer, None if data_free else calibration, rotate)
+    store = ExpertStore(keys, workspace, rotate)
     missing = [index for index in range(model.layer_count) if not _cached(model, index, keys, workspace)]
     if missing and (data_free or calibration is None):
-        _round_sites(model, plan, quantizer, keys, workspace)
+        _round_sites(model, plan, quantizer, store)
     elif missing and calibration is not None:
         procedure = _mcmoe_site if quantizer == "mcmoe" else functools.partial(_storable_site, quantizer)
-        _calibrated_sites(model, plan, keys, workspace, calibration, procedure, max(missing))
-    return ExpertStore(keys, workspace)
+        _calibrated_sites(model, plan, store, calibration, procedure, max(missing))
+    return store
 
 
 def _check(plan: Plan, model: LayeredModel) -> None:
@@ -89,11 +93,12 @@ def _check(plan: Plan, model: LayeredModel) -> None:
 
 
 def _keys(
-    model: LayeredModel, plan: Plan, quantizer: str, calibration: CalibrationSet | None
+    model: LayeredModel, plan: Plan, quantizer: str, calibration: CalibrationSet | None, rotate: bool
 ) -> dict[str, str]:
     source = None if calibration is None else calibration.fingerprint
     versions = [VERSION, QUANTIZER_VERSIONS[quantizer]]
-    base = digest("quantized", versions, model.checkpoint.fingerprint, quantizer, source)
+    options = ["rotated"] if rotate else []
+    base = digest("quantized", versions, model.checkpoint.fingerprint, quantizer, source, *options)
     keys: dict[str, str] = {}
     chain = base
     for index in range(model.layer_count):
@@ -115,12 +120,17 @@ def _save(workspace: Workspace, key: str, result: SiteResult) -> None:
     workspace.save_tensors(key, tensors)
 
 
-def _round_sites(
-    model: LayeredModel, plan: Plan, quantizer: str, keys: dict[str, str], workspace: Workspace
-) -> None:
+def _weights(model: LayeredModel, site: str, rotated: bool) -> ExpertWeights:
+    """What is quantized: the original weights of `site`, `rotated` or not."""
+    weights = model.experts(site)
+    return weights.rotated() if rotated else weights
+
+
+def _round_sites(model: LayeredModel, plan: Plan, quantizer: str, store: ExpertStore) -> None:
+    keys, workspace = store.keys, store.workspace
     for site in track(list(keys), "rounding experts"):
         if not workspace.has(keys[site]):
-            weights = model.experts(site)
+            weights = _weights(model, site, store.rotated)
             result = {
                 name: _by_format(quantizer, weights, name, plan[site][name], None)
                 for name in weights.projections
@@ -141,18 +151,18 @@ class _Site:
 def _calibrated_sites(
     model: LayeredModel,
     plan: Plan,
-    keys: dict[str, str],
-    workspace: Workspace,
+    store: ExpertStore,
     calibration: CalibrationSet,
     procedure: Callable[[_Site], SiteResult],
     last: int,
 ) -> None:
+    keys, workspace = store.keys, store.workspace
     stream = model.start(Batches.of(calibration).tokens)
     for index in track(range(last + 1), "quantizing experts"):
         done: dict[str, ExpertWeights] = {}
         with model.layer(index) as layer:
             for site in model.sites(index):
-                weights = model.experts(site)
+                weights = _weights(model, site, store.rotated)
                 if not workspace.has(keys[site]):
                     start = time.monotonic()
                     captured = _inputs_of(site, layer, stream, done)
@@ -280,5 +290,8 @@ def experts_function(
     """Layer `index` with the experts of `store`, or with the original ones."""
     if store is None:
         return model.original_experts(index)
-    blocks = {site: _substituted(model.experts(site), store.site(site)) for site in model.sites(index)}
+    blocks = {
+        site: _substituted(_weights(model, site, store.rotated), store.site(site))
+        for site in model.sites(index)
+    }
     return computed(blocks, activations)

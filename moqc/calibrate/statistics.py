@@ -27,6 +27,7 @@ from moqc.calibrate.text import CalibrationSet
 from moqc.calibrate.workspace import Workspace, digest
 from moqc.frontend.checkpoint import Checkpoint
 from moqc.quant.device import compute_device
+from moqc.quant.hadamard import rotate_moments
 
 VERSION = 2
 """Of what is measured and how it is stored; part of the cache key."""
@@ -112,10 +113,11 @@ class SiteStatistics:
         """Tokens routed to each expert over all datasets, int64 [E]."""
         return self.pairs.sum(0)
 
-    def hessians(self, projection: str) -> Hessians:
-        """Hessians of the input of `projection`, starved experts shrunk."""
-        moments = self.hidden_moments if projection == "down" else self.input_moments
-        return shrink(moments, self.counts)
+    def hessians(self, projection: str, *, rotated: bool = False) -> Hessians:
+        """Hessians of the input of `projection`, starved experts shrunk; of down's `rotated` input."""
+        if projection != "down":
+            return shrink(self.input_moments, self.counts)
+        return shrink(rotate_moments(self.hidden_moments) if rotated else self.hidden_moments, self.counts)
 
 
 @dataclass(frozen=True)

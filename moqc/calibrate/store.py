@@ -80,10 +80,14 @@ def _read_class(kind: str, parts: dict[str, Tensor]) -> tuple[Tensor, Quantized]
 
 @dataclass
 class ExpertStore:
-    """Quantized experts of all sites. `keys`: site -> workspace key; the site read last stays in memory."""
+    """Quantized experts of all sites. `keys`: site -> workspace key; the site read last stays in memory.
+
+    `rotated`: down is that of `ExpertWeights.rotated`.
+    """
 
     keys: dict[str, str]
     workspace: Workspace
+    rotated: bool = False
     _last: tuple[str, dict[str, ProjectionResult]] | None = None
 
     @property

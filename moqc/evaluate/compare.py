@@ -150,7 +150,14 @@ def _row(
     """Quantize and evaluate one plan."""
     text, plan, budget, seed = what
     chosen = BITS.of(mod)
-    store = quantize_experts(bench.checkpoint, chosen, plan.quantizer, ctx.calibration, bench.workspace)
+    store = quantize_experts(
+        bench.checkpoint,
+        chosen,
+        plan.quantizer,
+        ctx.calibration,
+        bench.workspace,
+        rotate=plan.rotates,
+    )
     found = bench.measure(store, linears)
     expert_bits = bench.expert_bits(store)
     names = {name for site in chosen.values() for formats in site.values() for name in formats}

@@ -114,7 +114,9 @@ def compare_skips(
     rows = _rows(_Group(task, None, {}), UNPRUNED, None, _stored_bytes(bench))
     for text, plan, target, formats in planned:
         logger.info("evaluating %s at %g bits", text, target)
-        store = quantize_experts(bench.checkpoint, formats, plan.quantizer, calibration, bench.workspace)
+        store = quantize_experts(
+            bench.checkpoint, formats, plan.quantizer, calibration, bench.workspace, rotate=plan.rotates
+        )
         rows += _rows(_Group(task, store, others), text, target, _planned_bytes(bench, formats))
     tokens = sum(array.shape[0] * (array.shape[1] - 1) for array in windows.values())
     return SkipComparison(share, tokens, tuple(windows), tuple(rows))

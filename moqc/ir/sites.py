@@ -9,7 +9,8 @@ from tvm import IRModule, relax
 
 from moqc.errors import VerifyError
 from moqc.ir.annotations import PARAMS
-from moqc.ir.ops import EXPERTS, PRUNE_ROUTING, attributes, is_call, operand, operands
+from moqc.ir.ops import EXPERTS, MIXED_EXPERTS, PRUNE_ROUTING, attributes, is_call, operand, operands
+from moqc.quant.activations import parse_activation
 
 INPUTS = 2
 """Leading parameters of a language model's main that are not weights: input_ids and positions."""
@@ -156,7 +157,7 @@ def router_outputs(mod: IRModule, linears: set[relax.Var]) -> set[relax.Var]:
     values = dict(bindings(mod["main"]))
     pending = []
     for value in values.values():
-        if is_call(value, EXPERTS, "relax.moqc.mixed_experts"):
+        if is_call(value, EXPERTS, MIXED_EXPERTS):
             named = operands(value)
             pending.extend([named["ids"], named["weights"]])
     seen: set[relax.Var] = set()
@@ -172,6 +173,12 @@ def router_outputs(mod: IRModule, linears: set[relax.Var]) -> set[relax.Var]:
             else:
                 pending.extend(relax.analysis.free_vars(value))
     return seen & linears
+
+
+def rotates(mod: IRModule) -> bool:
+    """Whether packed experts of `mod` rotate what reaches down (`moqc.quant.hadamard`)."""
+    calls = (value for _, value in bindings(mod["main"]) if is_call(value, MIXED_EXPERTS))
+    return any(parse_activation(attributes(call)["activation"]).rotated for call in calls)
 
 
 def site_of(parameter: str) -> str:

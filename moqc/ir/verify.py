@@ -113,6 +113,8 @@ def _check_experts(call: relax.Call) -> None:
         order = ", ".join(ops.EXPERT_OPERANDS)
         raise VerifyError(f"{describe(call)}: operands {names} are not up and down among {order}, in order")
     _check_gate(call, "gate" in names)
+    if parse_activation(attributes(call)["activation"]).rotated:
+        raise VerifyError(f"{describe(call)}: only packed experts are rotated")
     experts, hidden, intermediate = _extents(call, "down", 3)
     wide = (experts, intermediate, hidden)
     shapes = {"gate": wide, "up": wide, **_bias_shapes(experts, hidden, intermediate)}

@@ -63,6 +63,11 @@ class Target:
         return activations or self.activations[0]
 
     @property
+    def rotates(self) -> bool:
+        """Whether its kernels can rotate the inputs of down (`moqc.quant.hadamard`)."""
+        return self.schedules == "cpu"
+
+    @property
     def vector_lanes(self) -> int:
         """float32 lanes of the widest vector register."""
         if self.machine == "aarch64":

@@ -2,7 +2,8 @@
 
 A gated block computes ``down(act(gate(x), up(x)))``, a plain one ``down(act(up(x)))``. The name, with its
 constants in brackets, is the ``activation`` attribute of the IR's operators: ``silu_glu``,
-``oai_swiglu(alpha=1.702,limit=7.0)``.
+``oai_swiglu(alpha=1.702,limit=7.0)``. With ``|hadamard32`` at the end, what it gives is rotated
+(`moqc.quant.hadamard`) before it reaches down, whose weights are rotated too.
 """
 
 from __future__ import annotations
@@ -10,21 +11,26 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch.nn import functional
 
 from moqc.errors import InternalError, UserError
+from moqc.quant.hadamard import BLOCK, rotate
 
 
 @dataclass(frozen=True, slots=True)
 class Activation:
-    """A parsed activation: its kind, and the constants that the kind has (`CONSTANTS`)."""
+    """A parsed activation: its kind, the constants that the kind has (`CONSTANTS`), and what comes after it.
+
+    `rotated`: the result is rotated in blocks. The rest of it works element by element.
+    """
 
     kind: str
     alpha: float = 1.0
     limit: float = math.inf
+    rotated: bool = False
 
     @property
     def has_gate(self) -> bool:
@@ -33,7 +39,12 @@ class Activation:
 
     def __str__(self) -> str:
         constants = ",".join(f"{name}={getattr(self, name)!r}" for name in CONSTANTS.get(self.kind, ()))
-        return f"{self.kind}({constants})" if constants else self.kind
+        return self.kind + (f"({constants})" if constants else "") + (ROTATED if self.rotated else "")
+
+    @property
+    def elementwise(self) -> Activation:
+        """The same without rotation."""
+        return replace(self, rotated=False)
 
 
 def _gelu_tanh(x: torch.Tensor) -> torch.Tensor:
@@ -81,7 +92,10 @@ CONSTANTS: dict[str, tuple[str, ...]] = {
 }
 """Constants a kind must give; the other kinds have none."""
 
-_NAME = re.compile(r"(?P<kind>\w+)(?:\((?P<constants>[^()]*)\))?")
+ROTATED = f"|hadamard{BLOCK}"
+"""End of the name of an activation whose result is rotated."""
+
+_NAME = re.compile(rf"(?P<kind>\w+)(?:\((?P<constants>[^()]*)\))?(?P<rotated>{re.escape(ROTATED)})?")
 
 
 def parse_activation(name: str) -> Activation:
@@ -100,7 +114,8 @@ def parse_activation(name: str) -> Activation:
     if tuple(key.strip() for key, _, _ in pairs) != expected:
         raise UserError(f"activation {name!r}: {kind} takes exactly the constants ({', '.join(expected)})")
     try:
-        return Activation(kind, **{key.strip(): float(value) for key, _, value in pairs})
+        values = {key.strip(): float(value) for key, _, value in pairs}
+        return Activation(kind, **values, rotated=match["rotated"] is not None)
     except ValueError:
         raise UserError(f"activation {name!r}: a constant is not a number") from None
 
@@ -111,4 +126,10 @@ def apply_activation(name: str, gate: torch.Tensor | None, up: torch.Tensor) -> 
     if activation.has_gate != (gate is not None):
         needs = "needs a" if activation.has_gate else "has no"
         raise InternalError(f"activation {name} {needs} gate projection")
-    return ACTIVATIONS[activation.kind](activation, up if gate is None else gate, up)
+    hidden = ACTIVATIONS[activation.kind](activation, up if gate is None else gate, up)
+    return rotate(hidden) if activation.rotated else hidden
+
+
+def rotated_name(name: str) -> str:
+    """The canonical name of activation `name` with its result rotated."""
+    return str(replace(parse_activation(name), rotated=True))

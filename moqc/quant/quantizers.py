@@ -18,11 +18,15 @@ from moqc.quant.tensor import Quantized
 
 @dataclass(frozen=True)
 class Quantizer:
-    """One quantizer. `run` takes matrices [B, N, K], Hessians [B, K, K] (None if `data_free`), a format."""
+    """One quantizer. `run` takes matrices [B, N, K], Hessians [B, K, K] (None if `data_free`), a format.
+
+    `rotates`: inputs of down are rotated for it where the target's kernels can; the others are as published.
+    """
 
     doc: str
     data_free: bool
     run: Callable[[torch.Tensor, torch.Tensor | None, Format], Quantized]
+    rotates: bool = False
 
 
 def _with_data(
@@ -52,5 +56,6 @@ STORABLE: dict[str, Quantizer] = {
         "error propagation, then descent, on the inputs that the quantized layers before give",
         False,
         _with_data(lambda w, hessian, fmt: quantize_gptq(w, hessian, fmt)[0]),
+        rotates=True,
     ),
 }

@@ -13,7 +13,9 @@ from typing import Any
 from tvm import relax, tirx
 
 from moqc.ir.ops import PROJECTIONS, attributes, bit_classes, operands
+from moqc.quant.activations import parse_activation
 from moqc.quant.formats import COLUMN_TILE, Format
+from moqc.quant.hadamard import BLOCK
 from moqc.schedules.cpu.dot import FAMILIES
 from moqc.schedules.cpu.emit import ceildiv
 from moqc.schedules.cpu.packed_embedding import embedding_kernel
@@ -48,8 +50,10 @@ def lower_mixed_experts(bb: relax.BlockBuilder, call: relax.Call, target: Target
         [([pairs, shape.padded_intermediate], "float32")],
     )
 
-    if shape.mode == "int8":
-        prepare = activations_kernel(family, shape.padded_intermediate, mode=shape.mode)
+    if shape.mode == "int8" or shape.rotated:
+        prepare = activations_kernel(
+            family, shape.padded_intermediate, mode=shape.mode, rotated=shape.rotated
+        )
         types = _activation_types(pairs, shape.intermediate, shape.mode)
         prepared = _emit(bb, prepare, "activations", [hidden], types)
     else:
@@ -64,6 +68,7 @@ def _experts_shape(call: relax.Call) -> ExpertsShape:
     """Read the configuration of a mixed_experts call."""
     attrs, named, classes = attributes(call), operands(call), bit_classes(call)
     x, ids, table = (named[name].ty.shape for name in ("x", "ids", "table"))
+    activation = parse_activation(attrs["activation"])
     return ExpertsShape(
         experts=int(table[1]),
         top_k=int(ids[1]),
@@ -72,7 +77,8 @@ def _experts_shape(call: relax.Call) -> ExpertsShape:
         gate=classes.get("gate", ()),
         up=classes["up"],
         down=classes["down"],
-        activation=attrs["activation"],
+        activation=str(activation.elementwise),
+        rotated=attrs["intermediate"] // BLOCK if activation.rotated else 0,
         mode=attrs["activations"],
         biases=frozenset(name for name in named if name in {f"{p}_bias" for p in PROJECTIONS}),
     )

@@ -42,7 +42,10 @@ CHUNK = 4
 
 @dataclass(frozen=True)
 class ExpertsShape:
-    """What the kernels of one layer depend on; `gate` is empty for activations without one."""
+    """What the kernels of one layer depend on; `gate` is empty for activations without one.
+
+    `rotated` blocks of 32 hidden columns are rotated between the two kernels.
+    """
 
     experts: int
     top_k: int
@@ -53,6 +56,7 @@ class ExpertsShape:
     down: tuple[Format, ...]
     activation: str
     mode: str
+    rotated: int = 0
     biases: frozenset[str] = frozenset()
 
     @property

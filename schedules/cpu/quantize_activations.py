@@ -6,6 +6,7 @@ even. A NaN or an infinity makes the scale NaN or infinite, so it reaches the ou
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from tvm import tirx
@@ -30,21 +31,23 @@ from moqc.schedules.cpu.emit import (
     unravel,
 )
 from moqc.schedules.cpu.tiles import Activations
+from moqc.schedules.cpu.vector import shuffle
 
 SERIAL_ELEMENTS = 4096
 """Up to so many elements are quicker done by one thread than handed to several."""
 
 
 def activations_kernel(
-    family: DotFamily, columns: int, *, mode: str, lead: int = 1, top_k: int = 0
+    family: DotFamily, columns: int, *, mode: str, lead: int = 1, top_k: int = 0, rotated: int = 0
 ) -> tirx.PrimFunc:
     """Build the kernel that prepares ``x [*lead axes, columns]`` float32, as M rows.
 
-    With `top_k`, row p is token ``order[p] // top_k``: the rows are gathered in the order of `route`.
+    With `top_k`, row p is token ``order[p] // top_k``: the rows are gathered in the order of `route`. The
+    first `rotated` blocks of 32 columns are rotated as `moqc.quant.hadamard` says.
     Parameters of the PrimFunc: x, order int32 [M] if `top_k`, then the outputs in the order of
     `Activations.declare`.
     """
-    with kernel("activations", activations=mode, gather=bool(top_k)) as k:
+    with kernel("activations", activations=mode, gather=bool(top_k), rotated=rotated) as k:
         extents = [symbol(f"d{axis}") for axis in range(lead)]
         x = k.parameter("x", [*extents, columns], "float32")
         rows: Index = symbol("m")
@@ -57,7 +60,11 @@ def activations_kernel(
             source = row if order is None else T.truncdiv(load(order, [row]), top_k)
             at = unravel(bind(int64(source)), extents)
             whole, rest = divmod(columns, COLUMN_TILE)
-            with loop(0, whole) as tile:
+            if rotated:
+                with loop(0, rotated) as tile:
+                    vectors = _vectors(family, x, at, tile, COLUMN_TILE)
+                    _prepare(outputs, row, tile, rotated_tile(vectors))
+            with loop(rotated, whole) as tile:
                 _prepare(outputs, row, tile, _vectors(family, x, at, tile, COLUMN_TILE))
             if rest:
                 _prepare(outputs, row, int64(whole), _vectors(family, x, at, int64(whole), rest))
@@ -80,6 +87,21 @@ def _vectors(family: DotFamily, x: Any, at: list[Any], tile: Any, valid: int) ->
     for column in range(COLUMN_TILE):
         store(padded, [column], load(x, [*at, first + column]) if column < valid else T.float32(0))
     return [bind(load(padded, [offset], dtype)) for offset in range(0, COLUMN_TILE, lanes)]
+
+
+def rotated_tile(vectors: list[Any]) -> list[Any]:
+    """The 32 columns in `vectors`, float32xL each, times Sylvester's Hadamard matrix over the root of 32.
+
+    Five rounds: sums and differences of both halves, interleaved. One round is ``P (H2 ⊗ I16)``, P a perfect
+    shuffle, and the fifth power of that is H2 ⊗ H2 ⊗ H2 ⊗ H2 ⊗ H2 (Pease, 1968).
+    """
+    lanes, half = vectors[0].ty.dtype.lanes, len(vectors) // 2
+    mixed = [[lane // 2 + lane % 2 * lanes for lane in range(start, start + lanes)] for start in (0, lanes)]
+    for _ in range(COLUMN_TILE.bit_length() - 1):
+        halves = zip(vectors[:half], vectors[half:], strict=True)
+        pairs = [[bind(low + high), bind(low - high)] for low, high in halves]
+        vectors = [bind(shuffle(pair, order)) for pair in pairs for order in mixed]
+    return [bind(vector * splat(1 / math.sqrt(COLUMN_TILE), lanes)) for vector in vectors]
 
 
 def _prepare(outputs: Activations, row: Any, tile: Any, vectors: list[Any]) -> None:

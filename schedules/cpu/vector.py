@@ -64,7 +64,7 @@ def fold_rows(rows: Sequence[Any], lanes: int) -> Any:
         high = [start + half + i for start in starts for i in range(half)]
         for i in range(count // 2):
             pair = [load(rows[2 * i + j], [0], kind) for j in range(2)]
-            store(rows[i], [0], _shuffle(pair, low) + _shuffle(pair, high))
+            store(rows[i], [0], shuffle(pair, low) + shuffle(pair, high))
         count, segment = count // 2, half
     return load(rows[0], [0], kind)
 
@@ -112,5 +112,6 @@ def block_product(
     return bind(load(folded, [0], vector_type(lanes)))
 
 
-def _shuffle(vectors: list[Any], lanes: list[int]) -> Any:
+def shuffle(vectors: list[Any], lanes: list[int]) -> Any:
+    """The vector of lanes `lanes` of `vectors`, taken one after the other as one."""
     return tirx.Shuffle(vectors, [tirx.const(lane, "int32") for lane in lanes])

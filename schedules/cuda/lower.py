@@ -15,6 +15,7 @@ from tvm import relax, tirx
 from moqc.errors import TargetError
 from moqc.ir.ops import PROJECTIONS, attributes, bit_classes, describe, operands
 from moqc.machines.cuda import CUDA_ARCHITECTURES
+from moqc.quant.activations import parse_activation
 from moqc.quant.formats import Format
 from moqc.schedules.cuda import attention, layer, linear
 from moqc.schedules.cuda.dense import (
@@ -39,6 +40,8 @@ def lower_mixed_experts(bb: relax.BlockBuilder, call: relax.Call, target: Target
     named, attrs, classes = operands(call), attributes(call), bit_classes(call)
     if attrs["activations"] != "float":
         raise TargetError(f"{describe(call)}: the CUDA kernels take float activations, not int8")
+    if parse_activation(attrs["activation"]).rotated:
+        raise TargetError(f"{describe(call)}: no CUDA kernel rotates: quantize-experts{{rotate=false}}")
     x, ids = named["x"].ty, named["ids"].ty
     shape = ExpertsShape(
         experts=int(named["table"].ty.shape[1]),

@@ -35,18 +35,26 @@ def total(costs: list[list[float]], calibration: CalibrationSet) -> list[float]:
     return [sum(c * n for c, n in zip(column, sizes, strict=True)) for column in zip(*costs, strict=True)]
 
 
-@pytest.mark.parametrize("projection", ["gate", "up", "down"])
+@pytest.mark.parametrize(
+    ("projection", "rotated"), [("gate", False), ("up", True), ("down", False), ("down", True)]
+)
 def test_cost_is_the_output_error_of_one_unit_alone(
-    small: Any, calibration: CalibrationSet, tokens: Tensor, workspace: Workspace, projection: str
+    small: Any,
+    calibration: CalibrationSet,
+    tokens: Tensor,
+    workspace: Workspace,
+    projection: str,
+    rotated: bool,
 ) -> None:
-    model = small()
+    model = small(moe_intermediate_size=40)
     statistics = collect_statistics(model.checkpoint, calibration, workspace)
-    found = measure_costs(model.checkpoint, statistics, FORMATS)
+    found = measure_costs(model.checkpoint, statistics, FORMATS, rotate=rotated)
     site = statistics.sites[1]
     x, ids, weights = model.expert_inputs(tokens)[site]
     block = LayeredModel(model.checkpoint).experts(site)
     exact = block.apply(x, ids, weights)
-    hessians = statistics.of(site).hessians(projection).matrices
+    block = block.rotated() if rotated else block
+    hessians = statistics.of(site).hessians(projection, rotated=rotated).matrices
     for fmt in FORMATS:
         quantized = quantize_gptq(block.matrices(projection), hessians, fmt)[0].dequantize()
         for expert in (0, 5):

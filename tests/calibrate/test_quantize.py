@@ -16,6 +16,7 @@ from moqc.errors import InternalError, PipelineError
 from moqc.frontend.checkpoint import Checkpoint
 from moqc.quant.formats import Format
 from moqc.quant.gptq import quantize_gptq
+from moqc.quant.hadamard import rotate
 from moqc.quant.mcmoe import quantize_mcmoe
 from moqc.quant.quantizers import STORABLE
 from moqc.quant.reference import experts
@@ -39,10 +40,17 @@ def dense_block(checkpoint: Checkpoint, store: ExpertStore, site: str) -> Expert
     return block.substitute(**{name: store.dense(site, name) for name in block.projections})
 
 
+def turned_back(checkpoint: Checkpoint, store: ExpertStore, site: str) -> ExpertWeights:
+    """A dense block of a rotated store, for inputs of down that are not."""
+    block = dense_block(checkpoint, store, site)
+    return block.substitute(down=rotate(block.down))
+
+
 def put_into(model: Any, checkpoint: Checkpoint, store: ExpertStore, sites: list[str]) -> None:
     """Write dequantized experts into a transformers qwen3_moe model."""
     for site in sites:
-        module, block = model.get_submodule(site), dense_block(checkpoint, store, site)
+        dense = turned_back if store.rotated else dense_block
+        module, block = model.get_submodule(site), dense(checkpoint, store, site)
         module.gate_up_proj.data = torch.cat([block.gate, block.up], dim=1)
         module.down_proj.data = block.down
 
@@ -119,10 +127,13 @@ def test_gptq_leaves_the_least_output_error(
     assert errors["gptq", "tcq2-g32"] < best  # with 2.25 bits a weight against 2.75
 
 
-def test_reference_forward_runs_the_quantized_model(small: Any, tokens: Tensor, workspace: Workspace) -> None:
-    original = small()
+@pytest.mark.parametrize("rotated", [False, True])
+def test_reference_forward_runs_the_quantized_model(
+    small: Any, tokens: Tensor, workspace: Workspace, rotated: bool
+) -> None:
+    original = small(moe_intermediate_size=40)
     checkpoint = original.checkpoint
-    store = quantize_experts(checkpoint, plan_for(checkpoint, MIXED), "rtn", None, workspace)
+    store = quantize_experts(checkpoint, plan_for(checkpoint, MIXED), "rtn", None, workspace, rotate=rotated)
     found = torch.cat(list(reference_forward(checkpoint, tokens, store)))
     unquantized = torch.cat(list(reference_forward(checkpoint, tokens)))
     torch.testing.assert_close(unquantized, original.logits(tokens), rtol=1e-5, atol=1e-4)
@@ -130,6 +141,35 @@ def test_reference_forward_runs_the_quantized_model(small: Any, tokens: Tensor, 
     expected = original.logits(tokens)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
     assert float((expected - unquantized).abs().max()) > 0.1
+
+
+@pytest.mark.parametrize("quantizer", ["rtn", "gptq"])
+def test_rotated_is_down_alone_and_kept_apart(
+    small: Any, calibration: CalibrationSet, tokens: Tensor, workspace: Workspace, quantizer: str
+) -> None:
+    """Quantized is down R, under the moments of R h; one large channel is spread over its block by it."""
+    original = small(moe_intermediate_size=64)
+    module = original.model.get_submodule("model.layers.0.mlp.experts")
+    module.down_proj.data[:, :, 5] *= 30
+    original.model.save_pretrained(original.checkpoint.path)
+    checkpoint, site = Checkpoint.open(original.checkpoint.path), "model.layers.0.mlp.experts"
+    plan, text = plan_for(checkpoint, ["int3-g64"] * 8), None if quantizer == "rtn" else calibration
+    plain, rotated = (
+        quantize_experts(checkpoint, plan, quantizer, text, workspace, rotate=choice)
+        for choice in (False, True)
+    )
+    assert set(plain.keys.values()).isdisjoint(rotated.keys.values())
+    assert torch.equal(plain.dense(site, "gate"), rotated.dense(site, "gate"))
+    x, ids, weights = original.expert_inputs(tokens)[site]
+    exact = LayeredModel(checkpoint).experts(site).apply(x, ids, weights)
+    errors = [
+        float((block.apply(x, ids, weights) - exact).norm())
+        for block in (dense_block(checkpoint, plain, site), turned_back(checkpoint, rotated, site))
+    ]
+    assert errors[1] < 0.9 * errors[0]
+    if quantizer == "rtn":
+        expected = quantize_rtn(rotate(LayeredModel(checkpoint).experts(site).down), Format.parse("int3-g64"))
+        assert torch.equal(rotated.dense(site, "down"), expected.dequantize())
 
 
 def test_int8_activations_are_modelled_where_weights_are_quantized(

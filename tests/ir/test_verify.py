@@ -111,6 +111,7 @@ def test_accepts(case: tuple[str, str]) -> None:
         ),
         (EXPERTS, "relu2", "silu_glu", "lacks a gate projection, which does not fit activation silu_glu"),
         (EXPERTS, "relu2", "magic", "unknown activation 'magic'"),
+        (EXPERTS, "relu2", "relu2|hadamard32", "only packed experts are rotated"),
         (
             EXPERTS,
             'operands=["up", "down"]',

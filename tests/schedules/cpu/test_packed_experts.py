@@ -37,7 +37,7 @@ LAYERS = {
             "up": ("int4-g128-sym", "int1-g64", "tcq3-g32"),
             "down": ("int3-g32-s8", "int8-g64", "tcq1-g32"),
         },
-        "silu_glu",
+        "silu_glu|hadamard32",
         "int8",
         ("gate_bias", "up_bias", "down_bias"),
     ),
@@ -49,6 +49,13 @@ LAYERS = {
         "oai_swiglu(alpha=1.702,limit=7.0)",
         "float",
         ("up_bias",),
+    ),
+    "rotated": Layer(
+        64,
+        72,
+        {"gate": ("int4-g64",), "up": ("int4-g64",), "down": ("int2-g64",)},
+        "gelu_glu|hadamard32",
+        "float",
     ),
     "plain": Layer(64, 32, {"up": ("int2-g64-sym",), "down": ("int4-g64",)}, "relu2", "int8"),
 }

@@ -6,6 +6,7 @@ import torch
 import tvm
 
 from moqc.quant import reference
+from moqc.quant.hadamard import BLOCK, rotate
 from moqc.schedules.cpu.dot import FAMILIES
 from moqc.schedules.cpu.quantize_activations import activations_kernel
 from moqc.targets import find_target, host_features
@@ -22,6 +23,7 @@ def kernels(request):
     functions = {
         "int8": activations_kernel(family, COLUMNS, mode="int8"),
         "float": activations_kernel(family, COLUMNS, mode="float", top_k=2),
+        "rotated": activations_kernel(family, COLUMNS, mode="float", rotated=COLUMNS // BLOCK),
     }
     named = {name: function.with_attr("global_symbol", name) for name, function in functions.items()}
     return tvm.compile(tvm.IRModule(named), tvm.target.Target(target.tvm))
@@ -70,4 +72,13 @@ def test_gathers_the_rows_of_the_order(kernels):
     output = tvm.runtime.empty((6, 96), "float32")
     kernels["float"](tvm.runtime.tensor(x), tvm.runtime.tensor(order), output)
     np.testing.assert_array_equal(output.numpy()[:, :COLUMNS], x[order // 2])
+    assert not output.numpy()[:, COLUMNS:].any()
+
+
+@pytest.mark.parametrize("rows", [1, 100])
+def test_rotates_whole_blocks(kernels, rows):
+    x = torch.randn(rows, COLUMNS, generator=torch.Generator().manual_seed(rows))
+    output = tvm.runtime.empty((rows, 96), "float32")
+    kernels["rotated"](tvm.runtime.tensor(x.numpy()), output)
+    np.testing.assert_allclose(output.numpy()[:, :COLUMNS], rotate(x), rtol=1e-5, atol=1e-6)
     assert not output.numpy()[:, COLUMNS:].any()

@@ -6,12 +6,15 @@ import shutil
 
 import pytest
 import tvm
+from tvm import relax
 
 from moqc.errors import TargetError, UserError
+from moqc.ir import ops
 from moqc.quant.formats import Format
 from moqc.schedules.cuda.attention import AttentionShape, attention_function
 from moqc.schedules.cuda.dense import embedding_function, rms_norm_function, top_k_function
 from moqc.schedules.cuda.linear import LinearShape, linear_function
+from moqc.schedules.cuda.lower import lower_mixed_experts
 from moqc.schedules.cuda.toolchain import prepare
 from moqc.targets import find_target
 
@@ -52,6 +55,25 @@ def test_refuses_what_it_has_no_kernels_for():
         LinearShape(Format(1), 64, 128, 1)
     with pytest.raises(UserError, match="multiples of 16 up to 256"):
         AttentionShape(4, 4, 40, 64, 0.1)
+
+
+@pytest.mark.parametrize(
+    ("activation", "mode", "says"),
+    [("silu", "int8", "take float activations"), ("silu|hadamard32", "float", "no CUDA kernel rotates")],
+)
+def test_refuses_modes_it_has_no_kernels_for(activation, mode, says):
+    arguments = [relax.Var(name, relax.TensorType([1, 1], "float32")) for name in ("x", "ids", "w", "table")]
+    call = ops.mixed_experts(
+        *arguments,
+        site="s",
+        activation=activation,
+        activations=mode,
+        operands=["table"],
+        classes=["up:int4-g64", "down:int4-g64"],
+        intermediate=64,
+    )
+    with pytest.raises(TargetError, match=says):
+        lower_mixed_experts(relax.BlockBuilder(), call, find_target("cuda"))
 
 
 def test_targets_are_parsed():
