@@ -27,8 +27,8 @@ from tvm import IRModule, relax
 from moqc.errors import InternalError, ModelError
 from moqc.frontend import masks
 from moqc.frontend.checkpoint import Checkpoint
-from moqc.frontend.functionalize import functionalize
-from moqc.frontend.importer import Importer, converted_operators
+from moqc.frontend.importer import Importer
+from moqc.frontend.repeat import expand, repeated
 from moqc.frontend.skeleton import fake_parameters, first_line
 from moqc.ir.annotations import PARAMS, SCHEMA, SCHEMA_VERSION
 from moqc.ir.sites import find_experts, input_count
@@ -100,13 +100,11 @@ def export(
     *,
     max_batch: int = MAX_BATCH,
     max_chunk: int = MAX_CHUNK,
-    decompose: bool = True,
 ) -> torch.export.ExportedProgram:
     """Export a hooked model with symbolic batch and seq; meta parameters become fake tensors.
 
-    The graph has operators that the importer knows, and none that writes in place. Without `decompose`
-    composite operators stay, if the importer knows them all; that is several times as fast, but TVM cannot
-    compile every such graph.
+    The graph has operators that the importer knows, and none that writes in place. Of layers that are alike
+    one is traced (`moqc.frontend.repeat`).
 
     Raises ModelError naming the model type when torch cannot export it for all sizes.
     """
@@ -116,25 +114,28 @@ def export(
         1: torch.export.Dim("seq", min=1, max=max(max_chunk, _LEAST_BOUND)),
     }
     fake_parameters(model)
-    ids = torch.zeros(2, 8, dtype=torch.int64)
-    positions = torch.arange(8).repeat(2, 1)
     try:
         with torch.no_grad(), _quiet(), masks.unpacked():
-            program = torch.export.export(
-                _Logits(model),
-                (ids, positions),
-                dynamic_shapes={"input_ids": sizes, "positions": sizes},
-                strict=False,
-                prefer_deferred_runtime_asserts_over_guards=True,
-            )
-            check_assertions(program, kind)
-            if not decompose and functionalize(program.graph, converted_operators()):
-                program.graph_module.recompile()
-                return program
-            decomposed: torch.export.ExportedProgram = program.run_decompositions(_decompositions())
-            return decomposed
+            with repeated(model):
+                program = _trace(model, sizes)
+            return program if expand(program) else _trace(model, sizes)
     except _TRACING_ERRORS as error:
         raise ModelError(f"{kind}: cannot be exported: {first_line(error)}") from error
+
+
+def _trace(model: transformers.PreTrainedModel, sizes: dict[int, Any]) -> torch.export.ExportedProgram:
+    """The program of `model` in the operators that the importer knows."""
+    ids = torch.zeros(2, 8, dtype=torch.int64)
+    program = torch.export.export(
+        _Logits(model),
+        (ids, torch.arange(8).repeat(2, 1)),
+        dynamic_shapes={"input_ids": sizes, "positions": sizes},
+        strict=False,
+        prefer_deferred_runtime_asserts_over_guards=True,
+    )
+    check_assertions(program, model.config.model_type)
+    decomposed: torch.export.ExportedProgram = program.run_decompositions(_decompositions())
+    return decomposed
 
 
 def check_assertions(program: torch.export.ExportedProgram, kind: str) -> None:
@@ -187,8 +188,7 @@ def import_program(program: torch.export.ExportedProgram, model: transformers.Pr
     kind = model.config.model_type
     try:
         mod = Importer(_symbols(program)).from_exported_program(program, True, True, False, None)
-    # TVM's internal checks come back as moqc's InternalError, which has the same name.
-    except (*_TRACING_ERRORS, InternalError) as error:
+    except _TRACING_ERRORS as error:
         raise ModelError(f"{kind}: cannot be imported: {first_line(error)}") from error
     main = mod["main"].without_attr("params").without_attr("num_input")
     mod = drop_unused(IRModule({"main": main}), _weight_names(program, model))

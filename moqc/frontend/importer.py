@@ -315,11 +315,6 @@ class Importer(ExportedProgramImporter):  # type: ignore[misc]  # tvm ships no t
         return convert
 
 
-def converted_operators() -> frozenset[str]:
-    """Torch operators that the importer translates, as ``name.overload``."""
-    return frozenset(Importer({}).create_convert_map())
-
-
 def dtype_of(node: Node) -> str:
     """Dtype of the traced result, as TVM writes it."""
     return str(node.meta["val"].dtype).removeprefix("torch.")

@@ -74,7 +74,8 @@ def first_line(error: BaseException) -> str:
     """Type and first line of an error's text, and the second where the first only announces it."""
     lines = str(error).strip().splitlines()
     text = " ".join(line.strip() for line in lines[: 2 if lines and lines[0].endswith(":") else 1])
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+    owner = "TVM's " if type(error).__module__.startswith("tvm") else ""
+    return f"{owner}{type(error).__name__}: {text}" if text else f"{owner}{type(error).__name__}"
 
 
 @torch.no_grad()

@@ -360,8 +360,11 @@ def _register() -> None:
 
 
 def _register_errors(error: type[MoqcError]) -> None:
-    """Let `error` and its subclasses, raised inside a rule or a pass, come back out of TVM as themselves."""
-    register_error(error)
+    """Let `error` and its subclasses, raised inside a rule or a pass, come back out of TVM as themselves.
+
+    Under names of their own: TVM has an InternalError too.
+    """
+    register_error(f"moqc.{error.__name__}", error)
     for subclass in error.__subclasses__():
         _register_errors(subclass)
 

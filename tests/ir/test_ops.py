@@ -3,9 +3,11 @@
 import numpy as np
 import pytest
 import tvm
+import tvm_ffi
 from tvm import relax, tirx
 
-from moqc.errors import UserError, VerifyError
+from moqc.errors import InternalError, MoqcError, UserError, VerifyError
+from moqc.frontend.skeleton import first_line
 from moqc.ir import ops
 from moqc.ir.packed import packed_types
 from moqc.ir.text import parse_module, print_module
@@ -198,3 +200,20 @@ def test_constants_round_trip() -> None:
 def test_text_that_is_no_module(text: str, message: str, capfd) -> None:
     with pytest.raises(UserError, match=message):
         parse_module(text, "t.py")
+
+
+def test_errors_of_moqc_and_of_tvm_keep_apart():
+    """Both have an InternalError; each comes back out of a function of TVM as itself."""
+
+    def fail(error):
+        def raising():
+            raise error("why")
+
+        return tvm_ffi.convert(raising)
+
+    with pytest.raises(InternalError, match="why"):
+        fail(InternalError)()
+    with pytest.raises(tvm.error.InternalError, match="why") as caught:
+        fail(tvm.error.InternalError)()
+    assert not isinstance(caught.value, MoqcError)
+    assert first_line(caught.value) == "TVM's InternalError: why"
