@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-GPU_CHUNK = 1 << 28
-"""Elements a chunk on a GPU: keeps it busy, and a dozen float32 temporaries take 13 GB."""
+TEMPORARIES = 24
+"""float32 tensors of a chunk's size that a quantizer holds at once, at most."""
 
 
 def compute_device() -> torch.device:
@@ -14,5 +14,8 @@ def compute_device() -> torch.device:
 
 
 def chunk(device: torch.device, cpu: int) -> int:
-    """Elements to work on at a time: `cpu` of them on a CPU, whose caches they fit; many on a GPU."""
-    return cpu if device.type == "cpu" else GPU_CHUNK
+    """Elements to work on at a time: `cpu` of them on a CPU, whose caches they fit; a GPU's memory full."""
+    if device.type == "cpu":
+        return cpu
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return max(cpu, (torch.cuda.mem_get_info(device)[0] + unused) // (4 * TEMPORARIES))

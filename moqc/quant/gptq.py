@@ -19,10 +19,11 @@ from dataclasses import dataclass
 import torch
 
 from moqc.quant import grid
+from moqc.quant.columns import move, propagate
 from moqc.quant.device import chunk
 from moqc.quant.formats import Format
 from moqc.quant.hessian import damped, inverse_factor, output_error
-from moqc.quant.rtn import assemble, find_grid, project
+from moqc.quant.rtn import assemble, find_grid
 from moqc.quant.tensor import Quantized
 
 BLOCK = 32
@@ -57,7 +58,8 @@ def quantize_gptq(
         The quantized matrices and ``tr(D H D^T)``, ``D = w - dequantized``, H not damped: float64 ``[B]``.
 
     """
-    count = max(1, chunk(w.device, _CHUNK) // w[0].numel())
+    # Of a matrix there are twice as many temporaries as of a Hessian.
+    count = max(1, chunk(w.device, _CHUNK) // (w[0].numel() + hessian[0].numel() // 2))
     parts = [
         _quantize(w[i : i + count].float(), hessian[i : i + count], fmt, damping, act_order)
         for i in range(0, w.shape[0], count)
@@ -130,17 +132,13 @@ def _propagate(state: _State, w: torch.Tensor, hessian: torch.Tensor, act_order:
 def _gptq(w: torch.Tensor, factor: torch.Tensor, levels: grid.Grid, fmt: Format) -> torch.Tensor:
     """Values of ``w[B, K, N]``, column after column; `levels` hold a grid a column. Overwrites ``w``."""
     columns = w.shape[1]
-    values, inverse = torch.empty_like(w), grid.inverse(levels.scale)
+    values = torch.empty_like(w)
     for start in range(0, columns, BLOCK):
         stop = min(start + BLOCK, columns)
-        errors = torch.empty_like(w[:, start:stop])
-        for j in range(start, stop):
-            value = project((w[:, j] * inverse[:, j]).add_(levels.zero[:, j]), levels.scale[:, j], fmt)
-            values[:, j] = value
-            error = (w[:, j] - levels.scale[:, j] * (value - levels.zero[:, j])) / factor[:, j, j, None]
-            errors[:, j - start] = error
-            w[:, j + 1 : stop].addcmul_(factor[:, j, j + 1 : stop, None], error.unsqueeze(1), value=-1)
-        w[:, stop:] -= factor[:, start:stop, stop:].mT @ errors
+        block = slice(start, stop)
+        own = grid.Grid(levels.scale[:, block], levels.zero[:, block])
+        values[:, block], errors = propagate(w[:, block], factor[:, block, block], own, fmt)
+        w[:, stop:] -= factor[:, block, stop:].mT @ errors
     return values
 
 
@@ -154,7 +152,8 @@ def _descend(state: _State, hessian: torch.Tensor) -> None:
         _refit_scale(state, index, window, gradient, own)
         if not state.format.symmetric:
             _refit_zero(state, index, window, gradient, own)
-        _move_values(state, index, window, gradient, own)
+        scale = state.scale[:, index]
+        move(state.values[:, window], state.residual[:, window], gradient, own, scale, state.format)
 
 
 def _closer(new: torch.Tensor, old: torch.Tensor, optimum: torch.Tensor) -> torch.Tensor:
@@ -184,16 +183,3 @@ def _refit_zero(state: _State, index: int, window: slice, gradient: torch.Tensor
     state.zero[:, index] = new
     state.residual[:, window] += change.unsqueeze(1)
     gradient += change.unsqueeze(1) * curved
-
-
-def _move_values(state: _State, index: int, window: slice, gradient: torch.Tensor, own: torch.Tensor) -> None:
-    scale = state.scale[:, index]
-    inverse = grid.inverse(scale)
-    for j in range(window.stop - window.start):
-        value = state.values[:, window.start + j]
-        optimum = value + gradient[:, j] / own[:, j, j, None] * inverse
-        new = project(optimum, scale, state.format)
-        change = (new - value) * scale
-        state.values[:, window.start + j] = new
-        state.residual[:, window.start + j] -= change
-        gradient[:, j + 1 :].addcmul_(own[:, j, j + 1 :, None], change.unsqueeze(1), value=-1)
