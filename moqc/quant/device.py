@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
 TEMPORARIES = 24
@@ -19,3 +22,14 @@ def chunk(device: torch.device, cpu: int) -> int:
         return cpu
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return max(cpu, (torch.cuda.mem_get_info(device)[0] + unused) // (4 * TEMPORARIES))
+
+
+@contextmanager
+def tensor_cores() -> Iterator[None]:
+    """Matrix products of float32 with factors of 11 bits (TF32) on GPUs, for what need not be exact."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before

@@ -20,7 +20,7 @@ import torch
 
 from moqc.quant import grid
 from moqc.quant.columns import move, propagate
-from moqc.quant.device import chunk
+from moqc.quant.device import chunk, tensor_cores
 from moqc.quant.formats import Format
 from moqc.quant.hessian import damped, inverse_factor, output_error
 from moqc.quant.rtn import assemble, find_grid
@@ -80,9 +80,10 @@ def _quantize(
     curvature = damped(hessian, damping)
     found = find_grid(w, curvature.diagonal(dim1=-2, dim2=-1), fmt)
     state = _State.start(w, found, fmt)
-    _propagate(state, w.mT.contiguous(), curvature, act_order)
-    for _ in range(TRELLIS_SWEEPS if fmt.trellis else SWEEPS):
-        _descend(state, curvature)
+    with tensor_cores():
+        _propagate(state, w.mT.contiguous(), curvature, act_order)
+        for _ in range(TRELLIS_SWEEPS if fmt.trellis else SWEEPS):
+            _descend(state, curvature)
     quantized = state.quantized()
     return quantized, output_error(w - quantized.dequantize(), hessian)
 
