@@ -194,10 +194,14 @@ def count_weights(mod: IRModule, checkpoint: Checkpoint) -> WeightCounts:
     )
 
 
-def read_generation(folder: Path) -> Generation:
-    """Token ids for generation, from generation_config.json or else config.json.
+_DRAWING = {"temperature": 1.0, "top_p": 1.0, "top_k": 50}
+"""How transformers draws where `do_sample` is set and the rest is not."""
 
-    Raises ModelError when a file is not a JSON object, or holds something else than token ids.
+
+def read_generation(folder: Path) -> Generation:
+    """Token ids and sampling for generation, from generation_config.json or else config.json.
+
+    Raises ModelError when a file is not a JSON object, or holds values that cannot be.
     """
     content: dict[str, Any] = {}
     for name in ("config.json", "generation_config.json"):  # the second wins
@@ -206,14 +210,17 @@ def read_generation(folder: Path) -> Generation:
             continue
         content |= {key: value for key, value in read_json(path).items() if value is not None}
     ends = content.get("eos_token_id", [])
+    draws = content.get("do_sample") is True
+    drawing = {name: content.get(name, usual) for name, usual in _DRAWING.items()} if draws else {}
     try:
         return Generation(
             eos_token_ids=tuple(ends) if isinstance(ends, list) else (ends,),
             bos_token_id=content.get("bos_token_id"),
             pad_token_id=content.get("pad_token_id"),
+            **drawing,
         )
     except ValidationError as error:
-        where = error.errors()[0]["loc"][0]
-        raise ModelError(
-            f"{folder}: {where} of generation_config.json or config.json: not token ids"
-        ) from error
+        first = error.errors()[0]
+        where = first["loc"][0]
+        what = first["msg"] if where in _DRAWING else "not token ids"
+        raise ModelError(f"{folder}: {where} of generation_config.json or config.json: {what}") from error

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from moqc.errors import ArtifactError
 
@@ -118,6 +118,11 @@ class Generation(Record):
     eos_token_ids: tuple[int, ...] = ()
     bos_token_id: int | None = None
     pad_token_id: int | None = None
+    temperature: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    """0 where the model's own default is not to draw."""
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    top_k: int = Field(default=0, ge=0)
+    """0: all tokens."""
 
 
 class SitePruning(Record):

@@ -22,6 +22,7 @@ HELP = """\
 /system TEXT       tell the model TEXT first, and forget the conversation (chat only)
 /temperature X     0 takes the most likely token
 /top-p X           draw from the fewest tokens of this probability
+/top-k N           draw from the N most likely tokens, 0: all
 /max-tokens N      tokens of an answer at most
 /seed N            makes drawing repeatable
 /chat, /continue   answer messages in the model's template, or continue text
@@ -119,6 +120,8 @@ class Conversation:
                 self.max_tokens = count
             elif name == "seed":
                 self.sampling = replace(self.sampling, seed=int(value))
+            elif name == "top-k":
+                self.sampling = replace(self.sampling, top_k=int(value))
             elif name == "temperature":
                 self.sampling = replace(self.sampling, temperature=float(value))
             elif name == "top-p":

@@ -88,10 +88,26 @@ def command(
             help=f"Tokens to produce at most. [default: {DEFAULT_TOKENS}, or what fits]",
         ),
     ] = None,
-    temperature: Annotated[float, typer.Option(metavar="X", help="0 takes the most likely token.")] = 0.0,
+    temperature: Annotated[
+        float | None,
+        typer.Option(metavar="X", help="0 takes the most likely token. [default: the model's own]"),
+    ] = None,
     top_p: Annotated[
-        float, typer.Option("--top-p", metavar="X", help="Draw from the fewest tokens of this probability.")
-    ] = 1.0,
+        float | None,
+        typer.Option(
+            "--top-p",
+            metavar="X",
+            help="Draw from the fewest tokens of this probability. [default: the model's own]",
+        ),
+    ] = None,
+    top_k: Annotated[
+        int | None,
+        typer.Option(
+            "--top-k",
+            metavar="N",
+            help="Draw from the N most likely tokens. [default: the model's own]",
+        ),
+    ] = None,
     seed: Annotated[int | None, typer.Option(metavar="N", help="Makes drawing repeatable.")] = None,
     stop: Annotated[list[str] | None, typer.Option(metavar="TEXT", help="End before it; repeatable.")] = None,
     verify: Annotated[bool, typer.Option("--verify", help="Check the hash of every file first.")] = False,
@@ -107,7 +123,6 @@ def command(
     """Continue a prompt, or answer it with --chat; the text goes to stdout as it comes."""
     from moqc.runtime.artifact import load
     from moqc.runtime.generate import generate_text
-    from moqc.runtime.sampling import Sampling
 
     if quiet or as_json:
         log.be_quiet()
@@ -116,7 +131,7 @@ def command(
         talk = Conversation(
             model,
             chat or has_template(model),
-            Sampling(temperature, top_p, seed),
+            model.sampling(temperature, top_p, top_k, seed),
             max_tokens or DEFAULT_TOKENS,
             tuple(stop or ()),
             system,
@@ -132,7 +147,8 @@ def command(
     limit = max_tokens if max_tokens is not None else max(1, min(DEFAULT_TOKENS, room))
     produced: list[int] = []
     start = time.perf_counter()
-    tokens = model.tokens(ids, Sampling(temperature, top_p, seed), max_tokens=limit)
+    sampling = model.sampling(temperature, top_p, top_k, seed)
+    tokens = model.tokens(ids, sampling, max_tokens=limit)
     pieces = []
     for piece in generate_text(model.tokenizer, ids, _recorded(tokens, produced), stop or ()):
         pieces.append(piece)

@@ -48,6 +48,25 @@ class Artifact:
         self._advance = self._machine["advance"] if manifest.target.architectures else None
         self._weights = load_weights(self._device, path, manifest)
 
+    def sampling(
+        self,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        top_k: int | None = None,
+        seed: int | None = None,
+    ) -> Sampling:
+        """How tokens are drawn: as given, and what is None as the source model's defaults say.
+
+        Raises UserError for options out of range.
+        """
+        usual = self.manifest.generation
+        return Sampling(
+            usual.temperature if temperature is None else temperature,
+            usual.top_p if top_p is None else top_p,
+            seed,
+            usual.top_k if top_k is None else top_k,
+        )
+
     def session(self) -> Session:
         """A new, empty key/value state to run tokens with."""
         return Session(self._main, self._weights, self.manifest, self._device, self._advance)
@@ -73,8 +92,9 @@ class Artifact:
         prompt: str | Sequence[int],
         *,
         max_tokens: int | None = None,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        top_k: int | None = None,
         seed: int | None = None,
         stop: Sequence[str] = (),
     ) -> str: ...
@@ -85,8 +105,9 @@ class Artifact:
         prompt: list[str] | list[list[int]],
         *,
         max_tokens: int | None = None,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        top_k: int | None = None,
         seed: int | None = None,
         stop: Sequence[str] = (),
     ) -> list[str]: ...
@@ -96,8 +117,9 @@ class Artifact:
         prompt: str | Sequence[int] | list[str] | list[list[int]],
         *,
         max_tokens: int | None = None,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        top_k: int | None = None,
         seed: int | None = None,
         stop: Sequence[str] = (),
     ) -> str | list[str]:
@@ -106,7 +128,7 @@ class Artifact:
         Prompts of any lengths run together, as many as the compiled batch has rows; the result is that of one
         after the other. Options as for `stream`; `seed` and `max_tokens` are for each prompt.
         """
-        sampling = Sampling(temperature, top_p, seed)
+        sampling = self.sampling(temperature, top_p, top_k, seed)
         if isinstance(prompt, str) or not prompt or isinstance(prompt[0], int | np.integer):
             ids = self.encode(cast("str | Sequence[int]", prompt))
             tokens = self.tokens(ids, sampling, max_tokens=max_tokens)
@@ -142,19 +164,22 @@ class Artifact:
         prompt: str | Sequence[int],
         *,
         max_tokens: int | None = None,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        top_k: int | None = None,
         seed: int | None = None,
         stop: Sequence[str] = (),
     ) -> Iterator[str]:
         """Like `generate`, piece by piece; a piece never ends inside a character.
 
         Ends after `max_tokens` (None: when the context is full), at an end-of-text token, or before the
-        first of the `stop` strings. Temperature 0 is greedy. Raises UserError for an empty prompt, for
-        options out of range, and for a prompt that with `max_tokens` is longer than the compiled context.
+        first of the `stop` strings. Temperature 0 is greedy; what is None is as the model's own generation
+        configuration says. Raises UserError for an empty prompt, for options out of range, and for a prompt
+        that with `max_tokens` is longer than the compiled context.
         """
         ids = self.encode(prompt)
-        tokens = self.tokens(ids, Sampling(temperature, top_p, seed), max_tokens=max_tokens)
+        sampling = self.sampling(temperature, top_p, top_k, seed)
+        tokens = self.tokens(ids, sampling, max_tokens=max_tokens)
         return generate_text(self.tokenizer, ids, tokens, stop)
 
     def tokens(

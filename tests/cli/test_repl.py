@@ -53,10 +53,10 @@ def test_lines_are_continued(talk, toy):
 
 def test_commands(talk):
     terminal = Terminal(
-        "/help", "/temperature 0.5", "/top-p 0.9", "/seed 3", "/max-tokens 2", "/frobnicate", "/seed x",
-        "/temperature -1", "/max-tokens 0", KeyboardInterrupt(),
+        "/help", "/temperature 0.5", "/top-p 0.9", "/top-k 40", "/seed 3", "/max-tokens 2", "/frobnicate",
+        "/seed x", "/temperature -1", "/max-tokens 0", KeyboardInterrupt(),
     ).run(talk)  # fmt: skip
-    assert talk.sampling == Sampling(0.5, 0.9, 3)
+    assert talk.sampling == Sampling(0.5, 0.9, 3, 40)
     assert talk.max_tokens == 2
     assert terminal.notes[0] == HELP
     errors = [note for note in terminal.notes if note.startswith("error: ")]

@@ -9,6 +9,7 @@ import pytest
 from moqc.errors import ArtifactError, TargetError, UserError
 from moqc.manifest import LIBRARY, MANIFEST, read_manifest, write_manifest
 from moqc.runtime.artifact import load
+from moqc.runtime.sampling import Sampling
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +102,19 @@ def test_temperature_needs_the_seed_to_repeat(artifact):
     assert artifact.generate("I", seed=8, **options) != first
 
 
+def test_what_is_not_given_is_as_the_model_says(toy):
+    model = load(toy.folder)
+    assert model.sampling() == Sampling(0.0, 1.0, None, 0)
+    usual = model.manifest.generation.model_copy(update={"temperature": 3.0, "top_p": 0.9, "top_k": 40})
+    model.manifest = model.manifest.model_copy(update={"generation": usual})
+    assert model.sampling(seed=1) == Sampling(3.0, 0.9, 1, 40)
+    assert model.sampling(0.0, 1.0, 0) == Sampling()
+    drawn = model.generate("I", seed=7, max_tokens=30)
+    assert drawn == model.generate("I", seed=7, max_tokens=30, temperature=3.0, top_p=0.9, top_k=40)
+    assert drawn != model.generate("I", max_tokens=30, temperature=0)
+    assert model.generate(["I"], seed=7, max_tokens=30) == [drawn]
+
+
 @pytest.mark.parametrize(
     ("prompt", "options", "says"),
     [
@@ -111,6 +125,7 @@ def test_temperature_needs_the_seed_to_repeat(artifact):
         ("a", {"max_tokens": 0}, "at least 1"),
         ("a", {"temperature": -1.0}, "temperature"),
         ("a", {"top_p": 0.0}, "top-p"),
+        ("a", {"top_k": -1}, "top-k"),
         ("a", {"stop": [""]}, "stop"),
         ([-1], {}, "token ids"),
         ([257], {}, "token ids"),
