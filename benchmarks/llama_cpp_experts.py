@@ -131,7 +131,11 @@ def moqc_product(
             pairs = tokens * top_k
             gather = activations_kernel(family, columns, mode="int8", top_k=top_k)
             inputs = _emit(
-                bb, gather, "gather", [variables["x"], order], _activation_types(pairs, columns, "int8")
+                bb,
+                gather,
+                "gather",
+                [variables["x"], order],
+                _activation_types(family, pairs, columns, "int8"),
             )
             weights = [variables[name] for name in types]
             outputs = [([pairs, shape.padded_intermediate], "float32")]

@@ -80,5 +80,6 @@ class Target:
         if self.machine == "aarch64":
             return "i8mm" if "i8mm" in self.features else "dotprod" if "asimddp" in self.features else "neon"
         if {"avx512_vnni", "avx512bw"} <= self.features:
-            return "vnni512-gfni" if "gfni" in self.features else "vnni512"
+            best = "vnni512-amx" if "amx_int8" in self.features else "vnni512-gfni"
+            return best if "gfni" in self.features else "vnni512"
         return "bw512" if "avx512bw" in self.features else "avx2"

@@ -54,4 +54,12 @@ X86 = (
         verified=_VERIFIED,
         roofline=_xeon(1.0e11),
     ),
+    Target(
+        "x86-64-v4-amx",
+        {"kind": "llvm", "mcpu": "cascadelake", "mattr": ["+gfni", "+amx-tile", "+amx-int8"]},
+        _V4 | {"avx512_vnni", "gfni", "amx_tile", "amx_int8"},
+        doc="x86 with AVX-512, VNNI, GFNI and AMX (Sapphire Rapids on)",
+        verified=_VERIFIED,
+        roofline=_xeon(1.0e11),
+    ),
 )

@@ -26,6 +26,8 @@ from moqc.errors import UserError
 
 ROW_TILE = 16
 COLUMN_TILE = 32
+ACTIVATION_GROUP = 64
+"""Columns of int8 activations that share a scale; a multiple of `COLUMN_TILE`."""
 BITS = (1, 2, 3, 4, 8)
 SIMULATED_BITS = (6,)
 """Widths without a kernel, of published methods: `moqc compare` evaluates them, nothing compiles them."""

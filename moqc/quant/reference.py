@@ -17,9 +17,7 @@ import torch
 from torch.nn import functional
 
 from moqc.quant.activations import apply_activation
-
-ACTIVATION_GROUP = 32
-"""Columns that share an activation scale."""
+from moqc.quant.formats import ACTIVATION_GROUP
 
 Activations = Literal["float", "int8"]
 

@@ -4,7 +4,7 @@ Two ways, chosen at run time by the number of tokens:
 
 * few: codes are unpacked in registers for each token (`row_product`); memory is the limit.
 * `PANEL_TOKENS` or more, and always for float activations: the block is unpacked once into a panel that stays
-  in the cache, and multiplied with several tokens at a time.
+  in the cache, and multiplied with several tokens at a time; up to 32 with AMX.
 """
 
 from __future__ import annotations
@@ -13,11 +13,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from tvm import tirx
 from tvm.tirx.script import builder as T
 
 from moqc.quant.formats import ROW_TILE
+from moqc.schedules.cpu.amx import BLOCK_TOKENS, TileProducts, allow_tiles
 from moqc.schedules.cpu.dot import DotFamily
-from moqc.schedules.cpu.emit import Index, bind, load, loop, scratch, store, when
+from moqc.schedules.cpu.emit import Index, bind, int64, load, loop, scratch, store, when
 from moqc.schedules.cpu.panel import Panel, fill_panel, panel_product
 from moqc.schedules.cpu.tiles import Activations, Weights, row_product
 
@@ -48,6 +50,12 @@ class Choice:
     def wide(self) -> bool:
         """Whether some class has values of more than 4 bits."""
         return any(weights.format.wide for weights in self.classes)
+
+
+def start_products(family: DotFamily, x: Activations) -> None:
+    """What a kernel does once before its threads multiply blocks."""
+    if family.amx and x.quantized:
+        allow_tiles()
 
 
 def multiply_block(
@@ -103,13 +111,17 @@ def _by_panel(
     epilogue: Epilogue,
 ) -> None:
     begin, end = rows
-    panel = Panel.allocate(x.quantized, choices[0].classes[0].tiles, len(choices))
+    classes = [weights for choice in choices for weights in choice.classes]
+    panel = Panel.allocate(x.quantized, classes, len(choices))
     for slot, choice in enumerate(choices):
 
         def fill(weights: Weights, choice: Choice = choice, slot: int = slot) -> None:
             fill_panel(family, weights.block(choice.index, row_block), panel, slot)
 
         choice.switch(fill)
+    if family.amx and x.quantized:
+        _by_tiles(panel, len(choices), x, rows, epilogue)
+        return
     wide = any(choice.wide for choice in choices)
     tile = family.token_tile
     whole = bind(T.truncdiv(end - begin, tile))
@@ -117,6 +129,20 @@ def _by_panel(
         _panel_tokens(family, len(choices), panel, x, begin + step * tile, tile, wide, epilogue)
     with loop(begin + whole * tile, end) as row:
         _panel_tokens(family, len(choices), panel, x, row, 1, wide, epilogue)
+
+
+def _by_tiles(panel: Panel, count: int, x: Activations, rows: tuple[Any, Any], epilogue: Epilogue) -> None:
+    """Multiply up to `BLOCK_TOKENS` rows at a time with all `count` slots of the panel."""
+    begin, end = rows
+    products = TileProducts(panel, count, x)
+    products.configure()
+    with loop(0, bind(T.truncdiv(end - begin + (BLOCK_TOKENS - 1), int64(BLOCK_TOKENS)))) as step:
+        row = bind(begin + step * BLOCK_TOKENS)
+        tokens = bind(tirx.min(end - row, int64(BLOCK_TOKENS)))
+        products.multiply(row, tokens)
+        with loop(0, tokens) as m:
+            epilogue(row + m, 0, [bind(products.result(slot, m)) for slot in range(count)])
+    products.release()
 
 
 def _panel_tokens(

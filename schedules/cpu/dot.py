@@ -4,7 +4,8 @@ One line of 64 bytes holds, in its 32-bit lane ``n``, four consecutive columns o
 with four activations that every lane shares, and a tile is eight such lines. A `DotFamily` adds a line to a
 state and turns the state into int32 sums. All are exact:
 
-* ``vnni512``: ``vpdpbusd`` adds four products to an int32 lane; ``vnni512-gfni`` also unpacks with GFNI.
+* ``vnni512``: ``vpdpbusd`` adds four products to an int32 lane; ``vnni512-gfni`` also unpacks with GFNI,
+  ``vnni512-amx`` multiplies many tokens by tiles.
 * ``bw512``, ``avx2``: ``vpmaddubsw`` adds two products in int16, ``vpmaddwd`` pairs those up. Eight lines of
   codes of at most 4 bits stay below 2**15 (8 * 2 * 15 * 127 = 30480), so a tile is widened once. Wider codes
   are taken as two nibbles.
@@ -32,6 +33,13 @@ class DotFamily:
     token_tile: int
     affine: bool = False
     """Whether ``vgf2p8affineqb`` (GFNI) moves bits within bytes."""
+    amx: bool = False
+    """Whether panels are multiplied by AMX tiles (`moqc.schedules.cpu.amx`)."""
+
+    @property
+    def spare_rows(self) -> int:
+        """Rows that int8 activations have after the last: tiles are read whole, whatever rows are left."""
+        return 16 if self.amx else 0
 
     @property
     def halves(self) -> int:
@@ -56,12 +64,17 @@ class DotFamily:
             return tuple(products)
         return tuple(total + product for total, product in zip(state, products, strict=True))
 
-    def finish(self, state: Any) -> Any:
-        """int32xL sums of a state."""
+    def start(self, count: Any) -> Any:
+        """The state that goes on from int32xL sums, or from None; `finish` wants them again."""
+        return count if self.name.startswith("vnni512") else None
+
+    def finish(self, state: Any, count: Any = None) -> Any:
+        """int32xL sums of a state, which started from `count`."""
         if self.name.startswith("vnni512"):
             return state
         low, *high = [self._widen(total) for total in state]
-        return low + (high[0] << splat(4, self.lanes, "int32")) if high else low
+        sums = low + (high[0] << splat(4, self.lanes, "int32")) if high else low
+        return sums if count is None else sums + count
 
     def extract(self, word: Any, field: Field) -> Any:
         """The bits of `field` of every byte of `word`, uint32xL, moved to their place in the code."""
@@ -117,6 +130,7 @@ class DotFamily:
 FAMILIES = {
     family.name: family
     for family in (
+        DotFamily("vnni512-amx", 16, 8, affine=True, amx=True),
         DotFamily("vnni512-gfni", 16, 8, affine=True),
         DotFamily("vnni512", 16, 8),
         DotFamily("bw512", 16, 8),

@@ -14,15 +14,15 @@ from tvm import relax, tirx
 
 from moqc.ir.ops import PROJECTIONS, attributes, bit_classes, operands
 from moqc.quant.activations import parse_activation
-from moqc.quant.formats import COLUMN_TILE, Format
+from moqc.quant.formats import Format
 from moqc.quant.hadamard import BLOCK
-from moqc.schedules.cpu.dot import FAMILIES
-from moqc.schedules.cpu.emit import ceildiv
+from moqc.schedules.cpu.dot import FAMILIES, DotFamily
 from moqc.schedules.cpu.packed_embedding import embedding_kernel
 from moqc.schedules.cpu.packed_experts import ExpertsShape, down_kernel, gate_up_kernel
 from moqc.schedules.cpu.packed_linear import linear_kernel
 from moqc.schedules.cpu.quantize_activations import activations_kernel
 from moqc.schedules.cpu.route import lower_route
+from moqc.schedules.cpu.tiles import Activations
 from moqc.targets import Target
 
 Types = Sequence[tuple[Sequence[Any], str]]
@@ -38,7 +38,9 @@ def lower_mixed_experts(bb: relax.BlockBuilder, call: relax.Call, target: Target
     order, starts, active = lower_route(bb, ids, shape.experts)
 
     gather = activations_kernel(family, shape.hidden, mode=shape.mode, top_k=shape.top_k)
-    inputs = _emit(bb, gather, "gather", [x, order], _activation_types(pairs, shape.hidden, shape.mode))
+    inputs = _emit(
+        bb, gather, "gather", [x, order], _activation_types(family, pairs, shape.hidden, shape.mode)
+    )
     first = [*_class_operands(named, "gate"), *_class_operands(named, "up")]
     first += [named[name] for name in ("gate_bias", "up_bias") if name in shape.biases]
     routing = [starts, active, named["table"]]
@@ -54,7 +56,7 @@ def lower_mixed_experts(bb: relax.BlockBuilder, call: relax.Call, target: Target
         prepare = activations_kernel(
             family, shape.padded_intermediate, mode=shape.mode, rotated=shape.rotated
         )
-        types = _activation_types(pairs, shape.intermediate, shape.mode)
+        types = _activation_types(family, pairs, shape.intermediate, shape.mode)
         prepared = _emit(bb, prepare, "activations", [hidden], types)
     else:
         prepared = [hidden]
@@ -98,7 +100,7 @@ def lower_linear(bb: relax.BlockBuilder, call: relax.Call, target: Target) -> re
     for extent in lead:
         tokens = tokens * extent
     prepare = activations_kernel(family, int(columns), mode=mode, lead=len(lead))
-    inputs = _emit(bb, prepare, "activations", [x], _activation_types(tokens, int(columns), mode))
+    inputs = _emit(bb, prepare, "activations", [x], _activation_types(family, tokens, int(columns), mode))
     multiply = linear_kernel(
         family,
         Format.parse(attrs["format"]),
@@ -122,16 +124,11 @@ def lower_embedding(bb: relax.BlockBuilder, call: relax.Call, target: Target) ->
     return _call(bb, gather, "embedding", [ids, *tensors], [([*lead, columns], "float32")])
 
 
-def _activation_types(rows: Any, columns: int, mode: str) -> Types:
-    """Outputs of `activations_kernel`."""
-    tiles = ceildiv(columns, COLUMN_TILE)
-    if mode == "float":
-        return [([rows, tiles * COLUMN_TILE], "float32")]
-    return [
-        ([rows, tiles * COLUMN_TILE], "int8"),
-        ([rows, tiles], "float32"),
-        ([rows, tiles], "float32"),
-    ]
+def _activation_types(family: DotFamily, rows: Any, columns: int, mode: str) -> Types:
+    """Outputs of `activations_kernel`, which have `DotFamily.spare_rows` more."""
+    if mode == "int8":
+        rows = rows + family.spare_rows
+    return [([rows, width], dtype) for _, width, dtype in Activations.layout(mode, columns)]
 
 
 def _call(

@@ -16,7 +16,7 @@ from tvm.tirx.script import builder as T
 
 from moqc.quant.formats import COLUMN_TILE, ROW_TILE, Format
 from moqc.schedules.activations import activation_expr
-from moqc.schedules.cpu.blocks import Choice, load_rows, multiply_block, store_rows
+from moqc.schedules.cpu.blocks import Choice, load_rows, multiply_block, start_products, store_rows
 from moqc.schedules.cpu.dot import DotFamily
 from moqc.schedules.cpu.emit import (
     Index,
@@ -116,14 +116,15 @@ def _facts(shape: ExpertsShape, family: DotFamily, *projections: str) -> dict[st
 def gate_up_kernel(family: DotFamily, shape: ExpertsShape) -> tirx.PrimFunc:
     """Build the first product with its activation function.
 
-    Parameters of the PrimFunc: the activations (P rows of `hidden`), starts, active, table, the classes of
-    gate, then of up, gate_bias and up_bias ``[E, I]`` if there, and the output float32 ``[P, padded I]``.
+    Parameters of the PrimFunc: the activations (P rows of `hidden`, and spare ones), starts, active, table,
+    the classes of gate, then of up, gate_bias and up_bias ``[E, I]`` if there, and the output float32
+    ``[P, padded I]``.
     """
     intermediate = shape.intermediate
     blocks = ceildiv(intermediate, ROW_TILE)
     with kernel("gate_up", activation=shape.activation, **_facts(shape, family, "gate", "up")) as k:
         pairs = symbol("p")
-        x = Activations.declare(k, shape.mode, pairs, shape.hidden)
+        x = Activations.declare(k, shape.mode, symbol("rows"), shape.hidden)
         routing = _Routing.declare(k, shape.experts)
         gate, up = (
             _declare_classes(k, name, getattr(shape, name), intermediate, shape.hidden)
@@ -136,6 +137,7 @@ def gate_up_kernel(family: DotFamily, shape: ExpertsShape) -> tirx.PrimFunc:
         }
         hidden = k.parameter("hidden", [pairs, shape.padded_intermediate], "float32")
         hit = bind(load(routing.active, [0]).astype("int64"))
+        start_products(family, x)
         with parallel(hit * ceildiv(blocks, CHUNK)) as item:
             expert = routing.expert(T.truncmod(item, hit))
             choices = [routing.choice(0, expert, gate)] if gate else []
@@ -184,15 +186,15 @@ class _chunk:
 def down_kernel(family: DotFamily, shape: ExpertsShape) -> tirx.PrimFunc:
     """Build the second product with the weighted sum over a token's experts.
 
-    Parameters of the PrimFunc: the activations (P rows of `intermediate`), starts, active, table, order int32
-    [P], weights float32 ``[T, top_k]``, the classes of down, down_bias ``[E, H]`` if there, and the output
-    float32 ``[T, H]``.
+    Parameters of the PrimFunc: the activations (P rows of `intermediate`, and spare ones), starts, active,
+    table, order int32 [P], weights float32 ``[T, top_k]``, the classes of down, down_bias ``[E, H]`` if
+    there, and the output float32 ``[T, H]``.
     A token's experts are added in rising order, whatever the number of threads.
     """
     blocks = ceildiv(shape.hidden, ROW_TILE)
     with kernel("down", **_facts(shape, family, "down")) as k:
         pairs, tokens = symbol("p"), symbol("t")
-        x = Activations.declare(k, shape.mode, pairs, shape.intermediate)
+        x = Activations.declare(k, shape.mode, symbol("rows"), shape.intermediate)
         routing = _Routing.declare(k, shape.experts)
         order = k.parameter("order", [pairs], "int32")
         shares = k.parameter("weights", [tokens, shape.top_k], "float32")
@@ -201,6 +203,7 @@ def down_kernel(family: DotFamily, shape: ExpertsShape) -> tirx.PrimFunc:
         if "down_bias" in shape.biases:
             bias = k.parameter("down_bias", [shape.experts, shape.hidden], "float32")
         y = k.parameter("y", [tokens, shape.hidden], "float32")
+        start_products(family, x)
         with parallel(ceildiv(blocks, CHUNK)) as chunk:
             _clear(family, y, tokens, chunk, blocks, shape.hidden)
             with loop(0, load(routing.active, [0]).astype("int64")) as number:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 from typing import Any
 
 from tvm import tirx
 
 from moqc.quant.formats import ROW_TILE, Format
-from moqc.schedules.cpu.blocks import Choice, load_rows, multiply_block, store_rows
+from moqc.schedules.cpu.blocks import Choice, load_rows, multiply_block, start_products, store_rows
 from moqc.schedules.cpu.dot import DotFamily
 from moqc.schedules.cpu.emit import ceildiv, int64, kernel, parallel, symbol, unravel
 from moqc.schedules.cpu.tiles import Activations, Weights
@@ -18,17 +20,18 @@ def linear_kernel(
 ) -> tirx.PrimFunc:
     """Build the kernel of a ``[rows, columns]`` matrix.
 
-    Parameters of the PrimFunc: the activations (`Activations.declare`, M rows), codes, scales, zeros unless
-    symmetric, bias [rows] if `bias`, and the output float32 [*lead axes, rows] with M = the product of its
-    `lead` leading extents.
+    Parameters of the PrimFunc: the activations (`Activations.declare`, M rows and spare ones), codes, scales,
+    zeros unless symmetric, bias [rows] if `bias`, and the output float32 [*lead axes, rows] with M = the
+    product of its `lead` leading extents.
     """
     with kernel("linear", format=str(fmt), activations=mode, dot=family.name) as k:
-        tokens = symbol("m")
-        x = Activations.declare(k, mode, tokens, columns)
+        x = Activations.declare(k, mode, symbol("rows"), columns)
         weights = Weights.declare(k, "", fmt, ceildiv(rows, ROW_TILE), columns)
         offsets = k.parameter("bias", [rows], "float32") if bias else None
         extents = [symbol(f"d{axis}") for axis in range(lead)]
         y = k.parameter("y", [*extents, rows], "float32")
+        tokens = functools.reduce(operator.mul, extents, int64(1))
+        start_products(family, x)
         with parallel(ceildiv(rows, ROW_TILE)) as row_block:
 
             def finish(token: Any, half: int, values: list[Any]) -> None:

@@ -18,6 +18,7 @@ from moqc.schedules.cpu.emit import (
     Index,
     bind,
     broadcast,
+    ceildiv,
     int64,
     load,
     loop,
@@ -26,59 +27,87 @@ from moqc.schedules.cpu.emit import (
     store,
     workspace,
 )
-from moqc.schedules.cpu.tiles import Activations, Block
+from moqc.schedules.cpu.tiles import ACTIVATION_TILES, Activations, Block, Weights
 
 
 @dataclass(frozen=True)
 class Panel:
     """Unpacked 16-row blocks of `count` matrices, in the thread's memory.
 
-    * int8: `codes` uint8 [count, K32, 8, 64]; `scales` and `shifts` (scale * zero point) float32
-      [count, K32, 16].
+    A span is as many column tiles as share scales of weights and activations, in all classes of the layer: 1
+    or `ACTIVATION_TILES`. S spans cover a row; tiles after the row's last are 0.
+
+    * int8: `codes` uint8 [count, S*span, 8, 64]; `scales` and `shifts` (scale * zero point) float32
+      [count, S, 16].
     * float: `codes` float32 [count, K32*32, 16], the dequantized weights.
     """
 
     tiles: int
+    span: int
     codes: Any
     scales: Any | None = None
     shifts: Any | None = None
 
     @classmethod
-    def allocate(cls, quantized: bool, tiles: int, count: int) -> Panel:
-        """A panel for `count` blocks of `tiles` column tiles."""
+    def allocate(cls, quantized: bool, classes: Sequence[Weights], count: int) -> Panel:
+        """A panel for `count` blocks, each of one of the `classes`."""
+        tiles = classes[0].tiles
         if not quantized:
-            return cls(tiles, workspace(count * tiles * COLUMN_TILE * ROW_TILE, "float32"))
-        size = count * tiles * ROW_TILE
+            return cls(tiles, 1, workspace(count * tiles * COLUMN_TILE * ROW_TILE, "float32"))
+        span = min(ACTIVATION_TILES, *(weights.format.group // COLUMN_TILE for weights in classes))
+        spans = ceildiv(tiles, span)
         return cls(
             tiles,
-            workspace(count * tiles * FOURS * LINE, "uint8"),
-            workspace(size, "float32"),
-            workspace(size, "float32"),
+            span,
+            workspace(count * spans * span * FOURS * LINE, "uint8"),
+            workspace(count * spans * ROW_TILE, "float32"),
+            workspace(count * spans * ROW_TILE, "float32"),
         )
 
-    def at(self, slot: Index, tile: Index, half: int, lanes: int) -> Any:
-        """Offset of a tile's scales and shifts."""
-        return (int64(slot) * self.tiles + tile) * ROW_TILE + half * lanes
+    @property
+    def spans(self) -> int:
+        """Number of spans in a row."""
+        return ceildiv(self.tiles, self.span)
+
+    def at(self, slot: Index, span: Index, half: int, lanes: int) -> Any:
+        """Offset of a span's scales and shifts."""
+        return (int64(slot) * self.spans + span) * ROW_TILE + half * lanes
+
+    def line(self, slot: Index, tile: Index, v: int) -> Any:
+        """Number of line `v` of a tile, each of 64 codes."""
+        return (int64(slot) * self.spans * self.span + tile) * FOURS + v
 
 
 def fill_panel(family: DotFamily, block: Block, panel: Panel, slot: int) -> None:
     """Unpack `block` into place `slot` of `panel`."""
+    whole, rest = divmod(panel.tiles, panel.span)
+    with loop(0, whole) as span:
+        _fill_span(family, block, panel, slot, span, panel.span)
+    if rest:
+        _fill_span(family, block, panel, slot, int64(whole), rest)
+
+
+def _fill_span(family: DotFamily, block: Block, panel: Panel, slot: int, span: Any, tiles: int) -> None:
+    """Unpack the `tiles` tiles of a span, and clear what the span has beyond them."""
     lanes, per_group = family.lanes, block.weights.format.group // COLUMN_TILE
-    with loop(0, panel.tiles) as tile:
-        group = T.truncdiv(tile, int64(per_group))
-        for half in range(family.halves):
-            operands = block.operands(tile, half, family)
-            scale = bind(block.scale(group, half, lanes))
-            zero = bind(block.zero_point(group, half, lanes))
+    group = bind(T.truncdiv(span * panel.span, int64(per_group)))
+    for half in range(family.halves):
+        scale = bind(block.scale(group, half, lanes))
+        zero = bind(block.zero_point(group, half, lanes))
+        for t in range(panel.span):
+            tile = span * panel.span + t
             if panel.scales is None:
+                operands = block.operands(tile, half, family)
                 _fill_float(panel, operands, scale, zero, (slot * panel.tiles + tile) * COLUMN_TILE, half)
                 continue
-            for v, operand in enumerate(operands):
-                line = (slot * panel.tiles + tile) * FOURS + v
+            empty = splat(0, lanes, "uint32")
+            lines = block.operands(tile, half, family) if t < tiles else [empty] * FOURS
+            for v, operand in enumerate(lines):
                 raw = T.reinterpret(f"uint8x{4 * lanes}", operand)
-                store(panel.codes, [line * LINE + half * 4 * lanes], raw)
-            store(panel.scales, [panel.at(slot, tile, half, lanes)], scale)
-            store(panel.shifts, [panel.at(slot, tile, half, lanes)], scale * zero)
+                store(panel.codes, [panel.line(slot, tile, v) * LINE + half * 4 * lanes], raw)
+        if panel.scales is not None:
+            store(panel.scales, [panel.at(slot, span, half, lanes)], scale)
+            store(panel.shifts, [panel.at(slot, span, half, lanes)], scale * zero)
 
 
 def _fill_float(panel: Panel, operands: list[Any], scale: Any, zero: Any, column: Any, half: int) -> None:
@@ -99,41 +128,62 @@ def panel_product(
     for vector in [half for token in totals for half in token]:
         store(vector, [0], splat(0, family.lanes))
     for half in range(family.halves):
-        with loop(0, panel.tiles) as tile:
-            columns = [token[half] for token in totals]
-            if x.quantized:
-                _add_panel_tile(family, panel, slot, x, row, tile, half, columns, wide)
-            else:
+        columns = [token[half] for token in totals]
+        if not x.quantized:
+            with loop(0, panel.tiles) as tile:
                 _add_float_tile(family, panel, slot, x, row, tile, half, columns)
+            continue
+        with loop(0, panel.spans) as span:
+            counts = _count_span(family, panel, slot, x, row, span, half, tokens, wide)
+            add_scaled(panel, slot, x, [row + m for m in range(tokens)], span, half, counts, columns)
     return totals
 
 
-def _add_panel_tile(
+def _count_span(
     family: DotFamily,
     panel: Panel,
     slot: Index,
     x: Activations,
     row: Index,
-    tile: Any,
+    span: Any,
     half: int,
-    totals: Sequence[Any],
+    tokens: int,
     wide: bool,
-) -> None:
-    """Add one column tile of int8 activations, for every token."""
+) -> list[Any]:
+    """The int32xL sums over a span of codes times codes, for every token."""
     lanes = family.lanes
-    states: list[Any] = [None] * len(totals)
-    for v in range(FOURS):
-        at = ((int64(slot) * panel.tiles + tile) * FOURS + v) * LINE + half * 4 * lanes
-        codes = bind(T.reinterpret(f"uint32x{lanes}", load(panel.codes, [at], f"uint8x{4 * lanes}")))
-        for m in range(len(totals)):
-            state = family.step(states[m], codes, x.four(row + m, tile, v, lanes), wide)
-            states[m] = tuple(map(bind, state)) if isinstance(state, tuple) else bind(state)
-    scale = bind(load(panel.scales, [panel.at(slot, tile, half, lanes)], f"float32x{lanes}"))
-    shift = bind(load(panel.shifts, [panel.at(slot, tile, half, lanes)], f"float32x{lanes}"))
-    for m, total in enumerate(totals):
-        step = broadcast(load(x.scales, [row + m, tile]), lanes)
-        part = broadcast(load(x.sums, [row + m, tile]), lanes)
-        product = family.finish(states[m]).astype(f"float32x{lanes}") * step
+    counts: list[Any] = [None] * tokens
+    for t in range(panel.span):
+        tile = bind(span * panel.span + t)
+        states = [family.start(count) for count in counts]
+        for v in range(FOURS):
+            at = panel.line(slot, tile, v) * LINE + half * 4 * lanes
+            codes = bind(T.reinterpret(f"uint32x{lanes}", load(panel.codes, [at], f"uint8x{4 * lanes}")))
+            for m in range(tokens):
+                state = family.step(states[m], codes, x.four(row + m, tile, v, lanes), wide)
+                states[m] = tuple(map(bind, state)) if isinstance(state, tuple) else bind(state)
+        counts = [bind(family.finish(state, count)) for state, count in zip(states, counts, strict=True)]
+    return counts
+
+
+def add_scaled(
+    panel: Panel,
+    slot: Index,
+    x: Activations,
+    rows: Sequence[Any],
+    span: Any,
+    half: int,
+    counts: Sequence[Any],
+    totals: Sequence[Any],
+) -> None:
+    """Add a span's int32xL `counts` to `totals`, times both scales and less the zero points; one a row."""
+    lanes = counts[0].ty.dtype.lanes
+    scale = bind(load(panel.scales, [panel.at(slot, span, half, lanes)], f"float32x{lanes}"))
+    shift = bind(load(panel.shifts, [panel.at(slot, span, half, lanes)], f"float32x{lanes}"))
+    for row, count, total in zip(rows, counts, totals, strict=True):
+        step = broadcast(x.scale(row, span, panel.span, 0), lanes)
+        part = broadcast(x.sum(row, span, panel.span, 0), lanes)
+        product = count.astype(f"float32x{lanes}") * step
         value = load(total, [0], f"float32x{lanes}") + product * scale - part * shift
         store(total, [0], value)
 

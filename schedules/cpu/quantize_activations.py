@@ -1,4 +1,4 @@
-"""Bring activations into the form packed products read: padded to 32 columns, int8 by groups or float.
+"""Bring activations into the form packed products read: padded, int8 by groups or float.
 
 int8 follows `moqc.quant.reference.quantize_activations`: ``scale = max|x| / 127``, codes rounded half to
 even. A NaN or an infinity makes the scale NaN or infinite, so it reaches the output.
@@ -6,13 +6,15 @@ even. A NaN or an infinity makes the scale NaN or infinite, so it reaches the ou
 
 from __future__ import annotations
 
+import functools
 import math
+import operator
 from typing import Any
 
 from tvm import tirx
 from tvm.tirx.script import builder as T
 
-from moqc.quant.formats import COLUMN_TILE
+from moqc.quant.formats import ACTIVATION_GROUP, COLUMN_TILE
 from moqc.schedules.cpu.dot import DotFamily
 from moqc.schedules.cpu.emit import (
     Index,
@@ -30,7 +32,7 @@ from moqc.schedules.cpu.emit import (
     symbol,
     unravel,
 )
-from moqc.schedules.cpu.tiles import Activations
+from moqc.schedules.cpu.tiles import ACTIVATION_TILES, Activations
 from moqc.schedules.cpu.vector import shuffle
 
 SERIAL_ELEMENTS = 4096
@@ -45,29 +47,22 @@ def activations_kernel(
     With `top_k`, row p is token ``order[p] // top_k``: the rows are gathered in the order of `route`. The
     first `rotated` blocks of 32 columns are rotated as `moqc.quant.hadamard` says.
     Parameters of the PrimFunc: x, order int32 [M] if `top_k`, then the outputs in the order of
-    `Activations.declare`.
+    `Activations.declare`, which have `DotFamily.spare_rows` more.
     """
     with kernel("activations", activations=mode, gather=bool(top_k), rotated=rotated) as k:
         extents = [symbol(f"d{axis}") for axis in range(lead)]
         x = k.parameter("x", [*extents, columns], "float32")
-        rows: Index = symbol("m")
+        rows: Index = symbol("m") if top_k else functools.reduce(operator.mul, extents)
         order = k.parameter("order", [rows], "int32") if top_k else None
-        if order is None and lead == 1:
-            rows = extents[0]
-        outputs = Activations.declare(k, mode, rows, columns)
+        outputs = Activations.declare(k, mode, symbol("rows"), columns)
 
         def body(row: Any) -> None:
             source = row if order is None else T.truncdiv(load(order, [row]), top_k)
             at = unravel(bind(int64(source)), extents)
-            whole, rest = divmod(columns, COLUMN_TILE)
-            if rotated:
-                with loop(0, rotated) as tile:
-                    vectors = _vectors(family, x, at, tile, COLUMN_TILE)
-                    _prepare(outputs, row, tile, rotated_tile(vectors))
-            with loop(rotated, whole) as tile:
-                _prepare(outputs, row, tile, _vectors(family, x, at, tile, COLUMN_TILE))
-            if rest:
-                _prepare(outputs, row, int64(whole), _vectors(family, x, at, int64(whole), rest))
+            for begin, end, valid, turned in _segments(columns, rotated):
+                with loop(begin, end) as group:
+                    tiles = _vectors(family, x, at, group, valid)
+                    _prepare(outputs, row, group, [*map(rotated_tile, tiles[:turned]), *tiles[turned:]])
 
         with T.If(rows <= max(1, SERIAL_ELEMENTS // columns)):
             with T.Then(), loop(0, rows) as row:
@@ -77,16 +72,34 @@ def activations_kernel(
     return k.finish()
 
 
-def _vectors(family: DotFamily, x: Any, at: list[Any], tile: Any, valid: int) -> list[Any]:
-    """The 32 columns of a tile as float32xL values; those from `valid` on are 0."""
-    lanes, first = family.lanes, tile * COLUMN_TILE
-    dtype = f"float32x{lanes}"
-    if valid == COLUMN_TILE:
-        return [bind(load(x, [*at, first + offset], dtype)) for offset in range(0, COLUMN_TILE, lanes)]
-    padded = scratch(COLUMN_TILE)
-    for column in range(COLUMN_TILE):
-        store(padded, [column], load(x, [*at, first + column]) if column < valid else T.float32(0))
-    return [bind(load(padded, [offset], dtype)) for offset in range(0, COLUMN_TILE, lanes)]
+def _segments(columns: int, rotated: int) -> list[tuple[int, int, int, int]]:
+    """Runs of groups that are prepared alike: the first, the one after the last, columns, tiles to rotate."""
+    whole, rest = divmod(columns, ACTIVATION_GROUP)
+    turned, odd = divmod(rotated, ACTIVATION_TILES)
+    runs = [(0, turned, ACTIVATION_GROUP, ACTIVATION_TILES)]
+    if odd:
+        runs.append((turned, turned + 1, min(ACTIVATION_GROUP, columns - turned * ACTIVATION_GROUP), odd))
+    plain = turned + odd
+    runs.append((plain, whole, ACTIVATION_GROUP, 0))
+    if rest and plain <= whole:
+        runs.append((whole, whole + 1, rest, 0))
+    return [run for run in runs if run[0] < run[1]]
+
+
+def _vectors(family: DotFamily, x: Any, at: list[Any], group: Any, valid: int) -> list[list[Any]]:
+    """The first `valid` columns of a group by tiles, each as float32xL values; the rest is 0."""
+    tiles = []
+    for column in range(0, valid, COLUMN_TILE):
+        first = group * ACTIVATION_GROUP + column
+        if valid - column >= COLUMN_TILE:
+            tiles.append(_split(family, x, at, first))
+            continue
+        padded = scratch(COLUMN_TILE)
+        for offset in range(COLUMN_TILE):
+            value = load(x, [*at, first + offset]) if column + offset < valid else T.float32(0)
+            store(padded, [offset], value)
+        tiles.append(_split(family, padded, [], 0))
+    return tiles
 
 
 def rotated_tile(vectors: list[Any]) -> list[Any]:
@@ -104,25 +117,46 @@ def rotated_tile(vectors: list[Any]) -> list[Any]:
     return [bind(vector * splat(1 / math.sqrt(COLUMN_TILE), lanes)) for vector in vectors]
 
 
-def _prepare(outputs: Activations, row: Any, tile: Any, vectors: list[Any]) -> None:
-    """Write one tile of a row."""
-    lanes = vectors[0].ty.dtype.lanes
-    first = tile * COLUMN_TILE
+def _split(family: DotFamily, buffer: Any, lead: list[Any], first: Any) -> list[Any]:
+    """The tile from column `first` on, as values of the family's lanes."""
+    offsets = range(0, COLUMN_TILE, family.lanes)
+    return [bind(load(buffer, [*lead, first + offset], f"float32x{family.lanes}")) for offset in offsets]
+
+
+def _prepare(outputs: Activations, row: Any, group: Any, tiles: list[list[Any]]) -> None:
+    """Write one group of a row."""
+    lanes = tiles[0][0].ty.dtype.lanes
     if not outputs.quantized:
-        for number, vector in enumerate(vectors):
-            store(outputs.values, [row, first + number * lanes], vector)
+        for t, vectors in enumerate(tiles):
+            for number, vector in enumerate(vectors):
+                column = group * ACTIVATION_GROUP + t * COLUMN_TILE + number * lanes
+                store(outputs.values, [row, column], vector)
         return
-    scale = bind(_largest(vectors) / T.float32(127))
+    scale = bind(_largest([vector for vectors in tiles for vector in vectors]) / T.float32(127))
     step = broadcast(bind(T.if_then_else(scale > 0, scale, T.float32(1))), lanes)
+    total: Any = None
+    for t, vectors in enumerate(tiles):
+        count = _write_codes(outputs, row, group * ACTIVATION_TILES + t, vectors, scale, step)
+        total = count if total is None else total + count
+    for t in range(len(tiles), ACTIVATION_TILES):
+        column = (group * ACTIVATION_TILES + t) * COLUMN_TILE
+        store(outputs.values, [row, column], splat(0, COLUMN_TILE, "int8"))
+    store(outputs.scales, [row, group], scale)
+    store(outputs.sums, [row, group], scale * total.astype("float32"))
+
+
+def _write_codes(outputs: Activations, row: Any, tile: Any, vectors: list[Any], scale: Any, step: Any) -> Any:
+    """Write a tile's codes and their sum; the sum of the codes, int32."""
+    lanes = vectors[0].ty.dtype.lanes
     sums: Any = None
     for number, vector in enumerate(vectors):
         rounded = tirx.nearbyint(vector / step).astype(f"int32x{lanes}")
         codes = bind(tirx.max(tirx.min(rounded, splat(127, lanes, "int32")), splat(-127, lanes, "int32")))
-        store(outputs.values, [row, first + number * lanes], codes.astype(f"int8x{lanes}"))
+        store(outputs.values, [row, tile * COLUMN_TILE + number * lanes], codes.astype(f"int8x{lanes}"))
         sums = codes if sums is None else sums + codes
-    total = intrinsic("int32", "llvm.vector.reduce.add", sums)
-    store(outputs.scales, [row, tile], scale)
-    store(outputs.sums, [row, tile], scale * total.astype("float32"))
+    count = bind(intrinsic("int32", "llvm.vector.reduce.add", sums))
+    store(outputs.tile_sums, [row, tile], scale * count.astype("float32"))
+    return count
 
 
 def _largest(vectors: list[Any]) -> Any:

@@ -10,7 +10,7 @@ from typing import Any
 from tvm import tirx
 from tvm.tirx.script import builder as T
 
-from moqc.quant.formats import COLUMN_TILE, ROW_TILE, Format
+from moqc.quant.formats import ACTIVATION_GROUP, COLUMN_TILE, ROW_TILE, Format
 from moqc.quant.pack import BYTE_SCALE_SHIFT, FIELDS, FOURS, LINE
 from moqc.schedules.cpu.dot import DotFamily
 from moqc.schedules.cpu.emit import (
@@ -29,6 +29,8 @@ from moqc.schedules.cpu.emit import (
 )
 from moqc.schedules.cpu.trellis import trellis_operands
 
+ACTIVATION_TILES = ACTIVATION_GROUP // COLUMN_TILE
+"""Column tiles that share a scale of the activations: 2, so a group of weights is one tile or whole pairs."""
 PREFETCH_LINES = 64
 """How many lines ahead codes are asked for, a page: hardware stops at its end. Cold decoding took 66 % of the
 machine's read bandwidth without (54 % at 2 bits), 80 % (75 %) with (`moqc bench-kernels --shape
@@ -142,27 +144,41 @@ def float_scale(stored: Any, lanes: int) -> Any:
 
 @dataclass(frozen=True)
 class Activations:
-    """Inputs of a product, M rows of K padded to tiles: int8 codes with scales, or float32 `values`.
+    """Inputs of a product, M rows of K: int8 codes with scales, or float32 `values`; padding is 0.
 
-    * int8: `values` int8 [M, K32*32], `scales` float32 [M, K32], `sums` float32 [M, K32] (scale * sum of
-      codes).
+    With G groups of `ACTIVATION_GROUP` columns and K32 tiles of 32:
+
+    * int8: `values` int8 [M, G*ACTIVATION_GROUP], `scales` float32 [M, G]; `sums` float32 [M, G] and
+      `tile_sums` [M, K32] (scale * sum of the codes) of groups and of tiles.
     * float: `values` float32 [M, K32*32].
     """
 
     values: Any
     scales: Any | None = None
     sums: Any | None = None
+    tile_sums: Any | None = None
+
+    @staticmethod
+    def layout(mode: str, columns: int) -> list[tuple[str, int, str]]:
+        """Name, columns and dtype of each tensor, for K = `columns`."""
+        tiles, groups = ceildiv(columns, COLUMN_TILE), ceildiv(columns, ACTIVATION_GROUP)
+        if mode == "float":
+            return [("x", tiles * COLUMN_TILE, "float32")]
+        return [
+            ("x", groups * ACTIVATION_GROUP, "int8"),
+            ("x_scales", groups, "float32"),
+            ("x_sums", groups, "float32"),
+            ("x_tile_sums", tiles, "float32"),
+        ]
 
     @classmethod
     def declare(cls, kernel: Kernel, mode: str, rows: Index, columns: int) -> Activations:
         """Add the kernel parameters."""
-        tiles = ceildiv(columns, COLUMN_TILE)
-        if mode == "float":
-            return cls(kernel.parameter("x", [rows, tiles * COLUMN_TILE], "float32"))
         return cls(
-            kernel.parameter("x", [rows, tiles * COLUMN_TILE], "int8"),
-            kernel.parameter("x_scales", [rows, tiles], "float32"),
-            kernel.parameter("x_sums", [rows, tiles], "float32"),
+            *(
+                kernel.parameter(name, [rows, width], dtype)
+                for name, width, dtype in cls.layout(mode, columns)
+            )
         )
 
     @property
@@ -174,6 +190,16 @@ class Activations:
         """Columns 4v..4v+3 of a tile in every lane, int32xL."""
         word = load(self.values, [row, tile * COLUMN_TILE + 4 * v], "int8x4")
         return broadcast(T.reinterpret("int32", word), lanes)
+
+    def scale(self, row: Index, group: Any, per_group: int, tile: int) -> Any:
+        """The scale of tile `tile` of group `group` of weights, which has `per_group` tiles."""
+        return load(self.scales, [row, _activation_group(group, per_group, tile)])
+
+    def sum(self, row: Index, group: Any, per_group: int, tile: int) -> Any:
+        """The sum of the codes that tile and its group of weights share with a group of activations."""
+        if per_group < ACTIVATION_TILES:
+            return load(self.tile_sums, [row, group])
+        return load(self.sums, [row, _activation_group(group, per_group, tile)])
 
 
 def row_product(family: DotFamily, block: Block, x: Activations, row: Index) -> list[Any]:
@@ -195,25 +221,45 @@ def _add_group(
     family: DotFamily, block: Block, x: Activations, row: Index, group: Any, tiles: int, totals: list[Any]
 ) -> None:
     """Add the first `tiles` column tiles of a group to `totals`."""
-    lanes, fmt = family.lanes, block.weights.format
+    lanes, per_group = family.lanes, block.weights.format.group // COLUMN_TILE
     sums: list[Any] = [None] * family.halves
     correction: Any = None
     block.prefetch_group(group)
-    for t in range(tiles):
-        tile = group * (fmt.group // COLUMN_TILE) + t
-        block.prefetch(tile)
-        xs = [bind(x.four(row, tile, v, lanes)) for v in range(FOURS)]
-        step = broadcast(load(x.scales, [row, tile]), lanes)
-        part = load(x.sums, [row, tile])
+    for first in range(0, tiles, ACTIVATION_TILES):
+        counts: list[Any] = [None] * family.halves
+        part = x.sum(row, group, per_group, first)
         correction = part if correction is None else correction + part
-        for half in range(family.halves):
-            state = None
-            for v, operand in enumerate(block.operands(tile, half, family)):
-                state = family.step(state, operand, xs[v], fmt.wide)
-            product = family.finish(state).astype(f"float32x{lanes}") * step
+        for t in range(first, min(first + ACTIVATION_TILES, tiles)):
+            tile = group * per_group + t
+            for half, product in enumerate(_tile_products(family, block, x, row, tile)):
+                counts[half] = product if counts[half] is None else counts[half] + product
+        step = broadcast(x.scale(row, group, per_group, first), lanes)
+        for half, count in enumerate(counts):
+            product = count.astype(f"float32x{lanes}") * step
             sums[half] = bind(product if sums[half] is None else sums[half] + product)
     correction = bind(correction)
     for half, total in enumerate(totals):
         shift = block.zero_point(group, half, lanes) * broadcast(correction, lanes)
         product = (sums[half] - shift) * block.scale(group, half, lanes)
         store(total, [0], load(total, [0], f"float32x{lanes}") + product)
+
+
+def _tile_products(family: DotFamily, block: Block, x: Activations, row: Index, tile: Any) -> list[Any]:
+    """The int32xL sums of a column tile, one a half."""
+    lanes = family.lanes
+    block.prefetch(tile)
+    xs = [bind(x.four(row, tile, v, lanes)) for v in range(FOURS)]
+    products = []
+    for half in range(family.halves):
+        state = None
+        for v, operand in enumerate(block.operands(tile, half, family)):
+            state = family.step(state, operand, xs[v], block.weights.format.wide)
+        products.append(bind(family.finish(state)))
+    return products
+
+
+def _activation_group(group: Any, per_group: int, first: int) -> Any:
+    """Which group of the activations tile `first` of a group of `per_group` tiles of weights belongs to."""
+    if per_group < ACTIVATION_TILES:
+        return T.truncdiv(group, int64(ACTIVATION_TILES // per_group))
+    return group * (per_group // ACTIVATION_TILES) + first // ACTIVATION_TILES

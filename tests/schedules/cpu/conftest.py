@@ -102,7 +102,9 @@ def toolbox() -> Toolbox:
     return Toolbox(torch.Generator().manual_seed(0))
 
 
-@pytest.fixture(scope="module", params=["x86-64-v4-gfni", "x86-64-v4-vnni", "x86-64-v4", "x86-64-v3"])
+@pytest.fixture(
+    scope="module", params=["x86-64-v4-amx", "x86-64-v4-gfni", "x86-64-v4-vnni", "x86-64-v4", "x86-64-v3"]
+)
 def functions(request: pytest.FixtureRequest) -> Functions:
     """An empty set of functions for each instruction family this machine can run."""
     target = find_target(request.param)

@@ -29,40 +29,41 @@ def kernels(request):
     return tvm.compile(tvm.IRModule(named), tvm.target.Target(target.tvm))
 
 
-def _quantize(kernels, x: torch.Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _quantize(kernels, x: torch.Tensor) -> tuple[np.ndarray, ...]:
     rows = len(x)
-    outputs = [tvm.runtime.empty((rows, 96), "int8")]
-    outputs += [tvm.runtime.empty((rows, 3), "float32") for _ in range(2)]
+    shapes = [((rows, 128), "int8"), *(((rows, width), "float32") for width in (2, 2, 3))]
+    outputs = [tvm.runtime.empty(shape, dtype) for shape, dtype in shapes]
     kernels["int8"](tvm.runtime.tensor(x.numpy()), *outputs)
-    values, scales, sums = (output.numpy() for output in outputs)
-    return values, scales, sums
+    values, scales, sums, tile_sums = (output.numpy() for output in outputs)
+    return values, scales, sums, tile_sums
 
 
 @pytest.mark.parametrize("rows", [1, 100])
 def test_codes_are_the_references(kernels, rows):
     x = torch.randn(rows, COLUMNS, generator=torch.Generator().manual_seed(rows))
-    x[0, :32] = torch.arange(32) - 15.5  # ties: the scale is 15.5 / 127
-    x[-1, 32:64] = 0
-    values, scales, sums = _quantize(kernels, x)
+    x[0, :64] = torch.arange(64) - 31.5  # ties: the scale is 31.5 / 127
+    x[-1, 64:] = 0
+    values, scales, sums, tile_sums = _quantize(kernels, x)
     expected, expected_scales = reference.quantize_activations(x)
     np.testing.assert_array_equal(values[:, :COLUMNS], expected)
     assert not values[:, COLUMNS:].any()
     np.testing.assert_array_equal(scales, expected_scales)
-    totals = values.reshape(rows, 3, 32).sum(-1, dtype=np.int64)
-    np.testing.assert_allclose(sums, scales * totals, rtol=1e-6)
+    totals = values.reshape(rows, 2, 2, 32).sum(-1, dtype=np.int64)
+    np.testing.assert_allclose(sums, scales * totals.sum(-1), rtol=1e-6)
+    np.testing.assert_allclose(tile_sums, (scales[..., None] * totals).reshape(rows, 4)[:, :3], rtol=1e-6)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_keeps_bad_numbers_visible(kernels, bad):
     x = torch.ones(1, COLUMNS)
-    x[0, 40] = bad
-    _, scales, _ = _quantize(kernels, x)
-    assert np.isfinite(scales[0, [0, 2]]).all()
+    x[0, 66] = bad
+    _, scales, *_ = _quantize(kernels, x)
+    assert np.isfinite(scales[0, 0])
     assert not np.isfinite(scales[0, 1])
 
 
 def test_denormal_groups_do_not_wrap(kernels):
-    values, _, _ = _quantize(kernels, torch.full((1, COLUMNS), 3e-44))
+    values, *_ = _quantize(kernels, torch.full((1, COLUMNS), 3e-44))
     assert (values >= 0).all()
 
 
