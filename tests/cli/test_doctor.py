@@ -39,4 +39,4 @@ def test_completion_of_targets(moqc, monkeypatch):
     monkeypatch.setenv("COMP_WORDS", "moqc compile m --target x86-64-v4-")
     monkeypatch.setenv("COMP_CWORD", "4")
     _, out, _ = moqc()
-    assert out.split() == ["x86-64-v4-vnni", "x86-64-v4-gfni"]
+    assert out.split() == ["x86-64-v4-vnni", "x86-64-v4-gfni", "x86-64-v4-amx"]
