@@ -11,38 +11,11 @@ import time
 from pathlib import Path
 
 import tvm
+from cases import CASES, experts_shape
 from workload import SHAPES
 
-from moqc.quant.formats import Format
 from moqc.schedules.cuda import toolchain
 from moqc.schedules.cuda.layer import experts_function, grouped_from
-from moqc.schedules.cuda.plan import ExpertsShape
-
-CASES: dict[str, tuple[tuple[str, ...], ...]] = {
-    # case -> formats of gate's, up's and down's classes; expert e takes class e % n.
-    "w4": (("int4-g128-sym",),) * 3,
-    "w3": (("int3-g128-sym",),) * 3,
-    "w2": (("int2-g128-sym",),) * 3,
-    "w1": (("int1-g128-sym",),) * 3,
-    "mixed": (("int4-g128-sym", "int3-g128-sym", "int2-g128-sym", "int1-g128-sym"),) * 3,
-    "w8": (("int8-g128-sym",),) * 3,
-    "w4-g64-asym": (("int4-g64",),) * 3,
-    "w3-g64-asym": (("int3-g64",),) * 3,
-    "w2-g64-asym": (("int2-g64",),) * 3,
-    # Every projection in classes of its own, as the allocator emits them.
-    "mixed-global": (
-        ("int3-g64", "int2-g64"),
-        ("int3-g64", "int2-g64", "int1-g64"),
-        ("int4-g64", "int3-g64"),
-    ),
-}
-
-
-def experts_shape(shape: str, case: str) -> ExpertsShape:
-    """The layer a case is about."""
-    s = SHAPES[shape]
-    gate, up, down = (tuple(map(Format.parse, names)) for names in CASES[case])
-    return ExpertsShape(s.experts, s.top_k, s.hidden, s.intermediate, gate, up, down)
 
 
 def build(shape: str, case: str, out: Path) -> None:

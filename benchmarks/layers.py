@@ -118,7 +118,7 @@ def main() -> None:
                         {
                             "provider": "moqc", "shape": shape_name, "bits": case, "tokens": tokens, "us": us,
                             "error": error, "variant": each["variant"],
-                            "hit_bytes": problem.hit * one.expert_bytes,
+                            "hit_bytes": problem.hit * one.expert_bytes, "expert_bytes": one.expert_bytes,
                         }
                     )  # fmt: skip
                     flop = 6 * tokens * shape.top_k * shape.hidden * shape.intermediate

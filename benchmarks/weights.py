@@ -10,6 +10,7 @@ import torch
 from workload import Shape
 
 from moqc.quant.formats import Format
+from moqc.quant.pack import BYTE_SCALE_SHIFT
 from moqc.quant.pack_mma import COLUMNS, PackedUnits, fields, packed_shapes, unpack_units
 
 PROJECTIONS = ("gate", "up", "down")
@@ -29,11 +30,13 @@ class Class:
         codes_shape, groups_shape = packed_shapes(fmt, rows, columns)
         codes = torch.randint(0, 256, (count, *codes_shape), dtype=torch.uint8, device="cuda")
         # The same size of weights at every width.
-        scales = (torch.rand(count, *groups_shape, device="cuda") * 0.02 + 0.005) * (8 / fmt.levels)
+        scales = ((torch.rand(count, *groups_shape, device="cuda") * 0.02 + 0.005) * (8 / fmt.levels)).half()
+        if fmt.byte_scales:
+            scales = (scales.view(torch.int16) >> BYTE_SCALE_SHIFT).to(torch.uint8)
         zeros = None
         if not fmt.symmetric:
             zeros = torch.randint(0, 256, (count, *groups_shape), dtype=torch.uint8, device="cuda")
-        return cls(fmt, codes, scales.half(), zeros)
+        return cls(fmt, codes, scales, zeros)
 
     @property
     def tensors(self) -> list[torch.Tensor]:
@@ -66,7 +69,10 @@ class Class:
             return rows.float().repeat_interleave(fmt.group, 1)
 
         zero = fmt.symmetric_zero if self.zeros is None else by_row(self.zeros) * fmt.zero_step
-        return (codes.view(16 * tiles, units * COLUMNS) - zero) * by_row(self.scales)
+        scales = self.scales
+        if fmt.byte_scales:
+            scales = (scales.to(torch.int16) << BYTE_SCALE_SHIFT).view(torch.float16)
+        return (codes.view(16 * tiles, units * COLUMNS) - zero) * by_row(scales)
 
 
 @dataclass

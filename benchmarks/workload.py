@@ -30,6 +30,8 @@ SHAPES = {
     "mixtral-8x7b": Shape(8, 2, 4096, 14336),
     "qwen3-30b-a3b": Shape(128, 8, 2048, 768),
     "olmoe-1b-7b": Shape(64, 8, 2048, 1024),
+    "deepseek-v2-lite": Shape(64, 6, 2048, 1408),
+    "gpt-oss-20b": Shape(32, 4, 2880, 2880),
 }
 
 

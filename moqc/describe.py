@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import math
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,7 @@ from moqc.package import WeightCounts
 from moqc.passes.pipeline import Pipeline
 from moqc.quant.activations import parse_activation
 from moqc.recipe import Recipe
+from moqc.schedules.cuda import records
 from moqc.targets import Target
 
 ANALYSIS_VERSION = 1
@@ -79,7 +81,10 @@ def describe(
             fingerprint=checkpoint.fingerprint,
         ),
         target=TargetRecord(
-            name=target.name, features=tuple(sorted(target.features)), architectures=target.architectures
+            name=target.name,
+            features=tuple(sorted(target.features)),
+            architectures=target.architectures,
+            plans=_plans(mod),
         ),
         versions=versions(),
         pipeline=str(pipeline),
@@ -107,6 +112,17 @@ def describe(
         numerics={},
         files={},
     )
+
+
+def _plans(mod: IRModule) -> dict[str, int]:
+    """`TargetRecord.plans`: of the PrimFuncs that say which of their plans are records of a search."""
+    count: Counter[str] = Counter()
+    for function in mod.functions.values():
+        facts = (function.attrs or {}).get("moqc.kernel", {})
+        if "recorded" in facts:
+            found = len(facts["recorded"])
+            count.update({records.load()["source"]: found, "rules": len(facts["plans"]) - found})
+    return {origin: number for origin, number in count.items() if number}
 
 
 def _calibration(used: CalibrationSet) -> CalibrationRecord:

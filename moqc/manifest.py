@@ -69,6 +69,8 @@ class TargetRecord(Record):
     """CPU flags the code uses, by their Linux names."""
     architectures: tuple[str, ...] = ()
     """Of the GPUs that the library has machine code for; empty where the CPU computes."""
+    plans: dict[str, int] = {}
+    """Where the plans of the experts' decode kernels are from (a search, or rules) -> how many."""
 
 
 class Versions(Record):

@@ -45,5 +45,5 @@ class Schedule(Pass):
             # The rules change the module they are given; it must not be the caller's.
             fused = fuse(mod).clone()
             if target.schedules == "cuda":
-                return schedule_for_gpu(fused)
+                return schedule_for_gpu(fused, target.warp_groups)
             return guard_parallel(dlight.ApplyDefaultSchedule(CpuDefault(target.vector_lanes))(fused))

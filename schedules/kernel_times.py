@@ -1,13 +1,14 @@
 """Time of a packed matrix in a kernel, for allocation under a budget of time.
 
-A target's table is ``schedules/kernel_costs/TARGET.json``:
+A target's table is ``schedules/kernel_costs/NAME.json``, `NAME` its GPU architecture, or its own name:
 
-    {"schema": 1, "source": "how it was measured",
-     "matrices": [{"rows": 768, "columns": 2048, "format": "int3-g128", "microseconds": 1.9}, ...]}
+    {"schema": 2, "source": "how it was measured",
+     "matrices": [{"rows": 768, "columns": 2048, "format": "int3-g128", "tokens": 1, "microseconds": 1.9},
+                  ...]}
 
-`microseconds`: what the matrix adds to one token's time where its expert is hit, its share of launches
-included. A matrix that is not in the table takes the longer of the two times of the target's roofline, bytes
-over bandwidth and weights over the rate of the kernels.
+`microseconds`: what the matrix adds to the time of a call with so many tokens where its expert is hit, its
+share of launches included. A matrix that is not in the table takes the longer of the two times of the
+target's roofline, bytes over bandwidth and weights over the rate of the kernels.
 """
 
 from __future__ import annotations
@@ -22,19 +23,19 @@ from moqc.quant.formats import Format
 from moqc.targets import Roofline, Target
 
 FOLDER = Path(__file__).parent / "kernel_costs"
-SCHEMA = 1
+SCHEMA = 2
 
 
 @dataclass(frozen=True)
 class KernelTimes:
-    """Measured times by (rows, columns, format), and the roofline for what was not measured."""
+    """Measured times by (rows, columns, format, tokens), and the roofline for what was not measured."""
 
     machine: Roofline | None
-    measured: Mapping[tuple[int, int, str], float]
+    measured: Mapping[tuple[int, int, str, int], float]
 
-    def microseconds(self, rows: int, columns: int, fmt: Format) -> float:
+    def microseconds(self, rows: int, columns: int, fmt: Format, tokens: int = 1) -> float:
         """Time of one matrix. Raises TargetError where neither a measurement nor a roofline is known."""
-        found = self.measured.get((rows, columns, str(fmt)))
+        found = self.measured.get((rows, columns, str(fmt), tokens))
         if found is not None:
             return found
         if self.machine is None:
@@ -48,7 +49,8 @@ class KernelTimes:
 
 def kernel_times(target: Target, folder: Path = FOLDER) -> KernelTimes:
     """The times of a target's kernels. Raises TargetError for a table that is damaged."""
-    path = folder / f"{target.name}.json"
+    name = target.architectures[0] if len(target.architectures) == 1 else target.name
+    path = folder / f"{name}.json"
     if not path.is_file():
         return KernelTimes(target.roofline, {})
     try:
@@ -57,7 +59,8 @@ def kernel_times(target: Target, folder: Path = FOLDER) -> KernelTimes:
             raise TargetError(f"{path}: schema {content['schema']}, and this moqc reads {SCHEMA}")
         rows = {}
         for row in content["matrices"]:
-            key = (int(row["rows"]), int(row["columns"]), str(Format.parse(row["format"])))
+            fmt, tokens = str(Format.parse(row["format"])), int(row["tokens"])
+            key = (int(row["rows"]), int(row["columns"]), fmt, tokens)
             rows[key] = float(row["microseconds"])
     except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
         raise TargetError(f"{path}: not a table of kernel times ({type(error).__name__}: {error})") from error

@@ -68,6 +68,11 @@ class Target:
         return self.schedules == "cpu"
 
     @property
+    def warp_groups(self) -> bool:
+        """Whether every GPU it is for has the warp groups and the early launches of NVIDIA's sm_90."""
+        return self.architectures == ("sm_90",)
+
+    @property
     def vector_lanes(self) -> int:
         """float32 lanes of the widest vector register."""
         if self.machine == "aarch64":

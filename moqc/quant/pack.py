@@ -119,7 +119,7 @@ def pack(quantized: Quantized) -> Packed:
     scales = quantized.scales.cpu().numpy()
     return Packed(
         codes=_pack_codes(codes.cpu().numpy(), fmt),
-        scales=_pack_groups(_upper_bytes(scales)) if fmt.byte_scales else _pack_groups(scales),
+        scales=_pack_groups(upper_bytes(scales)) if fmt.byte_scales else _pack_groups(scales),
         zeros=None if zeros is None else _pack_groups(zeros.cpu().numpy()),
     )
 
@@ -131,7 +131,7 @@ def unpack(packed: Packed, format: Format, rows: int, columns: int) -> Quantized
         codes = trellis.decode(codes)
     scales, zeros = _unpack_groups(packed.scales, rows), packed.zeros
     if format.byte_scales:
-        scales = (scales.astype(np.uint16) << BYTE_SCALE_SHIFT).view(np.float16)
+        scales = from_upper_bytes(scales)
     return Quantized(
         format=format,
         codes=codes[..., :rows, :columns].contiguous(),
@@ -140,11 +140,17 @@ def unpack(packed: Packed, format: Format, rows: int, columns: int) -> Quantized
     )
 
 
-def _upper_bytes(scales: npt.NDArray[np.float16]) -> Bytes:
+def upper_bytes(scales: npt.NDArray[np.float16]) -> Bytes:
+    """What byte formats store of their scales; InternalError for scales that it loses something of."""
     bits = scales.view(np.uint16) >> BYTE_SCALE_SHIFT
     if not np.array_equal((bits << BYTE_SCALE_SHIFT).view(np.float16), scales) or (bits > 255).any():
         raise InternalError("byte scales have a sign or more than three bits of mantissa")
     return bits.astype(np.uint8)
+
+
+def from_upper_bytes(stored: Bytes) -> npt.NDArray[np.float16]:
+    """The scales of a byte format, from what is stored."""
+    return (stored.astype(np.uint16) << BYTE_SCALE_SHIFT).view(np.float16)
 
 
 def _pack_codes(codes: Bytes, fmt: Format) -> Bytes:

@@ -31,7 +31,8 @@ import numpy.typing as npt
 import torch
 
 from moqc.errors import UserError
-from moqc.quant.formats import Format
+from moqc.quant.formats import BITS, Format
+from moqc.quant.pack import from_upper_bytes, upper_bytes
 from moqc.quant.tensor import Quantized
 
 LAYOUT = "mma16x256"
@@ -49,12 +50,13 @@ class PackedUnits:
     """Packed matrices; ``N16 = ceil(N / 16)``, ``K256 = ceil(K / 256)``, ``G = 256 / group`` groups a unit.
 
     * `codes`: uint8 ``[..., N16, K256, bits, 512]``
-    * `scales`: float16 ``[..., N16, K256, 8, G, 2]``: row ``g``, group, row ``g + 8 * r``
+    * `scales`: float16 ``[..., N16, K256, 8, G, 2]``: row ``g``, group, row ``g + 8 * r``; uint8, the upper
+      bytes of such numbers, if the format has byte scales
     * `zeros`: uint8, as `scales`; None for symmetric formats.
     """
 
     codes: Bytes
-    scales: npt.NDArray[np.float16]
+    scales: npt.NDArray[Any]
     zeros: Bytes | None
 
     @property
@@ -68,18 +70,18 @@ def packed_shapes(format: Format, rows: int, columns: int) -> tuple[tuple[int, .
 
     Raises UserError for a format that has no kernel in this layout.
     """
-    if format.byte_scales:
-        raise UserError(f"the layout {LAYOUT} has no format {format}: choose an int format without -s8")
+    if format.trellis or format.simulated:
+        raise UserError(f"the layout {LAYOUT} has no format {format}: choose an int format of {BITS} bits")
     tiles, units = -(-rows // ROWS), -(-columns // COLUMNS)
     return (tiles, units, format.bits, 512), (tiles, units, 8, COLUMNS // format.group, 2)
 
 
 def pack_units(quantized: Quantized) -> PackedUnits:
     """Pack matrices of any leading shape; `unpack_units` is the exact inverse."""
-    fmt, zeros = quantized.format, quantized.zeros
+    fmt, zeros, scales = quantized.format, quantized.zeros, quantized.scales.cpu().numpy()
     return PackedUnits(
         codes=_pack_codes(quantized.codes.cpu().numpy(), fmt.bits),
-        scales=_pack_groups(quantized.scales.cpu().numpy(), fmt.group),
+        scales=_pack_groups(upper_bytes(scales) if fmt.byte_scales else scales, fmt.group),
         zeros=None if zeros is None else _pack_groups(zeros.cpu().numpy(), fmt.group),
     )
 
@@ -87,11 +89,12 @@ def pack_units(quantized: Quantized) -> PackedUnits:
 def unpack_units(packed: PackedUnits, format: Format, rows: int, columns: int) -> Quantized:
     """Recover the ``[..., rows, columns]`` matrices that `pack_units` was given."""
     groups, zeros = format.groups(columns), packed.zeros
+    scales = _unpack_groups(packed.scales, rows, groups)
     codes = _unpack_codes(packed.codes, format.bits)[..., :rows, :columns]
     return Quantized(
         format=format,
         codes=torch.from_numpy(np.ascontiguousarray(codes)),
-        scales=torch.from_numpy(_unpack_groups(packed.scales, rows, groups)),
+        scales=torch.from_numpy(from_upper_bytes(scales) if format.byte_scales else scales),
         zeros=None if zeros is None else torch.from_numpy(_unpack_groups(zeros, rows, groups)),
     )
 

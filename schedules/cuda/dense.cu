@@ -192,7 +192,8 @@ __device__ __forceinline__ void embedding(const void* ids, int rows, const void*
     const int code = code_at<F::BITS>((const word*)codes + unit * (F::BITS * 128), row, k % COLUMNS);
     const long long group = ((unit * 8 + row % 8) * F::GROUPS + k % COLUMNS / F::GROUP) * 2 + row / 8;
     const float zero = F::SYMMETRIC ? F::ZERO : F::ZERO_STEP * ((const unsigned char*)zeros)[group];
-    y[(long long)blockIdx.x * K + k] = __half2float(((const __half*)scales)[group]) * ((float)code - zero);
+    const unsigned short stored = F::BYTES ? ((const unsigned char*)scales)[group] << 7 : ((const unsigned short*)scales)[group];
+    y[(long long)blockIdx.x * K + k] = __half2float(__ushort_as_half(stored)) * ((float)code - zero);
   }
 }
 

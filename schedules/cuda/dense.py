@@ -10,8 +10,8 @@ from tvm.tirx.script import builder as T
 from moqc.errors import UserError
 from moqc.quant.formats import Format
 from moqc.schedules.cuda.emit import kernel
-from moqc.schedules.cuda.experts import CPP
-from moqc.schedules.cuda.linear import declare_matrix, format_of, product
+from moqc.schedules.cuda.linear import declare_matrix, product
+from moqc.schedules.cuda.templates import CPP, format_of
 
 MOST_CHOICES = 2048
 """Columns of a top-k; a lane keeps a 32nd of them in registers."""

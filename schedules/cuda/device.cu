@@ -27,11 +27,11 @@ __host__ __device__ constexpr int largest(int a) { return a; }
 template <class... Rest> __host__ __device__ constexpr int largest(int a, int b, Rest... rest) { return largest(a > b ? a : b, rest...); }
 
 // ---------------------------------------------------------------------------------------------- formats
-template <int BITS_, int GROUP_, bool SYMMETRIC_> struct Format {
+template <int BITS_, int GROUP_, bool SYMMETRIC_, bool BYTES_> struct Format {   // BYTES: scales are the upper bytes of fp16
   static constexpr int BITS = BITS_, GROUP = GROUP_, GROUPS = COLUMNS / GROUP_;   // GROUPS: in a unit
-  static constexpr bool SYMMETRIC = SYMMETRIC_;
-  static constexpr int ID = (BITS * 256 + GROUP) * 2 + SYMMETRIC;
-  static constexpr float ZERO = BITS <= 2 ? ((1 << BITS) - 1) * 0.5f : (1 << BITS) * 0.5f;
+  static constexpr bool SYMMETRIC = SYMMETRIC_, BYTES = BYTES_;
+  static constexpr int ID = ((BITS * 256 + GROUP) * 2 + SYMMETRIC) * 2 + BYTES, SCALE = BYTES ? 1 : 2;   // SCALE: bytes of one
+  static constexpr float ZERO = BITS <= 2 || BYTES ? ((1 << BITS) - 1) * 0.5f : (1 << BITS) * 0.5f;
   static constexpr float ZERO_STEP = ((1 << BITS) - 1) / 255.0f;
 };
 
@@ -48,20 +48,20 @@ template <class... Fs> struct Formats {
 // One lane's view of one unit; `step` moves it down a row tile. With one format all of it but the pointers is constant.
 struct Unit {
   const char *codes, *scales, *zeros;
-  int id, bits, groups, symmetric;
+  int id, bits, groups, scale, symmetric;   // scale: bytes of one
 
   template <class F> __device__ static Unit at(const void* const* tensors, long long unit, int lane) {
     const char *codes = (const char*)tensors[0], *scales = (const char*)tensors[1], *zeros = (const char*)tensors[2];
-    return {codes + unit * (F::BITS * 512) + lane * 16, scales + unit * (F::GROUPS * 32) + lane / 4 * (F::GROUPS * 4),
+    return {codes + unit * (F::BITS * 512) + lane * 16, scales + unit * (F::GROUPS * 16 * F::SCALE) + lane / 4 * (F::GROUPS * 2 * F::SCALE),
             F::SYMMETRIC ? nullptr : zeros + unit * (F::GROUPS * 16) + lane / 4 * (F::GROUPS * 2),
-            F::ID, F::BITS, F::GROUPS, F::SYMMETRIC};
+            F::ID, F::BITS, F::GROUPS, F::SCALE, F::SYMMETRIC};
   }
   template <class F> __device__ static Unit with_facts(const Unit& unit) {   // its format made known to the compiler
-    return {unit.codes, unit.scales, unit.zeros, F::ID, F::BITS, F::GROUPS, F::SYMMETRIC};
+    return {unit.codes, unit.scales, unit.zeros, F::ID, F::BITS, F::GROUPS, F::SCALE, F::SYMMETRIC};
   }
   __device__ void step(int units) {   // units: a row tile's
     codes += units * bits * 512;
-    scales += units * groups * 32;
+    scales += units * groups * scale * 16;
     if (!symmetric) zeros += units * groups * 16;
   }
 };
@@ -199,7 +199,14 @@ __device__ __forceinline__ float byte_value(word w, int byte) {
   return __uint_as_float(__byte_perm(w, 0x4b000000u, 0x7650 | byte)) - 8388608.0f;
 }
 
-// acc = one unit times x. w: the lane's codes, scales: half2 (row g, row g + 8) a group, zeros: two bytes a group.
+// Scales of rows g and g + 8, of a lane's as they are stored.
+template <class F> __device__ __forceinline__ __half2 scale_of(const word* scales, int group) {
+  word pair = scales[F::BYTES ? group / 2 : group];
+  if (F::BYTES) pair = __byte_perm(pair, 0, group % 2 ? 0x4342 : 0x4140) << 7;
+  return *(const __half2*)&pair;
+}
+
+// acc = one unit times x. w: the lane's codes, scales: two (row g, row g + 8) a group, zeros: two bytes a group.
 template <class F>
 __device__ __forceinline__ void dot(float (&acc)[4], const word* w, const word* x, const float* sums, const word* scales, const word* zeros) {
   constexpr int STEPS = F::GROUP / 16;
@@ -213,7 +220,7 @@ __device__ __forceinline__ void dot(float (&acc)[4], const word* w, const word* 
     }
 #pragma unroll
     for (int s = group * STEPS; s < (group + 1) * STEPS; ++s) step<F::BITS>(c, w, x, s);
-    const float2 scale = __half22float2(*(const __half2*)&scales[group]);
+    const float2 scale = __half22float2(scale_of<F>(scales, group));
     acc[0] = fmaf(scale.x, c[0], acc[0]), acc[1] = fmaf(scale.x, c[1], acc[1]);
     acc[2] = fmaf(scale.y, c[2], acc[2]), acc[3] = fmaf(scale.y, c[3], acc[3]);
   }
@@ -356,20 +363,21 @@ template <int WARPS_, int TILES_, int STAGES_, bool REGISTERS_, int TOKENS_, int
   static constexpr int RINGS = REGISTERS_ ? 0 : STAGES_;   // slots in shared memory
 };
 
+// A lane's 4, 8, 16 or 32 bytes of scales or zeros.
+__device__ __forceinline__ void fetch_groups(word shared, const char* p, int bytes, int lane) {
+  shared += lane * bytes;
+  if (bytes == 4) copy<4>(shared, p);
+  if (bytes == 8) copy<8>(shared, p);
+  if (bytes >= 16) copy<16>(shared, p);
+  if (bytes == 32) copy<16>(shared + 16, p + 16);
+}
 template <class All> __device__ __forceinline__ void fetch(word slot, const Unit& unit, int lane) {
 #pragma unroll
   for (int j = 0; j < All::BITS; ++j)
     if (j < unit.bits) copy16(slot + j * 512 + lane * 16, unit.codes + j * 512);
   const word scales = slot + All::CODES, zeros = scales + All::SCALES;
-  if (unit.groups == 2) copy<8>(scales + lane * 8, unit.scales);
-#pragma unroll
-  for (int j = 0; j < All::GROUPS / 4; ++j)
-    if (4 * j + 4 <= unit.groups) copy<16>(scales + lane * (4 * unit.groups) + 16 * j, unit.scales + 16 * j);
-  if (All::HAS_ZEROS && !unit.symmetric) {
-    if (unit.groups == 2) copy<4>(zeros + lane * 4, unit.zeros);
-    if (unit.groups == 4) copy<8>(zeros + lane * 8, unit.zeros);
-    if (unit.groups == 8) copy<16>(zeros + lane * 16, unit.zeros);
-  }
+  fetch_groups(scales, unit.scales, unit.groups * 2 * unit.scale, lane);
+  if (All::HAS_ZEROS && !unit.symmetric) fetch_groups(zeros, unit.zeros, unit.groups * 2, lane);
 }
 
 __device__ __forceinline__ void swap(Unit& a, Unit& b) {
@@ -387,6 +395,7 @@ template <class P, class All, int UNITS, int PHASES> struct Stream {
   __device__ __forceinline__ void fetch_one() {
     if (fetched < PHASES * P::TILES * P::ITEMS) {
       if (PHASES == 2 && fetched > 0 && fetched % P::TILES == 0) swap(next, other);
+      if (All::COUNT > 1) __syncwarp();   // where the slot was laid out for another format, its bytes were other lanes'
       fetch<All>(ring + fetched % P::STAGES * All::SLOT, next, lane);
       next.step(UNITS);
     }
@@ -408,7 +417,7 @@ template <class P, class All, int UNITS, int PHASES> struct Stream {
       uint4 codes[F::BITS];
 #pragma unroll
       for (int j = 0; j < F::BITS; ++j) codes[j] = *(const uint4*)(slot + j * 512 + lane * 16);
-      const word* scales = (const word*)(slot + All::CODES + lane * (4 * F::GROUPS));
+      const word* scales = (const word*)(slot + All::CODES + lane * (2 * F::SCALE * F::GROUPS));
       const word* zeros = (const word*)(slot + All::CODES + All::SCALES + lane * (2 * F::GROUPS));
       float acc[4];
       dot<F>(acc, (const word*)codes, x, sums, scales, zeros);
@@ -428,8 +437,12 @@ template <class All, int DEPTH> struct Window {
 #pragma unroll
     for (int j = 0; j < All::GROUPS; j += 2)
       if (j < unit.groups) {
-        const uint2 pair = __ldg((const uint2*)unit.scales + j / 2);
-        scales[i][j] = pair.x, scales[i][j + 1] = pair.y;
+        if (unit.scale == 1) {
+          scales[i][j / 2] = __ldg((const word*)unit.scales + j / 2);
+        } else {
+          const uint2 pair = __ldg((const uint2*)unit.scales + j / 2);
+          scales[i][j] = pair.x, scales[i][j + 1] = pair.y;
+        }
       }
 #pragma unroll
     for (int j = 0; j < All::GROUPS / 2; ++j)

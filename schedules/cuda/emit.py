@@ -8,7 +8,7 @@ from functools import cache
 from importlib import resources
 from typing import Any
 
-from tvm import tirx
+from tvm import IRModule, tirx
 from tvm.backend.cuda.op import cuda_func_call
 from tvm.s_tir.stmt import SBlock, SBlockRealize
 from tvm.script.ir_builder import IRBuilder
@@ -17,13 +17,29 @@ from tvm.tirx.script import builder as T
 from moqc.quant.formats import Format
 from moqc.quant.pack_mma import packed_shapes
 
-SOURCES = ("device.cu", "routing.cu", "prefill.cu", "linear.cu", "attention.cu", "dense.cu")
+SOURCES = (
+    "device.cu",
+    "routing.cu",
+    "prefill.cu",
+    "linear.cu",
+    "prefill_mma.cu",
+    "attention.cu",
+    "dense.cu",
+)
+EARLY_LAUNCH = "tirx.use_programtic_dependent_launch"
+"""TVM's launch parameter, in its spelling: a kernel may start before the one ahead ends. From sm_90 on."""
+_LAUNCH_PARAMETERS = "tirx.kernel_launch_params"
 
 
 @cache
 def _source() -> str:
     folder = resources.files("moqc.schedules.cuda")
     return "\n".join(folder.joinpath(name).read_text() for name in SOURCES)
+
+
+def scale_type(format: Format) -> str:
+    """How a format's scales are stored."""
+    return "uint8" if format.byte_scales else "float16"
 
 
 class Kernel:
@@ -50,7 +66,7 @@ class Kernel:
             codes_shape, groups_shape = packed_shapes(fmt, rows, columns)
             prefix = f"{name}_{number}_"
             codes = self.parameter(prefix + "codes", [count, *codes_shape], "uint8")
-            scales = self.parameter(prefix + "scales", [count, *groups_shape], "float16")
+            scales = self.parameter(prefix + "scales", [count, *groups_shape], scale_type(fmt))
             zeros = codes  # never read
             if not fmt.symmetric:
                 zeros = self.parameter(prefix + "zeros", [count, *groups_shape], "uint8")
@@ -72,14 +88,24 @@ class Kernel:
 
     def finish(self) -> tirx.PrimFunc:
         """The function. Each of its kernels may start before the one ahead ends, and waits itself."""
-        # "programtic" is TVM's spelling; the shared memory's size has to come last.
-        parameters = ["blockIdx.x", "threadIdx.x", "tirx.use_programtic_dependent_launch"]
-        parameters.append("tirx.use_dyn_shared_memory")
+        # The shared memory's size has to come last.
+        parameters = ["blockIdx.x", "threadIdx.x", EARLY_LAUNCH, "tirx.use_dyn_shared_memory"]
         function = self._builder.get()
         # Relax's RewriteDataflowReshape wants a root block.
         block = SBlock([], [], [], "root", function.body)
         function = function.with_body(SBlockRealize([], tirx.const(True, "bool"), block))
-        return function.with_attr("tirx.kernel_launch_params", parameters)
+        return function.with_attr(_LAUNCH_PARAMETERS, parameters)
+
+
+def without_early_launch(mod: IRModule) -> IRModule:
+    """`mod` for GPUs before sm_90: every kernel starts when the one ahead has ended."""
+    changed = mod.clone()
+    for name, function in mod.functions_items():
+        given = (function.attrs or {}).get(_LAUNCH_PARAMETERS)
+        if given is not None:
+            kept = [str(each) for each in given if str(each) != EARLY_LAUNCH]
+            changed.update_func(name, function.with_attr(_LAUNCH_PARAMETERS, kept))
+    return changed
 
 
 @contextmanager

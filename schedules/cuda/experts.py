@@ -10,69 +10,20 @@ layer together; the functions at the end build each kernel by itself, for tests 
 
 from __future__ import annotations
 
-import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from tvm import tirx
 
-from moqc.errors import InternalError, UserError
-from moqc.quant.activations import parse_activation
-from moqc.quant.formats import Format
+from moqc.errors import UserError
 from moqc.quant.pack_mma import COLUMNS, ROWS
 from moqc.schedules.cuda.emit import Kernel, kernel
-from moqc.schedules.cuda.plan import COLUMN_TOKENS, SHARED_BYTES, ExpertsShape, Plan, shared_bytes
-
-CPP = {"int32": "int", "int64": "long long"}
-BIASES = ("gate_bias", "up_bias", "down_bias")
+from moqc.schedules.cuda.plan import COLUMN_TOKENS, ExpertsShape, Plan
+from moqc.schedules.cuda.templates import distinct, down_groups, down_of, gate_up_groups, gate_up_of
 
 Pointers = Mapping[str, Any]
 """Addresses by name: a parameter's, a workspace section's; lists of them for ``gate``, ``up`` and
 ``down``."""
-
-
-def formats_of(formats: Sequence[Format]) -> str:
-    """The C++ type of a list of formats."""
-    each = [f"moqc::Format<{fmt.bits}, {fmt.group}, {str(fmt.symmetric).lower()}>" for fmt in formats]
-    return f"moqc::Formats<{', '.join(each)}>"
-
-
-def layer_of(shape: ExpertsShape) -> str:
-    """The C++ type of a layer."""
-    activation = parse_activation(shape.activation)
-    alpha, limit = (
-        f"0x{struct.unpack('<I', struct.pack('<f', value))[0]:08x}u"
-        for value in (activation.alpha, activation.limit)
-    )
-    function = f"moqc::act_{activation.kind}<{alpha}, {limit}>"
-    biases = sum(1 << BIASES.index(name) for name in shape.biases)
-    return f"moqc::Layer<{shape.hidden}, {shape.intermediate}, {shape.experts}, {biases}, {function}>"
-
-
-def distinct(*lists: Sequence[Format]) -> list[Format]:
-    """Every format once, the widest first."""
-    return sorted({fmt for formats in lists for fmt in formats}, key=lambda fmt: (-fmt.bits, fmt))
-
-
-def _plan(plan: Plan) -> str:
-    registers = str(plan.registers).lower()
-    return f"moqc::Plan<{plan.warps}, {plan.tiles}, {plan.stages}, {registers}, {plan.tokens}, {plan.items}>"
-
-
-def _check(shape: ExpertsShape, plan: Plan, rows: int, projections: int, formats: Sequence[Format]) -> int:
-    """The shared memory of a block; InternalError for a plan that cannot work."""
-    shared = shared_bytes(plan, projections, formats)
-    tiles, total = -(-rows // ROWS), projections * plan.tiles
-    if (
-        tiles % (plan.tiles * plan.items)
-        or plan.tokens not in (1, COLUMN_TOKENS)
-        or shared > SHARED_BYTES
-        or plan.warps > 32
-    ):
-        raise InternalError(f"plan {plan} does not fit {tiles} row tiles ({shared} bytes of shared memory)")
-    if plan.registers and total % plan.stages and plan.tiles % plan.stages:
-        raise InternalError(f"plan {plan}: {total} tiles are no whole windows of registers")
-    return shared
 
 
 def launch_route(k: Kernel, shape: ExpertsShape, at: Pointers, tokens: tirx.Var) -> None:
@@ -89,15 +40,10 @@ def launch_gate_up(
     k: Kernel, shape: ExpertsShape, plan: Plan, at: Pointers, tokens: tirx.Var, slots: Any, id_dtype: str
 ) -> None:
     """The first product, for as many as `slots` slots; of `id_dtype`, and for 1 token the router's ids."""
-    formats = distinct(shape.gate, shape.up)
-    shared = _check(shape, plan, shape.intermediate, 2 if shape.gate else 1, formats)
-    if plan.warps != -(-shape.hidden // COLUMNS):
-        raise InternalError(f"plan {plan}: gate and up want a warp for each {COLUMNS} of {shape.hidden}")
-    lists = ", ".join(map(formats_of, (shape.gate, shape.up, formats)))
-    function = f"moqc::gate_up<{layer_of(shape)}, {_plan(plan)}, {lists}, {CPP[id_dtype]}>"
+    function, shared = gate_up_of(shape, plan, id_dtype)
     names = ("slots", "shares", "members", "hit", "table", "gate_bias", "up_bias", "hidden", "shifts", "y")
     arguments = [at["x"], tirx.Cast("int32", tokens), *(at[name] for name in names)]
-    blocks = slots * (-(-shape.intermediate // ROWS) // (plan.tiles * plan.items))
+    blocks = slots * gate_up_groups(shape, plan)
     k.launch(blocks, 32 * plan.warps, shared, function, *arguments, *at["gate"], *at["up"])
 
 
@@ -117,19 +63,16 @@ def launch_down(
     Where one block sees all experts (1 token and ``plan.warps >= top_k * ceil(I / 256)``), y is written and
     its bits are the same every time; else the order in which blocks add to it is not fixed.
     """
-    shared = _check(shape, plan, shape.hidden, 1, shape.down)
     units = -(-shape.intermediate // COLUMNS)
     slices = slots * -(-units // plan.warps) if many else -(-slots * units // plan.warps)
     if not isinstance(slots, int) and not many:
         slices = (slots * units + (plan.warps - 1)) // plan.warps
     adds = plan.tokens > 1 or slices > 1
-    flags = f"{str(adds).lower()}, {str(many).lower()}"
-    lists = f"{formats_of(shape.down)}, {formats_of(distinct(shape.down))}"
-    function = f"moqc::down<{layer_of(shape)}, {_plan(plan)}, {flags}, {lists}, {CPP[id_dtype]}>"
+    function, shared = down_of(shape, plan, id_dtype, adds=adds, many=many)
     arguments = [at["hidden"], at["shifts"], tirx.Cast("int32", tokens)]
     arguments += [at[name] for name in ("slots", "shares", "members", "hit")]
     arguments += [tirx.const(shape.top_k, "int32"), at["table"], at["down_bias"], at["y"], *at["down"]]
-    blocks = slices * (-(-shape.hidden // ROWS) // (plan.tiles * plan.items))
+    blocks = slices * down_groups(shape, plan)
     k.launch(blocks, 32 * plan.warps, shared, function, *arguments)
 
 

@@ -14,21 +14,17 @@ from tvm.tirx.script import builder as T
 
 from moqc.schedules.cuda.emit import Kernel, kernel
 from moqc.schedules.cuda.experts import (
-    BIASES,
     declare_biases,
     declare_packed,
     launch_down,
     launch_gate_up,
     launch_route,
 )
-from moqc.schedules.cuda.grouped import launch_grouped
-from moqc.schedules.cuda.plan import (
-    COLUMN_TOKENS,
-    ExpertsShape,
-    down_plan,
-    gate_up_plan,
-    many_down_plan,
-)
+from moqc.schedules.cuda.grouped import SMALL_PAIRS, SMALL_SLOTS, TILE_SLOTS, launch_grouped
+from moqc.schedules.cuda.grouped_mma import launch_tiled
+from moqc.schedules.cuda.plan import COLUMN_TOKENS, SHARED_BYTES, ExpertsShape, Plan
+from moqc.schedules.cuda.records import plans
+from moqc.schedules.cuda.templates import BIASES
 from moqc.schedules.cuda.workspace import ALIGNMENT, capacity_of, sections, workspace_bytes
 
 GROUPED_PAIRS = 12
@@ -41,9 +37,18 @@ def grouped_from(shape: ExpertsShape) -> int:
 
 
 def experts_function(
-    shape: ExpertsShape, *, x_dtype: str = "float32", id_dtype: str = "int64", grouped: int | None = None
+    shape: ExpertsShape,
+    *,
+    x_dtype: str = "float32",
+    id_dtype: str = "int64",
+    grouped: int | None = None,
+    warp_groups: bool = True,
+    shared: int = SHARED_BYTES,
 ) -> tirx.PrimFunc:
-    """Build the function of a layer; from `grouped` tokens on it uses the grouped product, which needs sm_90.
+    """Build the function of a layer; from `grouped` tokens on it uses the grouped product.
+
+    That is the one of `warp_groups`, which needs sm_90, or the one without. `shared` is what a block may have
+    of shared memory. Plans found by search on an H200 (`records`) are used with warp groups only.
 
     Its parameters: x `x_dtype` ``[T, H]`` (float16 or float32), ids `id_dtype` ``[T, top_k]`` (those out of
     range are dropped), weights float32 ``[T, top_k]``, table int32 ``[3, E, 2]`` (projection, expert ->
@@ -53,7 +58,9 @@ def experts_function(
     H]``; and the outputs workspace uint8 ``[workspace_bytes(shape, T)]`` and y float32 ``[T, H]``.
     """
     formats = {name: [str(fmt) for fmt in getattr(shape, name)] for name in ("gate", "up", "down")}
-    with kernel("experts", **formats) as k:
+    cut, recorded = plans(shape, shared, tuned=warp_groups)
+    facts = {"plans": {name: str(plan) for name, plan in cut.items()}, "recorded": recorded}
+    with kernel("experts", **formats, **facts) as k:
         tokens = tirx.Var("t", "int64")
         at: dict[str, Any] = {
             "x": k.parameter("x", [tokens, shape.hidden], x_dtype),
@@ -72,15 +79,21 @@ def experts_function(
         with T.If(tokens == 1):
             with T.Then():
                 one = at | {"slots": at["ids"], "shares": at["weights"]}
-                launch_gate_up(k, shape, gate_up_plan(shape, 1), one, tokens, shape.top_k, id_dtype)
-                launch_down(k, shape, down_plan(shape, 1), one, tokens, shape.top_k, id_dtype)
+                launch_gate_up(k, shape, cut["gate_up_1"], one, tokens, shape.top_k, id_dtype)
+                launch_down(k, shape, cut["down_1"], one, tokens, shape.top_k, id_dtype)
             with T.Else(), T.If(tokens > 0), T.Then():
-                _several(k, shape, at, tokens, grouped)
+                _several(k, shape, cut, at, tokens, grouped, warp_groups)
     return k.finish()
 
 
 def _several(
-    k: Kernel, shape: ExpertsShape, at: dict[str, Any], tokens: tirx.Var, grouped: int | None
+    k: Kernel,
+    shape: ExpertsShape,
+    cut: dict[str, Plan],
+    at: dict[str, Any],
+    tokens: tirx.Var,
+    grouped: int | None,
+    warp_groups: bool,
 ) -> None:
     """Two or more tokens: slots of 8."""
     pairs = tokens * shape.top_k
@@ -88,21 +101,36 @@ def _several(
     most = tirx.min(pairs, shape.experts + pairs // COLUMN_TOKENS)
     launch_route(k, shape, at, tokens)
     if grouped is None:
-        _slots(k, shape, at, tokens, few, most)
+        _slots(k, shape, cut, at, tokens, few, most)
         return
     with T.If(tokens < grouped):
         with T.Then():
-            _slots(k, shape, at, tokens, few, most)
+            _slots(k, shape, cut, at, tokens, few, most)
         with T.Else():
-            launch_grouped(k, shape, at, tokens, most, capacity_of(shape, tokens))
+            if not warp_groups:
+                launch_tiled(k, shape, at, tokens)
+                return
+            many = SMALL_PAIRS * shape.experts // shape.top_k
+            with T.If(tokens <= many):
+                for tile, branch in ((SMALL_SLOTS, T.Then()), (TILE_SLOTS, T.Else())):
+                    with branch:
+                        launch_grouped(k, shape, at, tokens, most, capacity_of(shape, tokens), tile)
 
 
-def _slots(k: Kernel, shape: ExpertsShape, at: dict[str, Any], tokens: tirx.Var, few: Any, most: Any) -> None:
+def _slots(
+    k: Kernel,
+    shape: ExpertsShape,
+    cut: dict[str, Plan],
+    at: dict[str, Any],
+    tokens: tirx.Var,
+    few: Any,
+    most: Any,
+) -> None:
     """Each slot by itself: `few` slots up to 8 tokens, else `most`."""
-    plan, slots = gate_up_plan(shape, COLUMN_TOKENS), tirx.if_then_else(tokens <= COLUMN_TOKENS, few, most)
-    launch_gate_up(k, shape, plan, at, tokens, slots, "int32")
+    slots = tirx.if_then_else(tokens <= COLUMN_TOKENS, few, most)
+    launch_gate_up(k, shape, cut["gate_up_8"], at, tokens, slots, "int32")
     with T.If(tokens <= COLUMN_TOKENS):
         with T.Then():
-            launch_down(k, shape, down_plan(shape, COLUMN_TOKENS), at, tokens, few, "int32")
+            launch_down(k, shape, cut["down_8"], at, tokens, few, "int32")
         with T.Else():
-            launch_down(k, shape, many_down_plan(shape), at, tokens, most, "int32", many=True)
+            launch_down(k, shape, cut["down_many"], at, tokens, most, "int32", many=True)

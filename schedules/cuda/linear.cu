@@ -90,13 +90,55 @@ __device__ __forceinline__ void weights(word (&a)[4], const word* w, int s, cons
   }
 }
 
+// acc += one unit of a matrix times a staged unit of activations. x: the lane's first 16 bytes of the first 8 tokens, rows
+// STAGED_PITCH apart (which keeps them off each other's banks).
+constexpr int STAGED_PITCH = COLUMNS + 8;
+template <class F, int COLUMN_TILES>
+__device__ __forceinline__ void multiply_staged(float (&acc)[COLUMN_TILES][4], const word* codes, const word* scales, const word* zeros, const __half* x, int lane) {
+  word bytes[8];
+#pragma unroll
+  for (int pair = 0; pair < 8; ++pair) {   // two steps: 32 columns
+    const int group = 32 * pair / F::GROUP;
+    const __half2 both = scale_of<F>(scales, group);
+    Affine by;
+    by.scale[0] = __low2half2(both), by.scale[1] = __high2half2(both);
+    float zero[2] = {F::ZERO, F::ZERO};
+    if (!F::SYMMETRIC) {
+      zero[0] = F::ZERO_STEP * byte_value(zeros[group / 2], group % 2 * 2);
+      zero[1] = F::ZERO_STEP * byte_value(zeros[group / 2], group % 2 * 2 + 1);
+    }
+#pragma unroll
+    for (int i = 0; i < 2; ++i) by.offset[i] = __float2half2_rn(-zero[i] * __low2float(by.scale[i]));
+    if constexpr (F::BITS == 1) {   // the codes that a lane multiplies are in the four lanes of its row
+      if (pair % 2 == 0) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const word w = __shfl_sync(0xffffffffu, codes[pair / 2], (lane & 28) + i) >> (2 * (lane % 4)), split = __byte_perm(w, 0, 0x3120);
+          bytes[i] = split & 0x01010101u, bytes[i + 4] = split >> 1 & 0x01010101u;
+        }
+      }
+    }
+    word a[2][4];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      if constexpr (F::BITS == 1) weights_of(a[i], bytes, by, pair % 2 * 2 + i);
+      else weights<F::BITS>(a[i], codes + pair / 4 * (2 * F::BITS), (2 * pair + i) % 8, by.scale, by.offset);
+    }
+#pragma unroll
+    for (int n = 0; n < COLUMN_TILES; ++n) {
+      const uint4 b = *(const uint4*)(x + n * 8 * STAGED_PITCH + pair * 32);
+      mma(acc[n], a[0], b.x, b.y);
+      mma(acc[n], a[1], b.z, b.w);
+    }
+  }
+}
+
 // y[T][N] for more than 8 tokens. A block takes WARPS row tiles and 8 * COLUMN_TILES tokens; a unit of their activations
 // is in shared memory, the next one on its way. `block`: blocks of tokens within blocks of rows.
 template <int N, int K, class F, int WARPS, int COLUMN_TILES, bool BIAS, bool RESIDUAL>
 __device__ __forceinline__ void linear_many(void* memory, const void* halves, const void* factors, int tokens, const void* codes,
                                             const void* scales, const void* zeros, const float* bias, const float* residual, float* y, int block) {
   constexpr int UNITS = (K + COLUMNS - 1) / COLUMNS, ROW_TILES = (N + ROWS - 1) / ROWS, TOKENS = 8 * COLUMN_TILES;
-  constexpr int PITCH = COLUMNS + 8, STEPS = F::GROUP / 16;   // the pitch keeps rows off each other's banks
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, across = (tokens + TOKENS - 1) / TOKENS;
   const int first = block % across * TOKENS, tile = block / across * WARPS + warp;
   const bool there = tile < ROW_TILES;
@@ -112,7 +154,7 @@ __device__ __forceinline__ void linear_many(void* memory, const void* halves, co
       for (int i = threadIdx.x; i < TOKENS * (COLUMNS / 8); i += 32 * WARPS) {
         const int row = i / (COLUMNS / 8), k = i % (COLUMNS / 8) * 8;
         const __half* from = (const __half*)halves + (long long)min(first + row, tokens - 1) * (UNITS * COLUMNS) + number * COLUMNS + k;
-        copy16((word)__cvta_generic_to_shared(staged + (number % 2 * TOKENS + row) * PITCH + k), from);
+        copy16((word)__cvta_generic_to_shared(staged + (number % 2 * TOKENS + row) * STAGED_PITCH + k), from);
       }
     }
     copy_commit();
@@ -127,30 +169,8 @@ __device__ __forceinline__ void linear_many(void* memory, const void* halves, co
     }
     copy_wait<1>();
     __syncthreads();
-    const __half* x = staged + (number % 2 * TOKENS + lane / 4) * PITCH + lane % 4 * 8;
-#pragma unroll
-    for (int pair = 0; pair < 8; ++pair) {   // two steps: 32 columns
-      __half2 scale[2], offset[2];
-      const int group = 2 * pair / STEPS;
-      const __half2 both = *(const __half2*)&window.scales[slot][group];
-      scale[0] = __low2half2(both), scale[1] = __high2half2(both);
-      float zero[2] = {F::ZERO, F::ZERO};
-      if (!F::SYMMETRIC) {
-        zero[0] = F::ZERO_STEP * byte_value(window.zeros[slot][group / 2], group % 2 * 2);
-        zero[1] = F::ZERO_STEP * byte_value(window.zeros[slot][group / 2], group % 2 * 2 + 1);
-      }
-#pragma unroll
-      for (int i = 0; i < 2; ++i) offset[i] = __float2half2_rn(-zero[i] * __low2float(scale[i]));
-      word a[2][4];
-#pragma unroll
-      for (int i = 0; i < 2; ++i) weights<F::BITS>(a[i], window.codes[slot] + pair / 4 * (2 * F::BITS), (2 * pair + i) % 8, scale, offset);
-#pragma unroll
-      for (int n = 0; n < COLUMN_TILES; ++n) {
-        const uint4 b = *(const uint4*)(x + n * 8 * PITCH + pair * 32);
-        mma(acc[n], a[0], b.x, b.y);
-        mma(acc[n], a[1], b.z, b.w);
-      }
-    }
+    const __half* x = staged + (number % 2 * TOKENS + lane / 4) * STAGED_PITCH + lane % 4 * 8;
+    multiply_staged<F, COLUMN_TILES>(acc, window.codes[slot], window.scales[slot], window.zeros[slot], x, lane);
     __syncthreads();   // before the next unit but one takes its place
   };
 #pragma unroll 1

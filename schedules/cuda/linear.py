@@ -12,7 +12,8 @@ from tvm.tirx.script import builder as T
 from moqc.errors import UserError
 from moqc.quant.formats import Format
 from moqc.quant.pack_mma import COLUMNS, ROWS, packed_shapes
-from moqc.schedules.cuda.emit import Kernel, kernel
+from moqc.schedules.cuda.emit import Kernel, kernel, scale_type
+from moqc.schedules.cuda.templates import format_of
 
 FEW = 8
 """Tokens of the decode kernel."""
@@ -41,8 +42,6 @@ class LinearShape:
             raise UserError(
                 f"a linear of {self.rows} x {self.columns}: the CUDA kernels want columns in eights"
             )
-        if self.format.bits == 1:
-            raise UserError("linears of 1 bit: the CUDA kernels have 1 bit for experts only")
 
 
 def workspace_bytes(columns: int, tokens: Any) -> Any:
@@ -96,7 +95,7 @@ def declare_matrix(k: Kernel, format: Format, rows: int | None, columns: int) ->
     codes_shape, groups_shape = packed_shapes(format, ROWS if rows is None else rows, columns)
     tiles = tirx.Var("tiles", "int64") if rows is None else codes_shape[0]
     codes = k.parameter("codes", [tiles, *codes_shape[1:]], "uint8")
-    scales = k.parameter("scales", [tiles, *groups_shape[1:]], "float16")
+    scales = k.parameter("scales", [tiles, *groups_shape[1:]], scale_type(format))
     zeros = codes if format.symmetric else k.parameter("zeros", [tiles, *groups_shape[1:]], "uint8")
     return tiles, [codes, scales, zeros]
 
@@ -163,8 +162,3 @@ def _launch_many(
                 function = f"moqc::linears_many<{columns}, {warps}, {COLUMN_TILES}, {members}>"
                 count = tirx.Cast("int32", tokens)
                 k.launch(blocks, 32 * warps, shared, function, *halves, count, *arguments)
-
-
-def format_of(format: Format) -> str:
-    """The C++ type of a format."""
-    return f"moqc::Format<{format.bits}, {format.group}, {str(format.symmetric).lower()}>"

@@ -24,13 +24,8 @@ from moqc.schedules.cuda.dense import (
     rms_norm_function,
     top_k_function,
 )
-from moqc.schedules.cuda.plan import (
-    ExpertsShape,
-    down_plan,
-    gate_up_plan,
-    many_down_plan,
-    shared_bytes,
-)
+from moqc.schedules.cuda.plan import ExpertsShape
+from moqc.schedules.cuda.prune import PruneShape, prune_function
 from moqc.schedules.cuda.workspace import workspace_bytes
 from moqc.targets import Target
 
@@ -54,28 +49,11 @@ def lower_mixed_experts(bb: relax.BlockBuilder, call: relax.Call, target: Target
         activation=attrs["activation"],
         biases=tuple(name for name in named if name in {f"{p}_bias" for p in PROJECTIONS}),
     )
-    check_shared(call, shape, target)
-    newest = all(architecture == "sm_90" for architecture in target.architectures)
-    grouped = layer.grouped_from(shape) if newest else None
-    function = layer.experts_function(shape, x_dtype="float32", id_dtype=str(ids.dtype), grouped=grouped)
+    options: dict[str, Any] = {"id_dtype": str(ids.dtype), "grouped": layer.grouped_from(shape)}
+    options |= {"warp_groups": target.warp_groups, "shared": int(target.tvm["max_shared_memory_per_block"])}
+    function = layer.experts_function(shape, x_dtype="float32", **options)
     size = workspace_bytes(shape, x.shape[0])
     return _with_workspace(bb, function, "experts", list(named.values()), size, x)
-
-
-def check_shared(call: relax.Call, shape: ExpertsShape, target: Target) -> None:
-    """Raise TargetError where the experts' plans want more shared memory than a GPU of `target` has."""
-    first = (*shape.gate, *shape.up)
-    needed = max(
-        *(shared_bytes(gate_up_plan(shape, tokens), 2 if shape.gate else 1, first) for tokens in (1, 8)),
-        *(shared_bytes(down_plan(shape, tokens), 1, shape.down) for tokens in (1, 8)),
-        shared_bytes(many_down_plan(shape), 1, shape.down),
-    )
-    limit = min(CUDA_ARCHITECTURES[architecture] for architecture in target.architectures) * 1024
-    if needed > limit:
-        raise TargetError(
-            f"{describe(call)}: its kernels are planned for sm_90 and want {needed} bytes of shared memory, "
-            f"{target.name} has {limit}: compile with --target cuda:sm_90"
-        )
 
 
 def lower_linear(
@@ -172,9 +150,21 @@ def lower_dense_experts(bb: relax.BlockBuilder, call: relax.Call, target: Target
     raise TargetError(f"{describe(call)}: run quantize-experts before legalize for target {target.name}")
 
 
-def lower_prune_routing(bb: relax.BlockBuilder, call: relax.Call, target: Target) -> relax.Expr:
-    """``R.moqc.prune_routing`` has no kernel yet."""
-    raise TargetError(f"{describe(call)}: no kernel for target {target.name}; compile without prune-routing")
+def lower_prune_routing(bb: relax.BlockBuilder, call: relax.Call, _target: Target) -> relax.Expr:
+    """``R.moqc.prune_routing``: one kernel."""
+    named, attrs = operands(call), attributes(call)
+    shape = PruneShape(
+        experts=int(named["strength"].ty.shape[0]),
+        top_k=int(named["ids"].ty.shape[1]),
+        hidden=int(named["x"].ty.shape[1]),
+        ids=str(named["ids"].ty.dtype),
+        rule=attrs["rule"],
+        exponent=float(attrs["exponent"]),
+        renormalize=bool(attrs["renormalize"]),
+        first=attrs["first"],
+    )
+    function = bb.add_func(prune_function(shape), "moqc_prune_routing")
+    return relax.call_tir(function, list(named.values()), list(call.ty.fields))
 
 
 def lower_dense_linear(

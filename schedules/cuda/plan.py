@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from moqc.errors import UserError
+from moqc.errors import InternalError, UserError
 from moqc.quant.formats import Format
 from moqc.quant.pack_mma import COLUMNS, ROWS
 
@@ -39,10 +40,8 @@ class ExpertsShape:
 
     def __post_init__(self) -> None:
         for fmt in (*self.gate, *self.up, *self.down):
-            if fmt.byte_scales or fmt.simulated:
-                raise UserError(
-                    f"format {fmt}: the CUDA kernels have int formats of 1, 2, 3, 4, 8 bits, no byte scales"
-                )
+            if fmt.trellis or fmt.simulated:
+                raise UserError(f"format {fmt}: the CUDA kernels have int formats of 1, 2, 3, 4, 8 bits")
         if self.hidden % 8 or self.intermediate % 8:
             raise UserError(
                 f"experts of {self.hidden} x {self.intermediate}: the CUDA kernels want multiples of 8"
@@ -75,6 +74,15 @@ class Plan:
     tokens: int
     items: int = 1
 
+    @classmethod
+    def parse(cls, text: str) -> Plan:
+        """Read ``w16t14r2m1i1``; the inverse of `str`."""
+        match = re.fullmatch(r"w(\d+)t(\d+)([rs])(\d+)m(\d+)i(\d+)", text)
+        if match is None:
+            raise InternalError(f"no plan: {text!r}")
+        warps, tiles, stages, tokens, items = (int(match[at]) for at in (1, 2, 4, 5, 6))
+        return cls(warps, tiles, stages, match[3] == "r", tokens, items)
+
     def __str__(self) -> str:
         ahead = f"{'r' if self.registers else 's'}{self.stages}"
         return f"w{self.warps}t{self.tiles}{ahead}m{self.tokens}i{self.items}"
@@ -95,13 +103,13 @@ def shared_bytes(plan: Plan, projections: int, formats: Sequence[Format]) -> int
     return partials + plan.warps * plan.stages * slot_bytes(formats)
 
 
-def gate_up_plan(shape: ExpertsShape, tokens: int) -> Plan:
-    """The plan of gate and up for up to `tokens` (1 or 8), by what was fastest on an H200."""
+def gate_up_rule(shape: ExpertsShape, tokens: int, shared: int = SHARED_BYTES) -> Plan:
+    """A plan of gate and up for up to `tokens` (1 or 8), by what was fastest on an H200."""
     formats = (*shape.gate, *shape.up)
     bits, several = max(fmt.bits for fmt in formats), len(set(formats)) > 1
     warps, rows = -(-shape.hidden // COLUMNS), -(-shape.intermediate // ROWS)
     large = rows >= LARGE_ROWS
-    cut = _Cut(warps, rows, tokens, formats, 2 if shape.gate else 1)
+    cut = _Cut(warps, rows, tokens, formats, 2 if shape.gate else 1, shared)
     if tokens == 1:
         # As few tiles a block as fill the machine once, at 24 warps a multiprocessor.
         blocks = MULTIPROCESSORS * max(24 // warps, 1)
@@ -117,26 +125,26 @@ def gate_up_plan(shape: ExpertsShape, tokens: int) -> Plan:
     return cut.registers(2, 2) if bits >= 4 and not several else cut.ring(4)
 
 
-def down_plan(shape: ExpertsShape, tokens: int) -> Plan:
-    """The plan of down, likewise."""
+def down_rule(shape: ExpertsShape, tokens: int, shared: int = SHARED_BYTES) -> Plan:
+    """A plan of down, likewise."""
     bits, several = max(fmt.bits for fmt in shape.down), len(set(shape.down)) > 1
     rows, units = -(-shape.hidden // ROWS), -(-shape.intermediate // COLUMNS)
     large = -(-shape.intermediate // ROWS) >= LARGE_ROWS
     if tokens == 1:
         half = shape.top_k * units // 2
-        cut = _Cut(16 if large else half if 8 <= half <= 16 else 8, rows, tokens, shape.down, 1)
+        cut = _Cut(16 if large else half if 8 <= half <= 16 else 8, rows, tokens, shape.down, 1, shared)
         return cut.registers(16, 4 if bits == 2 else 2) if large else cut.registers(2, 2)
-    cut = _Cut(8, rows, tokens, shape.down, 1)
+    cut = _Cut(8, rows, tokens, shape.down, 1, shared)
     if several and not large:
         return cut.ring(8)
     return cut.registers(8, 4 if bits == 2 and not large else 2, 16 if large or bits >= 3 else 8)
 
 
-def many_down_plan(shape: ExpertsShape) -> Plan:
+def many_down_plan(shape: ExpertsShape, shared: int = SHARED_BYTES) -> Plan:
     """The plan of down for more than 8 tokens, where a block's units are of one slot."""
     units, rows = -(-shape.intermediate // COLUMNS), -(-shape.hidden // ROWS)
     warps = min(range(min(units, 8), 0, -1), key=lambda each: -(-units // each) * each)
-    return _Cut(warps, rows, COLUMN_TOKENS, shape.down, 1).registers(8, 2, 16)
+    return _Cut(warps, rows, COLUMN_TOKENS, shape.down, 1, shared).registers(8, 2, 16)
 
 
 @dataclass(frozen=True)
@@ -148,6 +156,7 @@ class _Cut:
     tokens: int
     formats: tuple[Format, ...]
     projections: int
+    shared: int
 
     def registers(self, tiles: int, stages: int, tiles_a_block: int = 0) -> Plan:
         """About `tiles` tiles through registers, in items up to about `tiles_a_block`."""
@@ -155,7 +164,7 @@ class _Cut:
         total = self.projections * tiles
         stages = next(each for each in range(min(stages, total), 0, -1) if total % each == 0)
         items = max(
-            each for each in _divisors(self.rows // tiles) if each * tiles <= max(tiles_a_block, tiles)
+            each for each in divisors(self.rows // tiles) if each * tiles <= max(tiles_a_block, tiles)
         )
         return Plan(self.warps, tiles, stages, True, self.tokens, items)
 
@@ -167,15 +176,16 @@ class _Cut:
 
     def _tiles(self, wanted: int, stages: int) -> int:
         """The divisor of the row tiles next to `wanted`, preferably above, that fits."""
-        fitting = [each for each in _divisors(self.rows) if each <= 2 * wanted and self._fits(each, stages)]
+        fitting = [each for each in divisors(self.rows) if each <= 2 * wanted and self._fits(each, stages)]
         if not fitting:
             raise UserError(f"{self.warps} warps do not fit the shared memory of a block")
         return next((each for each in fitting if each >= wanted), fitting[-1])
 
     def _fits(self, tiles: int, stages: int) -> bool:
         plan = Plan(self.warps, tiles, stages, stages == 0, self.tokens)
-        return shared_bytes(plan, self.projections, self.formats) <= SHARED_BYTES
+        return shared_bytes(plan, self.projections, self.formats) <= self.shared
 
 
-def _divisors(number: int) -> list[int]:
+def divisors(number: int) -> list[int]:
+    """Those of `number`, rising."""
     return [each for each in range(1, number + 1) if number % each == 0]

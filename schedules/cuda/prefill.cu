@@ -116,7 +116,8 @@ template <int BITS> __device__ __forceinline__ void to_bytes(word (&c)[8], const
 struct Affine { __half2 scale[2], offset[2]; };
 template <class F> __device__ __forceinline__ Affine affine(const char* scales, const char* zeros, int column, int lane) {
   const int at = (lane / 4 * F::GROUPS + column / F::GROUP) * 2;
-  const __half2 scale = *(const __half2*)(scales + 2 * at);
+  word stored = F::BYTES ? *(const unsigned short*)(scales + at) : *(const word*)(scales + 2 * at);
+  const __half2 scale = scale_of<F>(&stored, 0);
   Affine result;
   result.scale[0] = __low2half2(scale), result.scale[1] = __high2half2(scale);
   if constexpr (F::SYMMETRIC) {
@@ -242,7 +243,7 @@ template <class... Fs> __device__ __forceinline__ Matrix matrix_of(Formats<Fs...
   Matrix result = {nullptr, nullptr, nullptr, 0};
   int number = 0;
   (((sizeof...(Fs) == 1 || place.x == number)
-        ? (result = {(const char*)tensors[3 * number] + place.y * units * (Fs::BITS * 512), (const char*)tensors[3 * number + 1] + place.y * units * (Fs::GROUPS * 32),
+        ? (result = {(const char*)tensors[3 * number] + place.y * units * (Fs::BITS * 512), (const char*)tensors[3 * number + 1] + place.y * units * (Fs::GROUPS * 16 * Fs::SCALE),
                      (const char*)tensors[3 * number + 2] + place.y * units * (Fs::GROUPS * 16), Fs::ID}, 0)
         : 0, ++number), ...);
   return result;
@@ -272,7 +273,7 @@ template <class R, int UNITS, class Where> __device__ __forceinline__ void copy_
     matrix = where(number, row_tile);
     with_format(typename R::All{}, matrix.id, [&](auto format) {
       using F = decltype(format);
-      bytes = F::BITS * 512 + F::GROUPS * 32 + (F::SYMMETRIC ? 0 : F::GROUPS * 16);
+      bytes = F::BITS * 512 + F::GROUPS * (16 * F::SCALE + (F::SYMMETRIC ? 0 : 16));
     });
   }
 #pragma unroll
@@ -289,7 +290,7 @@ template <class R, int UNITS, class Where> __device__ __forceinline__ void copy_
       const long long at = (long long)row_tile * UNITS + unit;
       const word to = shared + R::W_AT + stage * R::W_BYTES + number * R::TILE, scales = to + R::All::BITS * 512;
       bulk_copy(to, matrix.codes + at * (F::BITS * 512), F::BITS * 512, full);
-      bulk_copy(scales, matrix.scales + at * (F::GROUPS * 32), F::GROUPS * 32, full);
+      bulk_copy(scales, matrix.scales + at * (F::GROUPS * 16 * F::SCALE), F::GROUPS * 16 * F::SCALE, full);
       if (!F::SYMMETRIC) bulk_copy(scales + R::SCALES, matrix.zeros + at * (F::GROUPS * 16), F::GROUPS * 16, full);
     });
   }
@@ -406,10 +407,14 @@ __device__ __forceinline__ void grouped(char* memory, const void* tile_list, int
         multiply_tile<decltype(n)::value, R::GROUP, R::BUFFERS, R, UNITS>(d, memory, ids, x_count, w_count, warp, lane);
         finish(d, tile, rows, n);
       };
-      if (tile.slots <= 4) run(Number<32>{});
-      else if (tile.slots <= 8) run(Number<64>{});
-      else if (tile.slots <= 12) run(Number<96>{});
-      else run(Number<128>{});
+      if constexpr (R::SLOTS <= 4) {
+        run(Number<32>{});
+      } else {
+        if (tile.slots <= 4) run(Number<32>{});
+        else if (tile.slots <= 8) run(Number<64>{});
+        else if (tile.slots <= 12) run(Number<96>{});
+        else run(Number<128>{});
+      }
     }
   }
 }

@@ -97,5 +97,47 @@ __device__ __forceinline__ void route(const Id* ids, const float* weights, int t
   else route_many<EXPERTS, TOP>(ids, weights, tokens, (int*)slots, (int*)members, (float*)shares, (int*)hit);
 }
 
+// Keeps of each token's experts those that are worth their work, see moqc/quant/routing.py: a warp a token, a lane a pair.
+// What is dropped gets the id -1 and the weight 0. limits: limit, peak, margin.
+template <int EXPERTS, int TOP, int H, bool MASS, bool RENORMALIZE, class Id>
+__device__ __forceinline__ void prune(int tokens, float exponent, long long first, const float* x, const Id* ids, const float* weights, const void* positions,
+                                      const float* strength, const float* limits, Id* kept_ids, float* kept_weights) {
+  static_assert(TOP <= 32, "a lane a pair");
+  wait_for_previous_kernel();
+  start_next_kernel();
+  const int lane = threadIdx.x % 32, token = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;
+  if (token >= tokens) return;
+  float peak = 0.0f;
+  for (int k = lane; k < H; k += 32) peak = fmaxf(peak, fabsf(x[(long long)token * H + k]));
+#pragma unroll
+  for (int other = 16; other > 0; other /= 2) peak = fmaxf(peak, __shfl_xor_sync(0xffffffffu, peak, other));
+  const long long position = ((const long long*)positions)[token], at = (long long)token * TOP + lane;
+  const Id id = lane < TOP ? ids[at] : (Id)-1;
+  const float share = lane < TOP ? weights[at] : 0.0f;
+  float score = 0.0f;
+  if (id >= 0 && id < EXPERTS) {
+    score = fabsf(share) * strength[(int)id];
+    score = exponent == 2.0f ? score * score : exponent == 1.0f ? score : powf(score, exponent);
+  }
+  float bound = 0.0f, before = 0.0f, highest = 0.0f, second = 0.0f, total = 0.0f;
+#pragma unroll
+  for (int i = 0; i < TOP; ++i) {
+    const float other = __shfl_sync(0xffffffffu, score, i), weight = __shfl_sync(0xffffffffu, share, i), size = fabsf(weight);
+    bound = MASS ? bound + other : fmaxf(bound, other);
+    if (other > score || (other == score && i < lane)) before += other;
+    second = fmaxf(second, fminf(highest, size)), highest = fmaxf(highest, size);
+    total += weight;
+  }
+  const float margin = TOP == 1 ? 1.0f : (highest - second) / fmaxf(highest + second, 1.1754943508222875e-38f);
+  bound *= limits[0];
+  const bool safe = position < first || peak > limits[1] || margin < limits[2], worth = MASS ? before < bound : score >= bound;
+  const bool stays = position >= 0 && score > 0.0f && (safe || worth);
+  float left = stays ? share : 0.0f, sum = 0.0f;
+#pragma unroll
+  for (int i = 0; i < TOP; ++i) sum += __shfl_sync(0xffffffffu, left, i);
+  if (RENORMALIZE && sum != 0.0f) left *= total / sum;
+  if (lane < TOP) kept_ids[at] = stays ? id : (Id)-1, kept_weights[at] = left;
+}
+
 }  // namespace moqc
 #endif

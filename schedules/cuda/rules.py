@@ -5,9 +5,14 @@ from __future__ import annotations
 from tvm import IRModule
 from tvm.s_tir import dlight
 
+from moqc.schedules.cuda.emit import without_early_launch
 
-def schedule_for_gpu(mod: IRModule) -> IRModule:
-    """`mod`, which is changed, with every unscheduled PrimFunc bound to threads; needs a target's scope."""
+
+def schedule_for_gpu(mod: IRModule, early_launch: bool) -> IRModule:
+    """`mod`, which is changed, with every unscheduled PrimFunc bound to threads; needs a target's scope.
+
+    `early_launch`: whether kernels may start before the ones ahead have ended.
+    """
     rules = dlight.ApplyDefaultSchedule(
         dlight.gpu.Matmul(),
         dlight.gpu.GEMV(),
@@ -15,4 +20,5 @@ def schedule_for_gpu(mod: IRModule) -> IRModule:
         dlight.gpu.GeneralReduction(),
         dlight.gpu.Fallback(),
     )
-    return rules(mod)
+    scheduled = rules(mod)
+    return scheduled if early_launch else without_early_launch(scheduled)

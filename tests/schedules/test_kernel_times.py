@@ -23,14 +23,15 @@ def test_the_roofline_is_the_default(tmp_path: Path) -> None:
 
 
 def test_measured_times_come_first(tmp_path: Path) -> None:
-    row = {"rows": 256, "columns": 512, "format": "int3-g128", "microseconds": 1.5}
-    (tmp_path / "box.json").write_text(json.dumps({"schema": 1, "source": "a test", "matrices": [row]}))
+    row = {"rows": 256, "columns": 512, "format": "int3-g128", "tokens": 1, "microseconds": 1.5}
+    (tmp_path / "box.json").write_text(json.dumps({"schema": 2, "source": "a test", "matrices": [row]}))
     times = kernel_times(MACHINE, tmp_path)
     assert times.microseconds(256, 512, INT3) == 1.5
+    assert times.microseconds(256, 512, INT3, tokens=8) != 1.5
     assert times.microseconds(512, 512, INT3) != 1.5
 
 
-@pytest.mark.parametrize("text", ["{", '{"schema": 2}', '{"schema": 1}', '{"schema": 1, "matrices": [{}]}'])
+@pytest.mark.parametrize("text", ["{", '{"schema": 1}', '{"schema": 2}', '{"schema": 2, "matrices": [{}]}'])
 def test_damaged_tables_are_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "box.json").write_text(text)
     with pytest.raises(TargetError, match=r"box\.json"):

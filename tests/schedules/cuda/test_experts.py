@@ -15,6 +15,7 @@ import tvm_ffi
 from moqc.errors import InternalError
 from moqc.quant import reference
 from moqc.quant.formats import Format
+from moqc.quant.grid import rounded
 from moqc.quant.pack_mma import pack_units
 from moqc.quant.tensor import Quantized
 from moqc.schedules.cuda.experts import down_kernel, gate_up_kernel, route_kernel
@@ -53,6 +54,7 @@ class Layer:
         functions = {
             "layer": experts_function(self.shape, x_dtype=self.x_dtype),
             "grouped": experts_function(self.shape, x_dtype=self.x_dtype, grouped=2),
+            "tiled": experts_function(self.shape, x_dtype=self.x_dtype, grouped=2, warp_groups=False),
             "route": route_kernel(self.shape, "int64"),
             "down_many": down_kernel(self.shape, many_down_plan(self.shape), many=True),
         }
@@ -119,6 +121,19 @@ LAYERS = {
     for bits in (1, 2, 3, 4, 8)
     for suffix in ("-g128-sym", "-g64")
 }
+LAYERS["bytes"] = Layer(
+    264,
+    136,
+    {
+        "gate": ("int4-g128-sym-s8", "int2-g64-s8", "int3-g128"),
+        "up": ("int1-g128-s8", "int3-g64-sym-s8"),
+        "down": ("int4-g64-s8", "int8-g32-sym-s8", "int2-g128-sym"),
+    },
+    "silu_glu",
+    _plans(2, 3, "s3", "r1", items=3),
+    _plans(4, 1, "s2"),
+)
+"""Byte scales beside float16 ones."""
 CALLS: dict[str, list[list[int]]] = {
     # Name -> ids; 1 token goes through the kernels for 1, more through those for 8.
     "one": [[4, 1]],
@@ -177,6 +192,8 @@ def _random(fmt: Format, shape: tuple[int, ...], generator: torch.Generator) -> 
     groups = (*shape[:-1], fmt.groups(shape[-1]))
     codes = torch.randint(0, fmt.levels, shape, generator=generator, dtype=torch.uint8)
     scales = ((torch.rand(groups, generator=generator) - 0.2) * (0.2 / fmt.levels)).half()
+    if fmt.byte_scales:
+        scales = rounded(scales.abs().float(), torch.zeros(groups), fmt).scale.half()
     zeros = None if fmt.symmetric else torch.randint(0, 256, groups, generator=generator, dtype=torch.uint8)
     return Quantized(fmt, codes, scales, zeros)
 
@@ -216,6 +233,7 @@ def run(
     return y
 
 
+WHOLE = ("layer", "grouped", "tiled")
 OPERANDS = (("gate", "up", "gate_bias", "up_bias"), ("down", "down_bias"))
 LAYER_OPERANDS = ("table", "gate", "up", "down", "gate_bias", "up_bias", "down_bias")
 
@@ -254,7 +272,7 @@ def worst_errors(name: str, function: Callable[[str], Any]) -> dict[str, float]:
         )  # fmt: skip
         arguments = layer, packed, given, ids.cuda(), weights.cuda()
         results = {"": run(function, *arguments)}
-        results |= {f" {kind}": run_layer(function(kind), *arguments) for kind in ("layer", "grouped")}
+        results |= {f" {kind}": run_layer(function(kind), *arguments) for kind in WHOLE}
         for kind, actual in results.items():
             wrong = (actual.cpu() - expected).norm(dim=1) / expected.norm(dim=1).clamp_min(1e-30)
             # A float32 sum is all that is left of a token without experts.
@@ -262,20 +280,9 @@ def worst_errors(name: str, function: Callable[[str], Any]) -> dict[str, float]:
     return errors
 
 
-def build(functions: dict[str, Any]) -> Any:
-    """Compile for sm_90 with nvcc; needs no GPU."""
-    from moqc.schedules.cuda import toolchain
-
-    toolchain.prepare(["sm_90"])
-    target = tvm.target.Target({"kind": "cuda", "arch": "sm_90", "max_threads_per_block": 1024}, host="llvm")
-    with target:
-        named = {name: function.with_attr("global_symbol", name) for name, function in functions.items()}
-        return tvm.compile(tvm.IRModule(named), target=target)
-
-
 @pytest.mark.cuda
 @pytest.mark.parametrize("name", LAYERS)
-def test_equals_the_reference(name):
+def test_equals_the_reference(name, build):
     library = build(LAYERS[name].kernels())
     errors = worst_errors(name, library.__getitem__)
     assert {call: error for call, error in errors.items() if not error < bound(LAYERS[name], call)} == {}
@@ -339,7 +346,7 @@ def test_shared_memory_keeps_its_size():
 
 
 @needs_nvcc
-def test_compiles_to_machine_code_without_a_gpu(tmp_path):
+def test_compiles_to_machine_code_without_a_gpu(tmp_path, build):
     kernels = LAYERS["burst"].kernels()
     library = build({name: kernels[name] for name in ("route", "down_1")})
     path = tmp_path / "kernels.so"

@@ -1,0 +1,95 @@
+"""The C++ names of the device code's templates, and the geometry of launches; no TVM here."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+
+from moqc.errors import InternalError
+from moqc.quant.activations import parse_activation
+from moqc.quant.formats import Format
+from moqc.quant.pack_mma import COLUMNS, ROWS
+from moqc.schedules.cuda.plan import COLUMN_TOKENS, SHARED_BYTES, ExpertsShape, Plan, shared_bytes
+
+CPP = {"int32": "int", "int64": "long long"}
+BIASES = ("gate_bias", "up_bias", "down_bias")
+
+
+def format_of(format: Format) -> str:
+    """The C++ type of a format."""
+    flags = f"{str(format.symmetric).lower()}, {str(format.byte_scales).lower()}"
+    return f"moqc::Format<{format.bits}, {format.group}, {flags}>"
+
+
+def formats_of(formats: Sequence[Format]) -> str:
+    """The C++ type of a list of formats."""
+    return f"moqc::Formats<{', '.join(map(format_of, formats))}>"
+
+
+def layer_of(shape: ExpertsShape) -> str:
+    """The C++ type of a layer."""
+    activation = parse_activation(shape.activation)
+    alpha, limit = (
+        f"0x{struct.unpack('<I', struct.pack('<f', value))[0]:08x}u"
+        for value in (activation.alpha, activation.limit)
+    )
+    function = f"moqc::act_{activation.kind}<{alpha}, {limit}>"
+    biases = sum(1 << BIASES.index(name) for name in shape.biases)
+    return f"moqc::Layer<{shape.hidden}, {shape.intermediate}, {shape.experts}, {biases}, {function}>"
+
+
+def distinct(*lists: Sequence[Format]) -> list[Format]:
+    """Every format once, the widest first."""
+    return sorted({fmt for formats in lists for fmt in formats}, key=lambda fmt: (-fmt.bits, fmt))
+
+
+def gate_up_of(shape: ExpertsShape, plan: Plan, id_dtype: str) -> tuple[str, int]:
+    """The function of the first product, and the shared memory of a block."""
+    formats = distinct(shape.gate, shape.up)
+    shared = _check(plan, shape.intermediate, 2 if shape.gate else 1, formats)
+    if plan.warps != -(-shape.hidden // COLUMNS):
+        raise InternalError(f"plan {plan}: gate and up want a warp for each {COLUMNS} of {shape.hidden}")
+    lists = ", ".join(map(formats_of, (shape.gate, shape.up, formats)))
+    return f"moqc::gate_up<{layer_of(shape)}, {_plan(plan)}, {lists}, {CPP[id_dtype]}>", shared
+
+
+def down_of(
+    shape: ExpertsShape, plan: Plan, id_dtype: str, *, adds: bool, many: bool = False
+) -> tuple[str, int]:
+    """The same of the second product; `adds`: to y, for several blocks share a result."""
+    formats = distinct(shape.down)
+    shared = _check(plan, shape.hidden, 1, formats)
+    flags = f"{str(adds).lower()}, {str(many).lower()}"
+    lists = f"{formats_of(shape.down)}, {formats_of(formats)}"
+    return f"moqc::down<{layer_of(shape)}, {_plan(plan)}, {flags}, {lists}, {CPP[id_dtype]}>", shared
+
+
+def gate_up_groups(shape: ExpertsShape, plan: Plan) -> int:
+    """Blocks of the first product for each slot."""
+    return -(-shape.intermediate // ROWS) // (plan.tiles * plan.items)
+
+
+def down_groups(shape: ExpertsShape, plan: Plan) -> int:
+    """Blocks of the second product for each of its slices of columns."""
+    return -(-shape.hidden // ROWS) // (plan.tiles * plan.items)
+
+
+def _plan(plan: Plan) -> str:
+    registers = str(plan.registers).lower()
+    return f"moqc::Plan<{plan.warps}, {plan.tiles}, {plan.stages}, {registers}, {plan.tokens}, {plan.items}>"
+
+
+def _check(plan: Plan, rows: int, projections: int, formats: Sequence[Format]) -> int:
+    """The shared memory of a block; InternalError for a plan that cannot work."""
+    shared = shared_bytes(plan, projections, formats)
+    tiles, total = -(-rows // ROWS), projections * plan.tiles
+    if (
+        tiles % (plan.tiles * plan.items)
+        or plan.tokens not in (1, COLUMN_TOKENS)
+        or shared > SHARED_BYTES
+        or plan.warps > 32
+    ):
+        raise InternalError(f"plan {plan} does not fit {tiles} row tiles ({shared} bytes of shared memory)")
+    if plan.registers and total % plan.stages and plan.tiles % plan.stages:
+        raise InternalError(f"plan {plan}: {total} tiles are no whole windows of registers")
+    return shared

@@ -1,0 +1,73 @@
+"""Plans found by search: what is recorded fits, and is used where it was measured."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from moqc.errors import InternalError
+from moqc.quant.formats import Format
+from moqc.quant.pack_mma import ROWS
+from moqc.schedules.cuda import records
+from moqc.schedules.cuda.plan import SHARED_BYTES, ExpertsShape, Plan, gate_up_rule, shared_bytes
+from moqc.schedules.cuda.space import down_space, gate_up_space, sample
+from moqc.schedules.cuda.templates import down_of, gate_up_of
+
+INT4 = (Format.parse("int4-g128-sym"),)
+QWEN3 = ExpertsShape(128, 8, 2048, 768, INT4, INT4, INT4)
+
+
+def test_records_name_their_machine_and_are_in_the_space():
+    content = records.load()
+    assert "H200" in content["source"]
+    assert len({tuple(row[name] for name in records.KEY) for row in content["records"]}) == len(
+        content["records"]
+    )
+    for row in content["records"]:
+        plan = Plan.parse(row["plan"])
+        rows = row["intermediate"] if row["kernel"] == "gate_up" else row["hidden"]
+        assert -(-rows // ROWS) % (plan.tiles * plan.items) == 0
+        assert plan.tokens == row["tokens"]
+        assert row["microseconds"] <= row["rule_microseconds"]
+
+
+def test_a_record_is_used_with_warp_groups_only():
+    row = next(
+        row for row in records.load()["records"] if row["plan"] != row["rule"] and row["hidden"] == 2048
+    )
+    form = Format(row["bits"], 128, symmetric=not row["zeros"])
+    formats = (form, Format.parse("int2-g64")) if row["several"] else (form,)
+    sizes = (row["experts"], row["top_k"], row["hidden"], row["intermediate"])
+    shape = ExpertsShape(*sizes, formats, formats, formats)
+    name = f"{row['kernel']}_{row['tokens']}"
+    plans, recorded = records.plans(shape, SHARED_BYTES, tuned=True)
+    assert str(plans[name]) == row["plan"]
+    assert name in recorded
+    plans, recorded = records.plans(shape, SHARED_BYTES, tuned=False)
+    assert str(plans[name]) != row["plan"]
+    assert recorded == []
+    other = replace(shape, hidden=shape.hidden + 256)
+    assert records.find(row["kernel"], other, row["tokens"]) is None
+
+
+@pytest.mark.parametrize("tokens", [1, 8])
+def test_the_space_holds_what_can_be_built(tokens):
+    for plan in sample(gate_up_space(QWEN3, tokens), 40):
+        assert shared_bytes(plan, 2, INT4) <= SHARED_BYTES
+        assert gate_up_of(QWEN3, plan, "int32")[1] == shared_bytes(plan, 2, INT4)
+    for plan in sample(down_space(QWEN3, tokens), 40):
+        assert down_of(QWEN3, plan, "int32", adds=True)[1] == shared_bytes(plan, 1, INT4)
+
+
+def test_plans_are_read_as_written():
+    plan = gate_up_rule(QWEN3, 8)
+    assert Plan.parse(str(plan)) == plan
+    with pytest.raises(InternalError, match="no plan"):
+        Plan.parse("w8t")
+
+
+def test_smaller_shared_memory_means_smaller_plans():
+    plans, _ = records.plans(QWEN3, 99 * 1024, tuned=False)
+    needed = [shared_bytes(plan, 1 + name.startswith("gate"), INT4) for name, plan in plans.items()]
+    assert max(needed) <= 99 * 1024
