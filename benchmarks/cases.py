@@ -15,8 +15,6 @@ CASES: dict[str, tuple[tuple[str, ...], ...]] = {
     "w1": (("int1-g128-sym",),) * 3,
     "mixed": (("int4-g128-sym", "int3-g128-sym", "int2-g128-sym", "int1-g128-sym"),) * 3,
     "w8": (("int8-g128-sym",),) * 3,
-    "w4-g64-asym": (("int4-g64",),) * 3,
-    "w3-g64-asym": (("int3-g64",),) * 3,
     "w2-g64-asym": (("int2-g64",),) * 3,
     # What `global` chooses from by default, and byte scales.
     "w4-asym": (("int4-g128",),) * 3,
@@ -32,6 +30,11 @@ CASES: dict[str, tuple[tuple[str, ...], ...]] = {
         ("int4-g128", "int3-g128", "int2-g64", "int2-g128"),
     ),
 }
+
+
+def tokens_of(case: str) -> tuple[int, ...]:
+    """The numbers of tokens at which a case is timed."""
+    return (1, 8) if "-" in case or case == "w8" else (1, 8, 16, 64, 512, 4096)
 
 
 def experts_shape(shape: str, case: str) -> ExpertsShape:

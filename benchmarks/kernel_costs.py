@@ -1,47 +1,65 @@
-"""Make the table of kernel times that allocation reads from the results of the layers' benchmark.
+"""Make the table of kernel times that allocation reads from what was measured on an H200.
 
-    python benchmarks/kernel_costs.py benchmarks/results/h200.json schedules/kernel_costs/sm_90.json
+    python benchmarks/kernel_costs.py schedules/kernel_costs/sm_90.json
 
-A layer's time is shared out to the matrices of the experts hit, by their stored bits.
+Formats in groups of 128 come from the search of plans (``schedules/cuda/records.json``), those in groups
+of 64 from the decode kernels of ``results/h200.json``. A launch serves the matrices of all experts hit; each
+gets an equal share.
 """
 
 import json
+import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-from cases import CASES
-from workload import SHAPES
+from workload import SHAPES, Shape
 
-from moqc.quant.formats import Format
+from moqc.schedules.cuda import records
 
-TOKENS = (1, 8)
+RESULTS = Path(__file__).parent / "results" / "h200.json"
 
 
-def matrices(row: dict) -> list[dict]:
-    """The entries of one measured layer of a single format; none of a mixed one."""
-    formats = {name for names in CASES[row["bits"]] for name in names}
-    if len(formats) > 1 or row["tokens"] not in TOKENS:
-        return []
-    shape, fmt = SHAPES[row["shape"]], Format.parse(formats.pop())
-    sizes = [(shape.intermediate, shape.hidden), (shape.hidden, shape.intermediate)]
-    gate, down = (fmt.stored_bits(*size) for size in sizes)
-    each = row["us"] / (row["hit_bytes"] / row["expert_bytes"]) / (2 * gate + down)
-    return [
-        {
-            "rows": rows, "columns": columns, "format": str(fmt), "tokens": row["tokens"],
-            "microseconds": round(each * fmt.stored_bits(rows, columns), 4),
-        }
-        for rows, columns in sizes
-    ]  # fmt: skip
+def experts_hit(shape: Shape, tokens: int) -> float:
+    """Distinct experts that `tokens` tokens choose at random, on average."""
+    return shape.experts * (1 - (1 - shape.top_k / shape.experts) ** tokens)
+
+
+def entry(shape: Shape, kernel: str, fmt: str, tokens: int, microseconds: float) -> dict[str, Any]:
+    """The share of one matrix."""
+    first = kernel == "gate_up"
+    sizes = (shape.intermediate, shape.hidden) if first else (shape.hidden, shape.intermediate)
+    each = microseconds / experts_hit(shape, tokens) / (2 if first else 1)
+    facts = {"rows": sizes[0], "columns": sizes[1], "format": fmt, "tokens": tokens}
+    return {**facts, "microseconds": round(each, 4)}
+
+
+def searched() -> Iterator[dict[str, Any]]:
+    """What the search of plans measured."""
+    for row in records.load()["records"]:
+        shape = Shape(row["experts"], row["top_k"], row["hidden"], row["intermediate"])
+        fmt = f"int{row['bits']}-g128{'' if row['zeros'] else '-sym'}"
+        if not row["several"]:
+            yield entry(shape, row["kernel"], fmt, row["tokens"], row["microseconds"])
+
+
+def benched() -> Iterator[dict[str, Any]]:
+    """Asymmetric formats in groups of 64."""
+    for row in json.loads(RESULTS.read_text())["rows"]:
+        match = re.fullmatch(r"w(\d)-g64-asym", row["bits"])
+        if row["provider"] != "moqc" or match is None:
+            continue
+        for kernel in ("gate_up", "down"):
+            shape, us = SHAPES[row["shape"]], row[f"{kernel}_us"]
+            yield entry(shape, kernel, f"int{match[1]}-g64", row["tokens"], us)
 
 
 def main() -> None:
-    results, out = (Path(argument) for argument in sys.argv[1:3])
-    content = json.loads(results.read_text())
-    rows = [each for row in content["rows"] if row["provider"] == "moqc" for each in matrices(row)]
-    run = content["run"]
-    source = f"{results.name}: {run['gpu']}, {run['date']}, whole layers, CUDA-graph replay"
-    out.write_text(json.dumps({"schema": 2, "source": source, "matrices": rows}, indent=1) + "\n")
+    source = f"{records.load()['source']}; int*-g64: benchmarks/results/{RESULTS.name}"
+    rows = [*searched(), *benched()]
+    text = json.dumps({"schema": 2, "source": source, "matrices": rows}, indent=1)
+    Path(sys.argv[1]).write_text(text + "\n")
 
 
 if __name__ == "__main__":

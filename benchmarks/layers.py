@@ -17,13 +17,13 @@ from typing import Any
 import torch
 import tvm
 import tvm_ffi
+from cases import tokens_of
 from weights import Weights
 from workload import SHAPES, copy_of, graph_us, rotation, routing
 
 from moqc.schedules.cuda.plan import ExpertsShape
 from moqc.schedules.cuda.workspace import workspace_bytes
 
-TOKENS = (1, 8, 16, 64, 512, 4096)
 CHECKED = 1
 """Tokens of a call that are compared, at most."""
 
@@ -91,7 +91,7 @@ def load(folder: Path) -> tuple[dict[str, Any], dict[str, list[list[str]]], list
 
 def main() -> None:
     folder, out = Path(sys.argv[1]), Path(sys.argv[2])
-    tokens_list = list(map(int, sys.argv[3:])) or TOKENS
+    chosen = list(map(int, sys.argv[3:]))
     torch.manual_seed(0)
     functions, cases, listed = load(folder)
     rows, begin = [], time.time()
@@ -100,6 +100,7 @@ def main() -> None:
             mine = [each for each in listed if each["shape"] == shape_name and each["case"] == case]
             if not mine:
                 continue
+            tokens_list = chosen or tokens_of(case)
             one = Weights.random(shape, cases[case])
             count = max(
                 rotation(shape, t, one.expert_bytes)[1]

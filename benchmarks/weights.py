@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from itertools import product
 
 import numpy as np
@@ -14,6 +15,21 @@ from moqc.quant.pack import BYTE_SCALE_SHIFT
 from moqc.quant.pack_mma import COLUMNS, PackedUnits, fields, packed_shapes, unpack_units
 
 PROJECTIONS = ("gate", "up", "down")
+
+
+@cache
+def _places(bits: int) -> list[tuple[torch.Tensor, ...]]:
+    """Word of a row's lanes, shift, mask and lowest bit of each code of a unit's row pair; up to 3 parts."""
+    positions = product(range(4), range(2), range(16), range(2), range(2))
+    found = [fields(bits, *position) for position in positions]
+    parts = []
+    for number in range(max(map(len, found))):
+        chosen = [each[number] if number < len(each) else (0, 0, 0, 0, 0) for each in found]
+        rows = [
+            (lane * 4 * bits + word, shift, (1 << width) - 1, low) for lane, word, shift, width, low in chosen
+        ]
+        parts.append(tuple(torch.tensor(row, device="cuda") for row in zip(*rows, strict=True)))
+    return parts
 
 
 @dataclass
@@ -57,12 +73,13 @@ class Class:
         """Matrix `index`, float32, its padding too; unpacked on the GPU."""
         fmt, (tiles, units) = self.format, self.codes.shape[1:3]
         lanes = self.codes[index].view(torch.int32).view(tiles, units, fmt.bits, 32, 4)
-        words = lanes.transpose(2, 3).reshape(tiles, units, 8, 4, 4 * fmt.bits)
-        codes = torch.zeros(tiles, 2, 8, units, 2, 4, 4, 4, 2, device=words.device)
-        for q, half, pair, row, h in product(range(4), range(2), range(16), range(2), range(2)):
-            for lane, word, shift, width, low in fields(fmt.bits, q, half, pair, row, h):
-                field = words[..., lane, word] >> shift & (1 << width) - 1
-                codes[:, row, :, :, half, pair // 4, q, pair % 4, h] += (field << low).transpose(1, 2)
+        words = lanes.transpose(2, 3).reshape(tiles, units, 8, 4 * 4 * fmt.bits)
+        codes: torch.Tensor | int = 0
+        for word, shift, mask, low in _places(fmt.bits):
+            codes = codes + ((words[..., word] >> shift & mask) << low)
+        # lane, half, v, j, row half, h -> row half, g, unit, half, v, lane, j, h
+        split = codes.view(tiles, units, 8, 4, 2, 4, 4, 2, 2).permute(0, 7, 2, 1, 4, 5, 3, 6, 8)
+        rows = split.reshape(16 * tiles, units * COLUMNS).float()
 
         def by_row(values: torch.Tensor) -> torch.Tensor:
             rows = values[index].permute(0, 4, 2, 1, 3).reshape(16 * tiles, -1)
@@ -72,7 +89,7 @@ class Class:
         scales = self.scales
         if fmt.byte_scales:
             scales = (scales.to(torch.int16) << BYTE_SCALE_SHIFT).view(torch.float16)
-        return (codes.view(16 * tiles, units * COLUMNS) - zero) * by_row(scales)
+        return (rows - zero) * by_row(scales)
 
 
 @dataclass

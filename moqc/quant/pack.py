@@ -131,7 +131,7 @@ def unpack(packed: Packed, format: Format, rows: int, columns: int) -> Quantized
         codes = trellis.decode(codes)
     scales, zeros = _unpack_groups(packed.scales, rows), packed.zeros
     if format.byte_scales:
-        scales = from_upper_bytes(scales)
+        scales = from_upper_bytes(scales.astype(np.uint8))
     return Quantized(
         format=format,
         codes=codes[..., :rows, :columns].contiguous(),

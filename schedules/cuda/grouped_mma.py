@@ -29,8 +29,8 @@ def launch_tiled(k: Kernel, shape: ExpertsShape, at: Pointers, tokens: tirx.Var)
     k.launch(1, threads, 0, lister, at["slots"], at["hit"], at["tiles"])
     given = [at[name] for name in ("hit", "images", "factors", "over", "y")]
     k.launch(tokens, 256, 0, f"moqc::halve<{shape.hidden}>", at["x"], *given)
-    names = ("tiles", "hit", "images", "factors", "shares", "members", "over", "table")
-    arguments = [at[name] for name in (*names, "gate_bias", "up_bias", "hidden")]
+    first = ("tiles", "hit", "images", "factors", "shares", "members", "over", "table")
+    arguments = [at[name] for name in (*first, "gate_bias", "up_bias", "hidden")]
     lists = ", ".join(map(formats_of, (shape.gate, shape.up, distinct(shape.gate, shape.up))))
     for again in ("false", "true"):
         function = f"moqc::gate_up_tiled<{layer_of(shape)}, {again}, {lists}>"

@@ -4,9 +4,10 @@ from pathlib import Path
 import pytest
 
 from moqc.errors import TargetError
+from moqc.passes.measure_costs import FORMATS
 from moqc.quant.formats import Format
 from moqc.schedules.kernel_times import kernel_times
-from moqc.targets import Roofline, Target
+from moqc.targets import Roofline, Target, find_target
 
 INT3 = Format.parse("int3-g128")
 MACHINE = Target("box", {"kind": "llvm"}, frozenset(), roofline=Roofline(1e9, 1e12, 0.0, "made up"))
@@ -36,3 +37,13 @@ def test_damaged_tables_are_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "box.json").write_text(text)
     with pytest.raises(TargetError, match=r"box\.json"):
         kernel_times(MACHINE, tmp_path)
+
+
+def test_the_shipped_table_serves_every_default_candidate() -> None:
+    times = kernel_times(find_target("cuda:sm_90@x86-64-v4"))
+    for name in FORMATS:
+        for rows, columns in ((14336, 4096), (4096, 14336), (768, 2048), (2048, 768), (1024, 2048)):
+            assert (rows, columns, name, 1) in times.measured
+            assert (rows, columns, name, 8) in times.measured
+    assert times.measured == kernel_times(find_target("cuda")).measured
+    assert kernel_times(find_target("cuda:sm_80")).measured == {}
