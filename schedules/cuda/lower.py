@@ -14,7 +14,6 @@ from tvm import relax, tirx
 
 from moqc.errors import TargetError
 from moqc.ir.ops import PROJECTIONS, attributes, bit_classes, describe, operands
-from moqc.machines.cuda import CUDA_ARCHITECTURES
 from moqc.quant.activations import parse_activation
 from moqc.quant.formats import Format
 from moqc.schedules.cuda import attention, layer, linear

@@ -27,6 +27,7 @@ def test_builds_without_a_gpu(tmp_path):
     linears = [
         LinearShape(Format.parse("int8-g64-sym"), 100, 264, 2, bias=True),
         LinearShape(Format.parse("int3-g64"), 48, 264, 2),
+        LinearShape(Format.parse("int1-g128-s8"), 48, 264, 2),
     ]
     shape = AttentionShape(8, 2, 64, 32, 0.2, window=70, softcap=5.0, sinks=True, normed=True, rotary=64)
     functions = {
@@ -51,8 +52,8 @@ def test_builds_without_a_gpu(tmp_path):
 def test_refuses_what_it_has_no_kernels_for():
     with pytest.raises(UserError, match="columns in eights"):
         LinearShape(Format(4), 64, 100, 1)
-    with pytest.raises(UserError, match="1 bit for experts only"):
-        LinearShape(Format(1), 64, 128, 1)
+    with pytest.raises(UserError, match="no format tcq2-g64"):
+        linear_function([LinearShape(Format.parse("tcq2-g64"), 64, 128, 1)])
     with pytest.raises(UserError, match="multiples of 16 up to 256"):
         AttentionShape(4, 4, 40, 64, 0.1)
 
