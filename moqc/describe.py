@@ -88,7 +88,7 @@ def describe(
         ),
         versions=versions(),
         pipeline=str(pipeline),
-        recipe=None if recipe is None else recipe.model_dump(mode="json"),
+        recipe=None if recipe is None else recipe.plain(),
         calibration=None if calibration is None else _calibration(calibration),
         bits={
             site: {projection: tuple(formats) for projection, formats in projections.items()}

@@ -31,12 +31,13 @@ from moqc.manifest import (
     Source,
     TargetRecord,
 )
+from moqc.options import CompileOptions, Debug
 from moqc.package import WeightCounts, check_output, from_torch, write_artifact
 from moqc.passes.allocate_bits import AllocateBits
 from moqc.passes.base import Params, PassContext
 from moqc.passes.pipeline import Pipeline
 from moqc.passes.quantize_experts import check_plan, rewrite_experts
-from moqc.pipelines import Debug, check_bits, check_lowering, run_passes
+from moqc.pipelines import check_bits, check_lowering, run_passes
 from moqc.targets import Target, find_target
 from moqc.tensorfile import StoredTensor
 from moqc.toolchains import check_toolchain
@@ -44,32 +45,21 @@ from moqc.toolchains import check_toolchain
 LOWERING = "legalize,schedule"
 
 
-def compile_graph(
-    path: Path,
-    out: Path,
-    *,
-    bits: float,
-    plan: str,
-    activations: str | None,
-    target: str,
-    pipeline: str | None,
-    cache: Path | str | None,
-    force: bool,
-) -> Manifest:
+def compile_graph(path: Path, out: Path, options: CompileOptions) -> Manifest:
     """Compile the ONNX file `path` into the artifact folder `out`; returns its manifest.
 
     Experts of QMoE nodes keep their codes. Those of MoE nodes are rounded to nearest in one format that fits
-    `bits`, for which `plan` must be ``uniform:rtn``: an ONNX graph cannot be run on calibration text. With a
-    `pipeline` they stay floats, and it takes the place of lowering. Other weights stay as they are.
+    `bits`, for which the plan must be ``uniform:rtn``: an ONNX graph cannot be run on calibration text. With
+    a `pipeline` they stay floats, and it takes the place of lowering. Other weights stay as they are.
 
     Raises UserError for wrong input, before anything is written.
     """
-    check_output(out, force=force)
-    machine = find_target(target)
+    check_output(out, force=options.force)
+    machine, pipeline = find_target(options.target), options.pipeline
     if machine.schedules != "cpu":
         raise UserError(f"target {machine.name}: ONNX graphs are compiled for CPUs only")
     check_toolchain(machine)
-    activations = machine.mode(activations)
+    activations = machine.mode(options.activations)
     check_lowering("none", activations, 1)
     graph = import_onnx(path)
     packed = {block.packed for block in graph.blocks.values()}
@@ -77,16 +67,16 @@ def compile_graph(
         raise UserError(f"{path}: has both MoE and QMoE nodes; moqc compiles a graph of one kind")
     mod, text = graph.mod, pipeline or LOWERING
     if packed == {False} and pipeline is None:
-        if plan != "uniform:rtn":
+        if (options.allocator, options.quantizer) != ("uniform", "rtn"):
             raise UserError(
                 f"{path}: its experts are floats, and an ONNX graph cannot be calibrated: give "
                 f"--allocator uniform --quantizer rtn, or --pipeline {LOWERING} to leave them as they are"
             )
-        check_bits(bits)
-        allocation = AllocateBits(bits=bits, allocator="uniform")
+        check_bits(options.bits)
+        allocation = AllocateBits(bits=options.bits, allocator="uniform")
         mod = allocation(mod, PassContext())
         text = f"{Pipeline((allocation,))},{text}"
-    workspace = open_workspace(cache)
+    workspace = open_workspace(options.cache)
     with param_store(workspace.root, None, None) as params:
         ctx = PassContext(machine, workspace=workspace, params=params)
         if BITS.get(mod):
@@ -96,7 +86,7 @@ def compile_graph(
         mod = run_passes(Pipeline.parse(pipeline or LOWERING), mod, ctx, Debug())
         mode: Activations = "int8" if BITS.get(mod) and activations == "int8" else "float"
         draft = _describe(mod, graph, machine, text, mode)
-        return _write(mod, graph, params, machine, draft, out, force=force)
+        return _write(mod, graph, params, machine, draft, out, force=options.force)
 
 
 def _describe(mod: IRModule, graph: OnnxGraph, machine: Target, pipeline: str, mode: Activations) -> Manifest:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 from tvm import IRModule
 
 from moqc.errors import BudgetError, UserError
 from moqc.log import event
+from moqc.options import Debug
 from moqc.passes.allocate_bits import MOST_BITS
 from moqc.passes.base import PassContext
 from moqc.passes.measure_costs import FORMATS
@@ -18,6 +18,7 @@ from moqc.quant.allocators.table import find_allocator
 from moqc.quant.formats import Format
 from moqc.quant.layouts import DEFAULT as DEFAULT_LAYOUT
 from moqc.quant.quantizers import STORABLE
+from moqc.recipe import Recipe
 
 DEFAULT_QUANTIZER = "gptq"
 TRELLIS_FORMATS = ("tcq1-g128", "tcq2-g128", "tcq3-g128", "int4-g128-s8")
@@ -92,10 +93,11 @@ class Pruning:
     cold: str = "keep"
 
     @classmethod
-    def of(cls, share: float | None, loss: float | None, rule: str, cold: str) -> Pruning | None:
+    def of(cls, recipe: Recipe) -> Pruning | None:
         """The pruning asked for, None for none. Raises UserError for options that do not go together."""
+        share, loss = recipe.prune, recipe.prune_loss
         if share is None and loss is None:
-            if cold != "keep":
+            if recipe.cold_expert_policy != "keep":
                 raise UserError("cold experts are found by pruning: give --prune or --prune-loss too")
             return None
         if share is not None and loss is not None:
@@ -103,21 +105,10 @@ class Pruning:
         amount = loss if share is None else share
         if amount is None or not 0 < amount < 1:
             raise UserError(f"prune {amount:g}: must be above 0 and below 1")
-        return cls(share or 0.0, loss or 0.0, rule, cold)
+        return cls(share or 0.0, loss or 0.0, recipe.prune_rule, recipe.cold_expert_policy)
 
     def __str__(self) -> str:
         return f"prune-routing{{rule={self.rule} share={self.share!r} loss={self.loss!r} cold={self.cold}}}"
-
-
-@dataclass(frozen=True, slots=True)
-class Debug:
-    """What to show of the passes; the fields are options of `moqc compile` and `moqc opt`."""
-
-    dump_ir: Path | None = None
-    print_after: tuple[str, ...] = ()
-    time_passes: bool = False
-    verify_each: bool = False
-    stop_after: str | None = None
 
 
 def check_bits(bits: float) -> None:
@@ -183,41 +174,42 @@ def _rotation(plan: Plan, rotate: bool) -> str:
 
 
 def default_pipeline(
-    plan: Plan,
-    *,
-    bits: float,
-    linears: str,
-    activations: str,
-    context: int,
-    max_batch: int,
-    layout: str = DEFAULT_LAYOUT,
-    pruning: Pruning | None = None,
-    model_bits: float | None = None,
-    formats: str = DEFAULT_CANDIDATES,
-    rotate: bool = True,
+    recipe: Recipe, *, activations: str, context: int, layout: str = DEFAULT_LAYOUT, rotate: bool = True
 ) -> Pipeline:
     """All passes of `moqc compile`, from the imported module to one that can be built.
 
-    `linears` is the format of the matrices that are not experts, or "none"; `activations` is "int8" or
-    "float"; `layout` the target's. With `model_bits` the allocator decides on all matrices, and `bits` and
-    `linears` do nothing. `formats` and `rotate` are those of `allocation_pipeline`. Raises UserError for a
-    value out of range.
+    `activations` is "int8" or "float" and `context` a number of tokens: what the recipe's are on the target
+    and model at hand. `layout` is the target's, and
+    `rotate` whether its kernels can rotate the inputs of down. Raises UserError for a choice that cannot be.
     """
+    plan = Plan.parse(f"{recipe.allocator}:{recipe.quantizer}")
     if plan.quantizer == "mcmoe":
         raise UserError("quantizer mcmoe is simulated, for `moqc compare` only; compile with gptq or rtn")
-    check_bits(bits if model_bits is None else model_bits)
-    linears = check_lowering(linears, activations, max_batch)
+    pruning = Pruning.of(recipe)
+    check_bits(recipe.bits if recipe.model_bits is None else recipe.model_bits)
+    linears = check_lowering(recipe.linears, activations, recipe.max_batch)
     rotated = _rotation(plan, rotate)
     quantizing = Pipeline.parse(
         ("" if pruning is None else f"{pruning},")
         + f"quantize-experts{{quantizer={plan.quantizer} activations={activations}{rotated}}},"
         f"quantize-linears{{linears={linears} embeddings={linears} activations={activations}}}"
     )
-    rest = lowering_pipeline(context, max_batch)
+    rest = lowering_pipeline(context, recipe.max_batch)
     allocation = allocation_pipeline(
-        plan, bits, layout=layout, model_bits=model_bits, formats=formats, rotate=rotate
+        plan,
+        recipe.bits,
+        layout=layout,
+        model_bits=recipe.model_bits,
+        formats=recipe.formats,
+        rotate=rotate,
     )
     return Pipeline(allocation.passes + quantizing.passes + rest.passes)
+
+
+def needs_calibration(recipe: Recipe) -> bool:
+    """Whether the passes of `recipe` read calibration text, as those of a pipeline of its own may."""
+    plan = Plan.parse(f"{recipe.allocator}:{recipe.quantizer}")
+    return recipe.pipeline is not None or Pruning.of(recipe) is not None or plan.needs_calibration
 
 
 def check_lowering(linears: str, activations: str, max_batch: int) -> str:
@@ -241,7 +233,7 @@ def run_passes(pipeline: Pipeline, mod: IRModule, ctx: PassContext, debug: Debug
         ctx,
         verify_each=debug.verify_each,
         dump_dir=debug.dump_ir,
-        print_after=debug.print_after,
+        print_after=tuple(debug.print_after),
         time_passes=debug.time_passes,
         stop_after=debug.stop_after,
         progress=lambda number, count, text: event(

@@ -1,90 +1,121 @@
 """A recipe: every choice of a compilation that is not the model, as a YAML file and as options.
 
-Its keys are the options of `moqc compile`, so that a recipe, a command line and ``moqc.compile(**options)``
-say the same. Files are read strictly: a key or value that is not understood is an error with its place.
+`Recipe` is the one list of these choices: its fields are the keys of the file, the options of `moqc compile`
+and the keyword arguments of `moqc.compile`. Files are read strictly: a key or value that is not understood is
+an error with its place.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
-
 from moqc.errors import UserError
+from moqc.keywords import build, flags, option, spellings
+from moqc.targets import TARGETS
+from moqc.units import parse_share
 
-_OPTION = {"calibration": "--calib", "calibration_tokens": "--calib-tokens"}
-"""Options that are not named like their key."""
 
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """The choices, with their defaults. Made from plain values by `make_recipe`, which checks their types."""
 
-class Recipe(BaseModel):
-    """The choices, with their defaults. `options` are the keyword arguments of `moqc.compile`."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    bits: float = Field(default=3.0, description="expert file bits per weight, everything counted")
-    model_bits: float | None = Field(
-        default=None, description="file bits per weight of the whole model instead; null: bits decides"
+    bits: float = option(3.0, "expert file bits per weight, scales and all", metavar="N")
+    model_bits: float | None = option(
+        None, "file bits per weight of the whole model, instead of bits for the experts", metavar="N"
     )
-    formats: str = Field(
-        default="integer",
-        description="what the allocator chooses from: integer, trellis, or formats by comma",
+    formats: str = option(
+        "integer",
+        "to choose from: integer, trellis (smaller loss, slower), or formats separated by commas",
+        metavar="NAMES",
     )
-    linears: str = Field(default="int8-g64-sym", description="format of the other matrices, or none")
-    allocator: str = Field(default="global", description="who decides on bits; see moqc allocators")
-    quantizer: str = Field(default="gptq", description="how experts are rounded: gptq or rtn")
-    activations: str | None = Field(
-        default=None, description="inputs of quantized matrices: int8 or float; null: the target's default"
+    linears: str = option(
+        "int8-g64-sym", "format of the other matrices, or none: as they are", metavar="FORMAT"
     )
-    target: str = Field(default="native", description="machine to compile for; see moqc targets")
-    calibration: tuple[str, ...] = Field(default=(), description="text files; empty: the built-in text")
-    calibration_tokens: int = Field(default=32_768, description="tokens of it, all files together")
-    context: int | None = Field(
-        default=None, description="tokens a sequence; null: the model's, at most 4096"
+    allocator: str = option("global", "who decides on bits; see `moqc allocators`", metavar="NAME")
+    quantizer: str = option("gptq", "how experts are rounded: gptq, awq, rtn or hqq", metavar="NAME")
+    activations: str | None = option(
+        None,
+        "inputs of quantized matrices: int8, or float, which is exact on CPUs and float16 on GPUs "
+        "[default: int8 on CPUs, float on GPUs]",
+        metavar="MODE",
     )
-    max_batch: int = Field(default=4, description="sequences at once")
-    prune: float | None = Field(default=None, description="share of the experts' work to skip; null: none")
-    prune_loss: float | None = Field(default=None, description="instead, nats that the loss may rise by")
-    prune_rule: str = Field(default="mass", description="what to skip: mass, odp or topk-threshold")
-    cold_expert_policy: str = Field(
-        default="keep", description="experts no calibration token keeps: keep, demote or remove"
+    target: str = option(
+        "native",
+        "machine to compile for; see `moqc targets`",
+        metavar="NAME",
+        complete=lambda: ["native", *TARGETS],
     )
-    seed: int = Field(default=0, description="for what is drawn at random")
-    pipeline: str | None = Field(default=None, description="passes instead of the default ones")
+    calibration: Sequence[str | Path] = option(
+        (), "calibration text, UTF-8; repeatable [default: built-in text]", metavar="FILE", flags=("--calib",)
+    )
+    calibration_tokens: int = option(
+        32_768, "calibration tokens, all files together", metavar="N", flags=("--calib-tokens",)
+    )
+    context: int | None = option(
+        None, "tokens a sequence may have [default: the model's, at most 4096]", metavar="N"
+    )
+    max_batch: int = option(4, "sequences at once", metavar="N")
+    prune: float | None = option(
+        None, "skip this share of the experts' work, such as 15%", metavar="SHARE", parse=parse_share
+    )
+    prune_loss: float | None = option(
+        None, "instead of a share, skip what raises the loss by at most this", metavar="NATS"
+    )
+    prune_rule: str = option("mass", "what to skip: mass, odp or topk-threshold", metavar="RULE")
+    cold_expert_policy: str = option(
+        "keep",
+        "experts that no calibration token keeps: keep, demote to the smallest format, or remove",
+        metavar="POLICY",
+    )
+    seed: int = option(0, "for what is drawn at random", metavar="N")
+    pipeline: str | None = option(
+        None, "passes to run instead of the default ones, or @FILE; see `moqc passes`", metavar="TEXT"
+    )
 
     def options(self) -> dict[str, Any]:
         """Keyword arguments for `moqc.compile`."""
-        return self.model_dump() | {"calibration": list(self.calibration) or None}
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(Recipe)}
+
+    def plain(self) -> dict[str, Any]:
+        """The choices as numbers, texts and lists, as they are in a file."""
+        found: dict[str, Any] = dataclasses.asdict(self)
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in found.items()}
 
     def changed(self) -> dict[str, Any]:
         """The keys that differ from the defaults."""
-        default = Recipe()
-        return {key: value for key, value in self if value != getattr(default, key)}
+        default = Recipe().options()
+        return {key: value for key, value in self.options().items() if value != default[key]}
 
     def to_yaml(self) -> str:
         """The file: every key with its value, and what it means."""
+        import yaml
+
         lines = ["# A recipe for `moqc compile MODEL -o DIR --recipe FILE`"]
-        for key, field in type(self).model_fields.items():
-            value = getattr(self, key)
-            plain = list(value) if isinstance(value, tuple) else value
-            text = yaml.safe_dump({key: plain}, allow_unicode=True, width=1000).rstrip()
-            lines.append(f"# {field.description}\n{text}")
+        texts = spellings(Recipe)
+        for key, value in self.plain().items():
+            text = yaml.safe_dump({key: value}, allow_unicode=True, width=1000).rstrip()
+            lines.append(f"# {texts[key].help}\n{text}")
         return "\n".join(lines) + "\n"
 
     def command(self, model: str, out: str) -> str:
         """The command line that compiles `model` by this recipe."""
         words = ["moqc", "compile", model, "-o", out]
+        known = spellings(Recipe)
         for key, value in self.changed().items():
-            option = _OPTION.get(key, f"--{key.replace('_', '-')}")
             for item in value if isinstance(value, tuple) else (value,):
-                words += [option, str(item)]
+                words += [flags(key, known[key])[0], str(item)]
         return shlex.join(words)
 
 
-def read_recipe(path: Path) -> Recipe:
-    """The recipe in a YAML file. Raises UserError naming the file and the key or line."""
+def read_recipe(path: Path) -> dict[str, Any]:
+    """The choices in a YAML file, checked. Raises UserError naming the file and the key or line."""
+    import yaml
+
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
@@ -94,21 +125,13 @@ def read_recipe(path: Path) -> Recipe:
         where = f"line {mark.line + 1}: " if mark else ""
         raise UserError(f"{path}: {where}not YAML ({getattr(error, 'problem', error)})") from error
     if content is None:
-        return Recipe()
+        return {}
     if not isinstance(content, dict):
         raise UserError(f"{path}: a recipe is a list of `key: value` lines; `moqc recipe` prints one")
-    return make_recipe(content, str(path))
+    make_recipe(content, str(path))
+    return content
 
 
 def make_recipe(content: dict[str, Any], origin: str) -> Recipe:
     """A recipe from plain values. Raises UserError that starts with `origin`."""
-    try:
-        return Recipe.model_validate(content)
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
-        if first["type"] == "extra_forbidden":
-            raise UserError(
-                f"{origin}: no option {key!r}; a recipe has {', '.join(Recipe.model_fields)}"
-            ) from error
-        raise UserError(f"{origin}: {key}: {first['msg'].lower()}, got {first['input']!r}") from error
+    return build(Recipe, content, origin)

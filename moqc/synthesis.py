@@ -30,14 +30,16 @@ from moqc.frontend.synthetic import (
 from moqc.inputs import check_architecture, context_length, open_workspace
 from moqc.ir.annotations import BITS, LINEAR_BITS
 from moqc.ir.packed import packed_names
+from moqc.keywords import keywords
 from moqc.log import logger, track
 from moqc.manifest import Manifest
+from moqc.options import Debug, SynthOptions
 from moqc.package import check_output, from_torch, staged_folder
 from moqc.passes.base import PassContext
 from moqc.passes.pipeline import Pipeline
 from moqc.passes.quantize_experts import bit_classes, routing_table
 from moqc.passes.synthesize_weights import SynthesizeWeights, parse_mix
-from moqc.pipelines import Debug, check_lowering, lowering_pipeline, run_passes
+from moqc.pipelines import check_lowering, lowering_pipeline, run_passes
 from moqc.quant.draw import random_packed
 from moqc.quant.formats import Format
 from moqc.quant.layouts import Layout, find_layout
@@ -89,49 +91,35 @@ def _files(sizes: dict[str, int]) -> Iterator[tuple[str, str]]:
         yield from ((name, f"model{part}.safetensors") for name in shard)
 
 
-def synthesize_artifact(
-    config: str | Path,
-    out: Path,
-    *,
-    experts: tuple[str, ...],
-    linears: str,
-    activations: str | None,
-    target: str,
-    context: int | None,
-    max_batch: int,
-    layers: int | None,
-    seed: int,
-    cache: Path | str | None,
-    force: bool,
-) -> Manifest:
+@keywords(SynthOptions)
+def synthesize_artifact(config: str | Path, out: Path, options: SynthOptions) -> Manifest:
     """Compile `config` into the artifact folder `out` with random packed weights; returns its manifest.
 
-    `experts` are formats with shares as `moqc.passes.synthesize_weights` takes them; the rest as in
-    `moqc.compile`. Nothing is quantized: codes, scales and zeros are drawn one tensor at a time while the
-    files are written.
+    `experts` are formats with shares as `moqc.passes.synthesize_weights` takes them. Nothing is quantized:
+    codes, scales and zeros are drawn one tensor at a time while the files are written.
     """
-    check_output(out, force=force)
-    machine, declared = find_target(target), read_declared(config, layers)
-    activations = machine.mode(activations)
+    check_output(out, force=options.force)
+    machine, declared = find_target(options.target), read_declared(config, options.layers)
+    activations, experts = machine.mode(options.activations), tuple(options.experts)
     check_toolchain(machine)
-    check_lowering(linears, activations, max_batch)
+    check_lowering(options.linears, activations, options.max_batch)
     parse_mix(experts)
-    workspace = open_workspace(cache)
+    workspace, seed = open_workspace(options.cache), options.seed
     with tempfile.TemporaryDirectory(prefix="moqc-") as folder:
         parsed = write_metadata(Path(folder), declared, str(config))
         checkpoint = SyntheticCheckpoint(Path(folder), parsed, str(config), seed)
         check_architecture(checkpoint, workspace, machine)
-        length = context_length(parsed, context)
+        length = context_length(parsed, options.context)
         chunk = min(MAX_CHUNK, length)
         ctx = PassContext(machine, checkpoint, workspace=workspace, seed=seed)
         passes = Pipeline(
             (
-                SynthesizeWeights(experts=experts, linears=linears, activations=activations),
-                *lowering_pipeline(length, max_batch).passes,
+                SynthesizeWeights(experts=experts, linears=options.linears, activations=activations),
+                *lowering_pipeline(length, options.max_batch).passes,
             )
         )
         logger.info("importing %s (%s)", config, parsed.model_type)
-        mod = import_model(checkpoint, max_batch=max_batch, max_chunk=chunk)
+        mod = import_model(checkpoint, max_batch=options.max_batch, max_chunk=chunk)
         mod = run_passes(passes, mod, ctx, Debug())
         ctx = PassContext(
             machine,
@@ -139,7 +127,7 @@ def synthesize_artifact(
             workspace=workspace,
             params=RandomParams(mod, checkpoint, find_layout(ctx.layout), seed),
         )
-        return assemble(mod, ctx, passes, chunk, out, force=force)
+        return assemble(mod, ctx, passes, chunk, out, force=options.force)
 
 
 class RandomParams:

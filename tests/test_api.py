@@ -23,7 +23,7 @@ from moqc.inputs import read_calibration
 from moqc.ir.annotations import BITS
 from moqc.ir.text import parse_module
 from moqc.manifest import read_manifest
-from moqc.pipelines import Debug
+from moqc.options import Debug
 from moqc.quant.formats import Format
 from moqc.quant.rtn import quantize_rtn
 from moqc.runtime.sampling import Sampling

@@ -18,7 +18,7 @@ CHANGED = Recipe(bits=2.5, calibration=("a b.txt", "c.txt"), context=512, pipeli
 def test_yaml_and_back(tmp_path, recipe):
     file = tmp_path / "recipe.yaml"
     file.write_text(recipe.to_yaml())
-    assert read_recipe(file) == recipe
+    assert make_recipe(read_recipe(file), "file") == recipe
 
 
 def test_keys_and_defaults_are_those_of_compile():
@@ -30,16 +30,15 @@ def test_keys_and_defaults_are_those_of_compile():
 def test_every_choice_of_compile_is_in_a_recipe():
     """What is missing would be missing from the command that makes an artifact again."""
     elsewhere = {"model", "out", "cache", "force", "start_from", "debug"}
-    assert set(inspect.signature(moqc.api.compile).parameters) - elsewhere == set(Recipe.model_fields)
+    assert set(inspect.signature(moqc.api.compile).parameters) - elsewhere == set(Recipe().options())
 
 
 def test_the_command_line_has_the_same_defaults():
     from moqc.cli import app
 
     options = {option.name: option for option in get_command(app).commands["compile"].params}
-    renamed = {"calibration": "calib", "calibration_tokens": "calib_tokens"}
     for key, value in Recipe().options().items():
-        assert options[renamed.get(key, key)].default == value, key
+        assert (options[key].default or ()) == (value or ()), key
 
 
 def test_command_names_what_is_changed():
@@ -60,7 +59,7 @@ def test_command_names_what_is_changed():
     ("text", "message"),
     [
         ("bits: many", "bits: input should be a valid number"),
-        ("bit: 2", "no option 'bit'; a recipe has bits"),
+        ("bit: 2", "no option 'bit'; there are bits"),
         ("bits: [2", "line 1: not YAML"),
         ("- bits", "`key: value` lines"),
         ("context: 1.5", "context: input should be a valid integer"),
@@ -78,7 +77,7 @@ def test_errors_name_file_and_place(tmp_path, text, message):
 def test_an_empty_file_is_the_defaults(tmp_path):
     file = tmp_path / "recipe.yaml"
     file.write_text("# nothing\n")
-    assert read_recipe(file) == Recipe()
+    assert read_recipe(file) == {}
     with pytest.raises(UserError, match=r"none\.yaml: cannot read"):
         read_recipe(tmp_path / "none.yaml")
 
@@ -101,7 +100,7 @@ def test_options_on_the_command_line_win(tmp_path, monkeypatch):
     result = CliRunner().invoke(app, ["compile", "m", "--recipe", str(file), "--bits", "2.5"])
     assert result.exit_code == 0, result.output
     assert (seen["bits"], seen["seed"], seen["calibration"]) == (2.5, 7, ["x.txt"])
-    assert seen["linears"] == "int8-g64-sym"
+    assert "linears" not in seen
 
 
 def test_plain_values_make_a_recipe():

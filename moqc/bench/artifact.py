@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import statistics
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,9 @@ from typing import Any
 import numpy as np
 
 from moqc.errors import UserError
+from moqc.keywords import keywords
 from moqc.log import track
+from moqc.options import BenchOptions
 from moqc.runtime.artifact import Artifact, load
 from moqc.runtime.tvm_runtime import use_threads
 
@@ -54,23 +55,17 @@ class SpeedResult:
         return {**dataclasses.asdict(self), "rows": [row.to_dict() for row in self.rows]}
 
 
-def bench_artifact(
-    path: Path,
-    *,
-    prompts: Sequence[int],
-    generated: Sequence[int],
-    batch: int = 1,
-    repetitions: int = 5,
-    threads: int | None = None,
-) -> SpeedResult:
+@keywords(BenchOptions)
+def bench_artifact(path: Path, options: BenchOptions) -> SpeedResult:
     """Time prompts of these lengths and generations of these lengths, after one warm-up each.
 
-    `threads` None takes all cores. Raises UserError for tests that do not fit the artifact's context or
-    batch.
+    Raises UserError for tests that do not fit the artifact's context or batch.
     """
+    prompts, generated, batch = options.prompts, options.generated, options.batch
+    repetitions = options.repetitions
     if repetitions < 1 or batch < 1 or min([*prompts, *generated], default=0) < 1:
         raise UserError("bench: lengths, repetitions and batch are at least 1, and one test is needed")
-    count = use_threads(threads)
+    count = use_threads(options.threads)
     start = time.perf_counter()
     artifact = load(path)
     seconds = time.perf_counter() - start

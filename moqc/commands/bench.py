@@ -11,10 +11,8 @@ from typing import Annotated, Any
 import typer
 
 from moqc import log
-from moqc.commands.options import ArtifactArgument, Json, Quiet, TargetName, print_json, print_table, split
-from moqc.errors import UserError
-
-Threads = Annotated[int | None, typer.Option("--threads", metavar="N", help="Threads. [default: all cores]")]
+from moqc.commands.options import ArtifactArgument, Json, Quiet, options, print_json, print_table
+from moqc.options import BenchOptions, KernelOptions
 
 
 class Output(StrEnum):
@@ -28,17 +26,10 @@ class Output(StrEnum):
 OutputOption = Annotated[Output, typer.Option("--output", "-o", help="How the table is printed.")]
 
 
+@options(choices=BenchOptions)
 def command(
     artifact: ArtifactArgument,
-    prompt: Annotated[
-        str, typer.Option("--prompt", "-p", metavar="N,...", help="Lengths of prompts to time.")
-    ] = "512",
-    generate: Annotated[
-        str, typer.Option("--generate", "-n", metavar="N,...", help="Numbers of tokens to generate.")
-    ] = "128",
-    batch: Annotated[int, typer.Option("--batch", metavar="N", help="Sequences at once.")] = 1,
-    repetitions: Annotated[int, typer.Option("--repetitions", "-r", metavar="N", help="Times each.")] = 5,
-    threads: Threads = None,
+    choices: dict[str, Any],
     output: OutputOption = Output.TABLE,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -48,14 +39,7 @@ def command(
 
     if quiet or as_json:
         log.be_quiet()
-    result = bench_artifact(
-        artifact,
-        prompts=_numbers(prompt),
-        generated=_numbers(generate),
-        batch=batch,
-        repetitions=repetitions,
-        threads=threads,
-    )
+    result = bench_artifact(artifact, **choices)
     if as_json:
         print_json(result.to_dict())
         return
@@ -71,31 +55,28 @@ def command(
     _print(output, header, rows)
 
 
+@options(choices=KernelOptions)
 def kernels(
     shape: Annotated[str, typer.Option(metavar="NAME", help="Model whose experts block is timed.")],
-    bits: Annotated[
-        str,
-        typer.Option(metavar="B,...", help="Bits, or formats; 4/2/1: experts that take these in turn."),
-    ] = "4,3,2,1",
-    tokens: Annotated[str, typer.Option(metavar="N,...", help="Tokens a call.")] = "1,32,512",
-    target: TargetName = "native",
+    choices: dict[str, Any],
     hot: Annotated[
         bool, typer.Option("--hot", help="Use the same weights in every call, from the caches.")
     ] = False,
-    threads: Threads = None,
     output: OutputOption = Output.TABLE,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Time the experts kernels of a target on a known model's layer, beside plain reads of memory."""
+    from moqc.keywords import build
     from moqc.runtime.tvm_runtime import use_threads
 
     if quiet or as_json:
         log.be_quiet()
-    use_threads(threads)
+    chosen = build(KernelOptions, choices, "bench-kernels")
+    use_threads(chosen.threads)
     from moqc.bench.kernels import bench_kernels
 
-    rows = bench_kernels(target, shape, split(bits), _numbers(tokens), cold=not hot)
+    rows = bench_kernels(chosen.target, shape, chosen.bits, chosen.tokens, cold=not hot)
     if as_json:
         print_json([row.to_dict() for row in rows])
         return
@@ -108,14 +89,6 @@ def kernels(
         for row in rows
     ]
     _print(output, header, table)
-
-
-def _numbers(text: str) -> list[int]:
-    """Whole numbers of a comma-separated list."""
-    items = split(text)
-    if not all(item.isdecimal() for item in items):
-        raise UserError(f"{text!r}: expected whole numbers separated by commas, such as 1,32,512")
-    return [int(item) for item in items]
 
 
 def _print(output: Output, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:

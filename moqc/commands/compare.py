@@ -3,145 +3,62 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from moqc import log
-from moqc.commands.options import (
-    Cache,
-    Calibration,
-    CalibrationTokens,
-    Formats,
-    Json,
-    ModelArgument,
-    Quiet,
-    Text,
-    Tokens,
-    Window,
-    print_json,
-    print_table,
-    split,
-    split_integers,
-    split_numbers,
-)
-from moqc.commands.units import parse_share
+from moqc.commands.options import Json, ModelArgument, Quiet, Text, options, print_json, print_table
 from moqc.errors import UserError
+from moqc.options import CompareOptions, RuleOptions
+from moqc.units import split_integers
 
 if TYPE_CHECKING:
     from moqc.evaluate.skips import SkipComparison
 
-RULES = "mass,odp,odp-literal,topk-threshold"
 PLANS = (
     "uniform:rtn,uniform:gptq,frequency,block-importance,outlier-score,"
     "ewq,moqa,pmq,pmq:mcmoe,gemq,mxmoe,global"
 )
 
+BITS = 2.5
+PRUNED_ONLY = {
+    "bits",
+    "plans",
+    "linears",
+    "tokens",
+    "window",
+    "calibration",
+    "calibration_tokens",
+    "cache",
+    "seeds",
+}
+"""Options that --prune goes with."""
 
+
+@options(choices=CompareOptions, pruning=RuleOptions)
 def command(
     model: ModelArgument,
     text: Text,
-    bits: Annotated[
-        str | None, typer.Option(metavar="N,...", help="Expert file bits per weight. [default: 2.5]")
-    ] = None,
-    model_bits: Annotated[
-        str | None,
-        typer.Option("--model-bits", metavar="N,...", help="File bits per weight of the whole model."),
-    ] = None,
-    allocators: Annotated[
-        str | None,
-        typer.Option(
-            "--allocators",
-            metavar="PLAN,...",
-            help="Allocator, or allocator:quantizer. [default: all; with --prune: global]",
-        ),
-    ] = None,
-    prune: Annotated[
-        str | None,
-        typer.Option(
-            "--prune", metavar="SHARE", help="Compare rules that skip this share of the experts' work."
-        ),
-    ] = None,
-    prune_rules: Annotated[
-        str, typer.Option("--prune-rules", metavar="RULE,...", help="Rules to compare with --prune.")
-    ] = RULES,
-    formats: Formats = "integer",
-    linears: Annotated[
-        str, typer.Option(metavar="FORMAT", help="Format of the other matrices, or none: as they are.")
-    ] = "none",
-    tokens: Tokens = None,
-    window: Window = 512,
-    unseen: Annotated[
-        list[Path] | None,
-        typer.Option("--unseen", metavar="FILE", help="Text of another domain, scored apart; repeatable."),
-    ] = None,
-    tasks: Annotated[
-        list[Path] | None,
-        typer.Option("--task", metavar="FILE", help="Multiple-choice questions, JSON Lines; repeatable."),
-    ] = None,
-    problems: Annotated[
-        Path | None, typer.Option("--problems", metavar="FILE", help="Worked problems to solve exactly.")
-    ] = None,
-    questions: Annotated[
-        int, typer.Option("--questions", metavar="N", help="Questions of each file, and problems.")
-    ] = 100,
-    calib: Calibration = None,
-    calib_tokens: CalibrationTokens = 32_768,
-    cache: Cache = None,
-    seeds: Annotated[
-        str, typer.Option("--seeds", metavar="N,...", help="Draw calibration text once with each.")
-    ] = "0",
+    choices: dict[str, Any],
+    pruning: dict[str, Any],
     as_json: Json = False,
     as_markdown: Annotated[bool, typer.Option("--markdown", help="Print a Markdown table.")] = False,
     quiet: Quiet = False,
 ) -> None:
     """Evaluate plans side by side: their sizes, and their losses on the same text."""
-    from moqc.api import compare, compare_pruning
+    from moqc.api import compare
 
     if quiet or as_json:
         log.be_quiet()
-    if prune is not None:
-        if unseen or tasks or problems or as_markdown or len(split_integers(seeds)) != 1:
-            raise UserError("with --prune there is text only, one seed, and no Markdown table")
-        pruned = compare_pruning(
-            model,
-            text,
-            bits=split_numbers(bits or "2.5"),
-            plans=split("global" if allocators is None else allocators),
-            prune=parse_share(prune),
-            rules=split(prune_rules),
-            linears=linears,
-            tokens=tokens,
-            window=window,
-            calibration=calib,
-            calibration_tokens=calib_tokens,
-            cache=cache,
-            seed=split_integers(seeds)[0],
-        )
-        if as_json:
-            print_json(pruned.to_dict())
-        else:
-            _print_skips(pruned)
+    if not {"bits", "model_bits"} & set(choices):
+        choices["bits"] = (BITS,)
+    if pruning:
+        if as_markdown:
+            raise UserError("with --prune there is no Markdown table")
+        _compare_pruning(model, text, choices, pruning, as_json=as_json)
         return
-    result = compare(
-        model,
-        text,
-        bits=split_numbers(bits or ("" if model_bits else "2.5")),
-        model_bits=split_numbers(model_bits or ""),
-        plans=split(PLANS if allocators is None else allocators),
-        formats=formats,
-        linears=linears,
-        tokens=tokens,
-        window=window,
-        unseen=unseen or (),
-        tasks=tasks or (),
-        problems=problems,
-        questions=questions,
-        calibration=calib,
-        calibration_tokens=calib_tokens,
-        cache=cache,
-        seeds=split_integers(seeds),
-    )
+    result = compare(model, text, **{"plans": PLANS, **choices})
     if as_json:
         print_json(result.to_dict())
         return
@@ -152,6 +69,24 @@ def command(
         return
     typer.echo(f"{headline(result)}\n")
     print_table(*table(result))
+
+
+def _compare_pruning(
+    model: str, text: list[Path], choices: dict[str, Any], pruning: dict[str, Any], *, as_json: bool
+) -> None:
+    from moqc.api import compare_pruning
+
+    if "prune" not in pruning:
+        raise UserError("--prune-rules without --prune: give the share of the experts' work to skip")
+    seeds = split_integers(choices.pop("seeds", "0"))
+    others = set(choices) - PRUNED_ONLY
+    if others or len(seeds) != 1:
+        raise UserError("with --prune there are expert bits, plans and text only, and one seed")
+    result = compare_pruning(model, text, **{"plans": "global", **choices}, **pruning, seed=seeds[0])
+    if as_json:
+        print_json(result.to_dict())
+    else:
+        _print_skips(result)
 
 
 def _print_skips(result: SkipComparison) -> None:

@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Any
 
 import typer
 
-from moqc.commands.options import Cache, Json, print_json, print_table
+from moqc.commands.options import Json, options, print_json, print_table
+from moqc.options import ModelsOptions
 
 
+@options(choices=ModelsOptions)
 def command(
-    verify: Annotated[
-        str | None,
-        typer.Option("--verify", metavar="TYPE|all", help="Run the gate on this model type, or on all, now."),
-    ] = None,
-    cache: Cache = None,
+    choices: dict[str, Any],
     as_json: Json = False,
 ) -> None:
     """List the decoder types with experts that transformers has, and what the gate says about each."""
     from moqc.api import models
 
-    survey = models(verify=verify, cache=cache)
+    survey = models(**choices)
     if as_json:
         print_json(survey)
         return

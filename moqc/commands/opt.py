@@ -3,74 +3,38 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from moqc import log
-from moqc.commands.options import (
-    Cache,
-    Calibration,
-    CalibrationTokens,
-    DumpIr,
-    PipelineText,
-    PrintAfter,
-    Quiet,
-    Seed,
-    StopAfter,
-    TargetName,
-    TimePasses,
-    VerifyEach,
-    pipeline_text,
-    split,
-)
+from moqc.commands.options import Quiet, options, pipeline_text
+from moqc.options import Debug, OptOptions
 
 
+@options(choices=OptOptions, debug=Debug)
 def command(
+    *,
     module: Annotated[Path, typer.Argument(metavar="FILE", help="IR text, as --dump-ir writes it.")],
-    pipeline: PipelineText = None,
+    pipeline: Annotated[
+        str | None,
+        typer.Option("--pipeline", metavar="TEXT", help="Passes to run, or @FILE; see `moqc passes`."),
+    ] = None,
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", metavar="FILE", help="Where the IR goes. [default: stdout]"),
     ] = None,
-    model: Annotated[
-        str | None, typer.Option(metavar="MODEL", help="Checkpoint, for passes that read weights.")
-    ] = None,
-    target: TargetName = "native",
-    calib: Calibration = None,
-    calib_tokens: CalibrationTokens = 32_768,
-    cache: Cache = None,
-    seed: Seed = 0,
-    dump_ir: DumpIr = None,
-    print_after: PrintAfter = "",
-    time_passes: TimePasses = False,
-    verify_each: VerifyEach = False,
-    stop_after: StopAfter = None,
+    choices: dict[str, Any],
+    debug: dict[str, Any],
     quiet: Quiet = False,
 ) -> None:
     """Run a pipeline on IR text and print the IR."""
     from moqc.api import opt
-    from moqc.pipelines import Debug
+    from moqc.keywords import build
 
     if quiet:
         log.be_quiet()
-    text = opt(
-        module,
-        pipeline_text(pipeline) or "",
-        model=model,
-        target=target,
-        calibration=calib,
-        calibration_tokens=calib_tokens,
-        cache=cache,
-        seed=seed,
-        debug=Debug(
-            dump_ir=dump_ir,
-            print_after=split(print_after),
-            time_passes=time_passes,
-            verify_each=verify_each,
-            stop_after=stop_after,
-        ),
-    )
+    text = opt(module, pipeline_text(pipeline) or "", **choices, debug=build(Debug, debug, "opt"))
     if output is None:
         typer.echo(text, nl=False)
         return

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_type_hints
 
 import typer
 
 from moqc.errors import UserError
-from moqc.targets import TARGETS
+from moqc.keywords import flags, spellings
 
 ArtifactArgument = Annotated[Path, typer.Argument(metavar="ARTIFACT", help="Folder that moqc compile wrote.")]
 ModelArgument = Annotated[
@@ -18,98 +20,73 @@ ModelArgument = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no notes, only warnings.")]
-Cache = Annotated[
-    Path | None,
-    typer.Option("--cache", metavar="DIR", help="Folder for intermediate results. [default: ~/.cache/moqc]"),
-]
-Calibration = Annotated[
-    list[Path] | None,
-    typer.Option("--calib", metavar="FILE", help="Calibration text; repeatable. [default: built-in text]"),
-]
-CalibrationTokens = Annotated[
-    int, typer.Option("--calib-tokens", metavar="N", help="Calibration tokens, all files together.")
-]
-Seed = Annotated[int, typer.Option("--seed", metavar="N", help="For what is drawn at random.")]
-TargetName = Annotated[
-    str,
-    typer.Option(
-        "--target",
-        metavar="NAME",
-        help="Machine to compile for; see `moqc targets`.",
-        autocompletion=lambda: ["native", *TARGETS],
-    ),
-]
-Formats = Annotated[
-    str,
-    typer.Option(
-        "--formats", metavar="NAMES", help="To choose from: integer, trellis, or formats separated by commas."
-    ),
-]
-Linears = Annotated[
-    str,
-    typer.Option("--linears", metavar="FORMAT", help="Format of the other matrices, or none: as they are."),
-]
-Activations = Annotated[
-    str | None,
-    typer.Option(
-        "--activations",
-        metavar="MODE",
-        help="int8: kernels quantize the inputs of quantized matrices; float: exact on CPUs, float16 on "
-        "GPUs. [default: int8 on CPUs, float on GPUs]",
-    ),
-]
-Context = Annotated[
-    int | None,
-    typer.Option(
-        "--context", metavar="N", help="Tokens a sequence may have. [default: the model's, at most 4096]"
-    ),
-]
-MaxBatch = Annotated[int, typer.Option("--max-batch", metavar="N", help="Sequences at once.")]
 Text = Annotated[list[Path], typer.Option("--text", metavar="FILE", help="Text to score, UTF-8; repeatable.")]
-Tokens = Annotated[
-    int | None,
-    typer.Option("--tokens", metavar="N", help="Score the first N tokens of each file. [default: all]"),
-]
-Window = Annotated[int, typer.Option("--window", metavar="N", help="Tokens of context a prediction may see.")]
-DumpIr = Annotated[
-    Path | None, typer.Option("--dump-ir", metavar="DIR", help="Write the IR after each pass there.")
-]
-PrintAfter = Annotated[
-    str, typer.Option("--print-after", metavar="PASS,...", help="Print the IR after these passes to stderr.")
-]
-TimePasses = Annotated[bool, typer.Option("--time-passes", help="Print the seconds of each pass to stderr.")]
-VerifyEach = Annotated[bool, typer.Option("--verify-each", help="Check the IR after each pass.")]
-StopAfter = Annotated[
-    str | None, typer.Option("--stop-after", metavar="PASS", help="Print the IR after this pass and end.")
-]
-PipelineText = Annotated[
-    str | None,
-    typer.Option("--pipeline", metavar="TEXT", help="Passes to run, or @FILE; see `moqc passes`."),
-]
 
 
-def split(value: str) -> tuple[str, ...]:
-    """Items of a comma-separated list; UserError when one is empty."""
-    items = tuple(item.strip() for item in value.split(",")) if value.strip() else ()
-    if not all(items):
-        raise UserError(f"{value!r}: an item of the list is empty")
-    return items
+def options(**lists: type[Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Decorator: parameters of a command, named as in `lists`, are replaced by the options of these.
+
+    The command gets a dict of the values that stand on the command line, under the names of the list's
+    fields; their types are checked by `moqc.keywords.build`.
+    """
+
+    def decorate(function: Callable[..., None]) -> Callable[..., None]:
+        parameters = [inspect.Parameter("ctx", _KEYWORD, annotation=typer.Context)]
+        for parameter in inspect.signature(function, eval_str=True).parameters.values():
+            cls = lists.get(parameter.name)
+            parameters += [parameter.replace(kind=_KEYWORD)] if cls is None else _parameters(cls)
+        names = {home: [item.name for item in _parameters(cls)] for home, cls in lists.items()}
+
+        @functools.wraps(function)
+        def run(ctx: typer.Context, **values: Any) -> None:
+            for home, known in names.items():
+                found = {name: values.pop(name) for name in known}
+                values[home] = {name: value for name, value in found.items() if _typed(ctx, name)}
+            function(**values)
+
+        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        run.__annotations__ = {}
+        return run
+
+    return decorate
 
 
-def split_numbers(value: str) -> tuple[float, ...]:
-    """Numbers of a comma-separated list."""
-    try:
-        return tuple(float(item) for item in split(value))
-    except ValueError as error:
-        raise UserError(f"{value!r}: expected numbers separated by commas, such as 2.5,3.25") from error
+_KEYWORD = inspect.Parameter.KEYWORD_ONLY
 
 
-def split_integers(value: str) -> tuple[int, ...]:
-    """Integers of a comma-separated list."""
-    try:
-        return tuple(int(item) for item in split(value))
-    except ValueError as error:
-        raise UserError(f"{value!r}: expected integers separated by commas, such as 0,1,2") from error
+def _typed(ctx: typer.Context, name: str) -> bool:
+    source = ctx.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
+
+
+def _parameters(cls: type[Any]) -> list[inspect.Parameter]:
+    """The options of a list as typer wants them."""
+    hints, found = get_type_hints(cls), []
+    for name, spelling in spellings(cls).items():
+        default, kind = getattr(cls, name), hints[name]
+        many = isinstance(default, tuple)
+        if many:
+            default, kind = None, str | None if spelling.joined else list[str] | None
+        elif spelling.parse is not None or kind not in _PLAIN:
+            default, kind = None, str | None
+        info = typer.Option(
+            *flags(name, spelling),
+            metavar=spelling.metavar,
+            help=sentence(spelling.help),
+            autocompletion=spelling.complete,
+        )
+        found.append(inspect.Parameter(name, _KEYWORD, default=default, annotation=Annotated[kind, info]))
+    return found
+
+
+_PLAIN = (bool, int, float, str, int | None, float | None, str | None)
+"""Types that typer reads; everything else is text to it."""
+
+
+def sentence(text: str) -> str:
+    """`text` as the help of an option: a capital letter, a period before what is in brackets at the end."""
+    body, bracket, default = text.partition(" [")
+    return f"{body[:1].upper()}{body[1:]}.{bracket}{default}"
 
 
 def pipeline_text(value: str | None) -> str | None:

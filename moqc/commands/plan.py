@@ -2,80 +2,36 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from moqc.commands.options import (
-    CalibrationTokens,
-    Json,
-    TargetName,
-    print_json,
-    print_table,
-)
-from moqc.commands.units import (
-    bytes_text,
-    count_text,
-    parse_bytes,
-    parse_seconds,
-    seconds_text,
-)
+from moqc.commands.options import Json, options, print_json, print_table
+from moqc.options import PlanOptions
+from moqc.units import bytes_text, count_text, seconds_text
 
 if TYPE_CHECKING:
     from moqc.predict.plan import Plan, Prediction
 
 
+DEFAULT_BITS = 3.0
+
+
+@options(choices=PlanOptions)
 def command(
     model: Annotated[
         str,
         typer.Argument(metavar="MODEL", help="Checkpoint folder, config.json, hub id, or qwen3-30b-a3b etc."),
     ],
-    bits: Annotated[
-        float | None, typer.Option(metavar="N", help="Expert file bits per weight. [default: 3.0]")
-    ] = None,
-    size: Annotated[
-        str | None, typer.Option(metavar="BYTES", help="Size of the artifact at most, such as 6GiB.")
-    ] = None,
-    latency: Annotated[
-        str | None, typer.Option(metavar="TIME", help="Time of a decoded token at most, such as 25ms.")
-    ] = None,
-    linears: Annotated[
-        str, typer.Option(metavar="FORMAT", help="Format of the other matrices, or none: as they are.")
-    ] = "int8-g64-sym",
-    allocator: Annotated[
-        str, typer.Option(metavar="NAME", help="uniform: one format for all experts; see `moqc allocators`.")
-    ] = "global",
-    target: TargetName = "native",
-    bandwidth: Annotated[
-        float | None,
-        typer.Option(metavar="GB/S", help="Memory bandwidth of the machine. [default: the target's]"),
-    ] = None,
-    context: Annotated[
-        int | None,
-        typer.Option(metavar="N", help="Tokens a sequence may have. [default: the model's, at most 4096]"),
-    ] = None,
-    max_batch: Annotated[int, typer.Option("--max-batch", metavar="N", help="Sequences at once.")] = 4,
-    calib_tokens: CalibrationTokens = 32_768,
+    choices: dict[str, Any],
     as_json: Json = False,
 ) -> None:
     """Predict size, memory, speed and compile time from a model's configuration; no weights are read."""
     from moqc.api import plan
 
-    if bits is None and size is None and latency is None:
-        bits = 3.0
-    result = plan(
-        model,
-        bits=bits,
-        size=None if size is None else parse_bytes(size),
-        latency=None if latency is None else parse_seconds(latency),
-        linears=linears,
-        allocator=allocator,
-        target=target,
-        bandwidth=bandwidth,
-        context=context,
-        max_batch=max_batch,
-        calibration_tokens=calib_tokens,
-    )
+    if not {"bits", "size", "latency"} & set(choices):
+        choices["bits"] = DEFAULT_BITS
+    result = plan(model, **choices)
     if as_json:
         print_json(result.to_dict())
     else:

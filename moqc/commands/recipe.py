@@ -22,6 +22,6 @@ def command(
 
     found = recipe(artifact)
     if as_json:
-        print_json(found.model_dump(mode="json"))
+        print_json(found.plain())
     else:
         typer.echo(found.to_yaml(), nl=False)

@@ -18,12 +18,12 @@ from moqc.evaluate.bench import Bench, Linears
 from moqc.evaluate.probes import TextProbe
 from moqc.ir.annotations import BITS, LINEAR_PLAN
 from moqc.log import logger
+from moqc.options import Debug
 from moqc.passes.base import PassContext
 from moqc.passes.quantize_linears import QuantizeLinears
 from moqc.pipelines import (
     DEFAULT_CANDIDATES,
     TRELLIS_QUANTIZERS,
-    Debug,
     Plan,
     allocation_pipeline,
     check_bits,

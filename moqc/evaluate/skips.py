@@ -27,9 +27,10 @@ from moqc.evaluate.metrics import Accumulator, Scores, mean_scores
 from moqc.ir.annotations import BITS
 from moqc.ir.sites import find_linears
 from moqc.log import logger
+from moqc.options import Debug
 from moqc.passes.base import PassContext
 from moqc.passes.quantize_linears import QuantizeLinears
-from moqc.pipelines import Debug, Plan, allocation_pipeline, check_bits, run_passes
+from moqc.pipelines import Plan, allocation_pipeline, check_bits, run_passes
 from moqc.quant.formats import Format
 from moqc.quant.routing import Pruning
 from moqc.quant.skips import RULES

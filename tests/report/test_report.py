@@ -88,7 +88,7 @@ def folder(tmp_path):
         target=TargetRecord(name="x86-64-v3", features=("avx2",)),
         versions=Versions(moqc="0.1.0", tvm="0.27.0.post1", tvm_ffi="0.1.14", llvm="22"),
         pipeline="allocate-bits{bits=2.5}",
-        recipe=Recipe(bits=2.5).model_dump(mode="json"),
+        recipe=Recipe(bits=2.5).plain(),
         calibration=CalibrationRecord(datasets={"text": 600}, fingerprint="d" * 32),
         bits=BITS,
         linear_bits={"lm_head": "int8-g64-sym"},

@@ -1,4 +1,4 @@
-"""Bytes, seconds and shares as people write and read them."""
+"""Bytes, seconds, shares and lists as people write and read them."""
 
 from __future__ import annotations
 
@@ -33,6 +33,30 @@ def parse_share(text: str) -> float:
     if not 0 < share < 1:
         raise UserError(f"{text!r}: expected a share above 0 and below 1, such as 15% or 0.15")
     return share
+
+
+def split(value: str) -> tuple[str, ...]:
+    """Items of a comma-separated list; UserError when one is empty."""
+    items = tuple(item.strip() for item in value.split(",")) if value.strip() else ()
+    if not all(items):
+        raise UserError(f"{value!r}: an item of the list is empty")
+    return items
+
+
+def split_numbers(value: str) -> tuple[float, ...]:
+    """Numbers of a comma-separated list."""
+    try:
+        return tuple(float(item) for item in split(value))
+    except ValueError as error:
+        raise UserError(f"{value!r}: expected numbers separated by commas, such as 2.5,3.25") from error
+
+
+def split_integers(value: str) -> tuple[int, ...]:
+    """Integers of a comma-separated list."""
+    try:
+        return tuple(int(item) for item in split(value))
+    except ValueError as error:
+        raise UserError(f"{value!r}: expected integers separated by commas, such as 0,1,2") from error
 
 
 def _parse(text: str, units: dict[str, float] | dict[str, int], what: str) -> float:

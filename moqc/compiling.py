@@ -1,0 +1,174 @@
+"""From a checkpoint to an artifact, and passes on IR text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from moqc.errors import PipelineError, UserError
+from moqc.inputs import (
+    check_architecture,
+    check_metadata,
+    context_length,
+    open_workspace,
+    param_store,
+    read_calibration,
+    read_module,
+    require_compiler,
+    require_onnx,
+    resolve_model,
+)
+from moqc.keywords import keywords
+from moqc.log import logger
+from moqc.manifest import Manifest
+from moqc.options import CompileOptions, OptOptions
+from moqc.package import check_output
+from moqc.targets import Target, find_target
+
+if TYPE_CHECKING:
+    from tvm import IRModule
+
+    from moqc.frontend.checkpoint import Checkpoint
+    from moqc.passes.pipeline import Pipeline
+
+
+@keywords(CompileOptions)
+def compile(model: str | Path, out: str | Path | None, options: CompileOptions) -> Manifest | str:
+    """Compile a checkpoint into the artifact folder `out`; returns its manifest.
+
+    The choices may come from a recipe: ``compile(model, out, **recipe.options())``. With ``debug.stop_after``
+    the IR text after that pass is returned, and no artifact is written. A `pipeline` takes the place of the
+    default passes: options that only make those do nothing then.
+
+    Args:
+        model: a checkpoint folder, or an id of the Hugging Face hub.
+        out: the folder to write; may be None with ``debug.stop_after``.
+
+    Raises:
+        UserError: for wrong input, before anything is written.
+
+    """
+    if out is not None:
+        check_output(Path(out), force=options.force)
+    elif options.debug.stop_after is None:
+        raise UserError("no output folder: give one with -o")
+    require_compiler()
+    if str(model).endswith(".onnx"):
+        require_onnx()
+        from moqc.graphs import compile_graph
+
+        return compile_graph(Path(model), Path(out or ""), options)
+    return _compile_checkpoint(model, out, options)
+
+
+def _compile_checkpoint(model: str | Path, out: str | Path | None, options: CompileOptions) -> Manifest | str:
+    from moqc.assemble import assemble
+    from moqc.frontend.checkpoint import Checkpoint
+    from moqc.frontend.hf import MAX_CHUNK
+    from moqc.ir.text import print_module
+    from moqc.passes.base import PassContext
+    from moqc.pipelines import check_lowering, needs_calibration, run_passes
+    from moqc.toolchains import check_toolchain
+
+    machine = find_target(options.target)
+    check_toolchain(machine)
+    check_lowering(options.linears, machine.mode(options.activations), options.max_batch)
+    calibrating = needs_calibration(options)
+    checkpoint = Checkpoint.open(resolve_model(model))
+    length = context_length(checkpoint.config, options.context)
+    passes = _passes(options, machine, length)
+    finished = options.debug.stop_after is None
+    start = None if options.start_from is None else Path(options.start_from)
+    if finished:
+        check_metadata(checkpoint)
+        if start is None:
+            _check_buildable(passes)
+    workspace = open_workspace(options.cache)
+    texts = None
+    if calibrating:
+        texts = read_calibration(checkpoint, options.calibration, options.calibration_tokens, options.seed)
+    check_architecture(checkpoint, workspace, machine)
+    with param_store(workspace.root, options.debug.dump_ir, start) as params:
+        ctx = PassContext(machine, checkpoint, texts, workspace, params, options.seed)
+        chunk = min(MAX_CHUNK, length)
+        mod, rest = _input_module(checkpoint, passes, start, options.max_batch, chunk)
+        mod = run_passes(rest, mod, ctx, options.debug)
+        if not finished:
+            return print_module(mod)
+        return assemble(
+            mod, ctx, passes, chunk, Path(out or ""), recipe=options.recipe(), force=options.force
+        )
+
+
+def _passes(options: CompileOptions, machine: Target, context: int) -> Pipeline:
+    """The pipeline asked for, or the default one. Raises UserError for options that no pass takes."""
+    from moqc.passes.pipeline import Pipeline
+    from moqc.pipelines import default_pipeline
+
+    if options.pipeline is not None:
+        return Pipeline.parse(options.pipeline)
+    activations = machine.mode(options.activations)
+    return default_pipeline(
+        options, activations=activations, context=context, layout=machine.layout, rotate=machine.rotates
+    )
+
+
+def _check_buildable(passes: Pipeline) -> None:
+    """PipelineError where no pass writes what packaging needs: say so before hours of work."""
+    from moqc.ir.annotations import CACHE, KERNELS
+
+    written = {key.name for item in passes.passes for key in item.writes}
+    for key in (CACHE, KERNELS):
+        if key.name not in written:
+            raise PipelineError(
+                f"the pipeline has no {key.writer}, without which there is nothing to build: "
+                "add it, or stop with --stop-after"
+            )
+
+
+def _input_module(
+    checkpoint: Checkpoint, passes: Pipeline, start_from: Path | None, max_batch: int, chunk: int
+) -> tuple[IRModule, Pipeline]:
+    """The module to start with, and the passes that it has not seen yet."""
+    from moqc.frontend.hf import import_model
+
+    if start_from is None:
+        logger.info("importing %s (%s)", checkpoint.path, checkpoint.config.model_type)
+        return import_model(checkpoint, max_batch=max_batch, max_chunk=chunk), passes
+    done = start_from.stem.partition("_")[2]  # 003_allocate-bits.py
+    return read_module(start_from), passes.after(done) if done else passes
+
+
+@keywords(OptOptions)
+def opt(module: str | Path, pipeline: str, options: OptOptions) -> str:
+    """Run the pipeline on the IR text in the file `module`; the text of the result.
+
+    Packed weights are kept in the folder ``params`` beside the file. Raises UserError as the passes do.
+
+    Args:
+        module: IR text, as ``debug.dump_ir`` of `compile` writes it.
+        pipeline: the passes to run, as text.
+
+    """
+    require_compiler()
+    from moqc.calibrate.workspace import ParamStore
+    from moqc.frontend.checkpoint import Checkpoint
+    from moqc.ir.text import print_module
+    from moqc.ir.verify import verify
+    from moqc.passes.base import PassContext
+    from moqc.passes.pipeline import Pipeline
+    from moqc.pipelines import run_passes
+
+    path = Path(module)
+    passes = Pipeline.parse(pipeline)
+    mod = read_module(path)
+    verify(mod)
+    checkpoint, texts = None, None
+    if options.model is not None:
+        checkpoint = Checkpoint.open(resolve_model(options.model))
+        texts = read_calibration(checkpoint, options.calibration, options.calibration_tokens, options.seed)
+    params = ParamStore(path.absolute().parent / "params")
+    ctx = PassContext(
+        find_target(options.target), checkpoint, texts, open_workspace(options.cache), params, options.seed
+    )
+    return print_module(run_passes(passes, mod, ctx, options.debug))
