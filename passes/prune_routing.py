@@ -63,6 +63,8 @@ class PruneRouting(Pass):
             limits = np.array([pruning.limit, pruning.peak, pruning.margin], np.float32)
             params.put(f"{_prefix(site)}.strength", pruning.strength.numpy())
             params.put(f"{_prefix(site)}.limits", limits)
+            if pruning.slopes is not None:
+                params.put(f"{_prefix(site)}.slopes", pruning.slopes.numpy())
         self._report(report)
         if self.cold == "demote":
             mod = _demote(mod, {site: entry["cold"] for site, entry in report.items()})
@@ -93,7 +95,6 @@ class PruneRouting(Pass):
             ctx.need("checkpoint", self.name),
             ctx.need("calibration", self.name),
             ctx.need("workspace", self.name),
-            seed=ctx.seed,
         )
         share = self.share or skipping.share_for(self.rule, self.loss, SHARES)
         prunings = skipping.prunings(self.rule, share)
@@ -161,6 +162,8 @@ def _rewrite(mod: IRModule, prunings: dict[str, SitePruning]) -> IRModule:
         named = ops.operands(call)
         strength = relax.TensorType([len(pruning.strength)], "float32")
         added = {"strength": strength, "limits": relax.TensorType([3], "float32")}
+        if pruning.slopes is not None:
+            added["slopes"] = relax.TensorType(list(pruning.slopes.shape), "float32")
         tensors = {f"{_prefix(site)}.{name}": ty for name, ty in added.items()}
         new = {name: new_parameter(name, ty) for name, ty in tensors.items()}
         rewrite.added |= new

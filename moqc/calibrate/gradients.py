@@ -12,7 +12,7 @@ bits to experts by this sum, with the errors of MC-MoE's rounding.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -68,13 +68,22 @@ def measure_gradients(
     model = LayeredModel(checkpoint)
     keys = {site: digest(key, site) for site in model.layouts}
     if not all(workspace.has(keys[site]) for site in keys):
-        _backward(model, Batches.of(calibration), len(calibration.names), workspace, keys)
+        batches, datasets = Batches.of(calibration), len(calibration.names)
+
+        def analyze(site: str, captured: Captured, gradients: Tensor, weights: ExpertWeights) -> None:
+            found = _site(captured, gradients, weights, batches.dataset, datasets)
+            workspace.save_tensors(keys[site], found)
+
+        run_backward(model, batches, analyze)
     return Gradients(keys, workspace)
 
 
-def _backward(
-    model: LayeredModel, batches: Batches, datasets: int, workspace: Workspace, keys: Mapping[str, str]
-) -> None:
+GradientAnalysis = Callable[[str, Captured, Tensor, ExpertWeights], None]
+"""(site, its inputs, gradients [T, H] of the summed loss at its output, its weights)."""
+
+
+def run_backward(model: LayeredModel, batches: Batches, analyze: GradientAnalysis) -> None:
+    """One forward and one backward pass; `analyze` is called for every site, the last layer's first."""
     stream = model.start(batches.tokens)
     inputs: list[list[Tensor]] = []
     for index in track(range(model.layer_count), "gradients, forward"):
@@ -90,10 +99,7 @@ def _backward(
         for site, block in weights.items():
             with torch.no_grad():
                 captured = taps.recorder.take(site)
-                gradients = torch.cat(taps.gradients(site))
-                workspace.save_tensors(
-                    keys[site], _site(captured, gradients, block, batches.dataset, datasets)
-                )
+                analyze(site, captured, torch.cat(taps.gradients(site)), block)
 
 
 class _Taps:

@@ -1,7 +1,8 @@
 """Routing seen on calibration text: the samples that pruning is calibrated on, and what pruning costs.
 
-`collect_samples` keeps of each experts block, on some windows, the routing and the inner products of the
-outputs of each token's experts; the error of any pruning follows from them (`moqc.quant.skips`).
+`collect_samples` fits what predicts the contribution of an expert from a token, and keeps of each experts
+block, on some windows, the routing, the inner products of the outputs of each token's experts, and how the
+loss moves with the block's output; what any pruning costs follows from them (`moqc.quant.skips`).
 `measure_losses` runs the whole model with several prunings in one pass over its weights.
 """
 
@@ -13,20 +14,24 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from moqc.calibrate.capture import Captured, analyze_sites
+from moqc.calibrate.capture import Batches, Captured, analyze_sites
 from moqc.calibrate.experts import ExpertWeights, routed
+from moqc.calibrate.gradients import run_backward
 from moqc.calibrate.layers import ExpertsCall, ExpertsFunction, LayeredModel, Stream
 from moqc.calibrate.text import CalibrationSet
 from moqc.calibrate.workspace import Workspace, digest
 from moqc.frontend.checkpoint import Checkpoint
 from moqc.log import track
-from moqc.quant.routing import Features, Pruning, prune
+from moqc.quant.ridge import LEAST_PAIRS, Predictor
+from moqc.quant.routing import Features, Pruning, gains, prune
 from moqc.quant.skips import RoutingSample
 
-VERSION = 1
+VERSION = 2
 """Of what is measured here; part of the cache key."""
 
 SAMPLE_TOKENS = 8192
+TRUST = 0.5
+"""Exponent of a token's predicted sensitivity in the contribution: gradients are noisy, hence less than 1."""
 CHUNK = 1024
 """Tokens whose experts' outputs are in memory at a time."""
 
@@ -36,33 +41,62 @@ def collect_samples(
 ) -> dict[str, RoutingSample]:
     """Measure, or take from the workspace, the routing of every site on about `SAMPLE_TOKENS` tokens."""
     model = LayeredModel(checkpoint)
-    window = calibration.tokens[0].shape[1]
     key = digest("routing", VERSION, checkpoint.fingerprint, calibration.fingerprint, SAMPLE_TOKENS)
+    keys = {site: digest(key, site) for site in model.layouts}
+    if not all(workspace.has(keys[site]) for site in keys):
+        predictions = analyze_sites(
+            model, calibration, workspace, digest(key, "norms"), _predict, "predicting outputs"
+        )
 
-    def analyze(site: str, captured: Captured, weights: ExpertWeights) -> dict[str, Tensor]:
-        return _measure(captured, weights, window)
+        def analyze(site: str, captured: Captured, gradients: Tensor, weights: ExpertWeights) -> None:
+            found = workspace.load_tensors(predictions[site])
+            tensors = _measure(captured, gradients, weights, found["strength"], found["slopes"])
+            workspace.save_tensors(keys[site], tensors)
 
-    keys = analyze_sites(model, calibration, workspace, key, analyze, "collecting routing")
-    return {site: _sample(workspace.load_tensors(keys[site])) for site in keys}
+        run_backward(model, Batches.of(calibration.head(SAMPLE_TOKENS)), analyze)
+    window = calibration.tokens[0].shape[1]
+    return {site: _sample(workspace.load_tensors(keys[site]), window) for site in keys}
 
 
-def _measure(captured: Captured, weights: ExpertWeights, window: int) -> dict[str, Tensor]:
-    """The tensors of a `RoutingSample`, from windows spread evenly over the text."""
-    windows = len(captured.x) // window
-    chosen = torch.linspace(0, windows - 1, min(windows, max(1, SAMPLE_TOKENS // window))).round().long()
-    tokens = (chosen[:, None] * window + torch.arange(window)).flatten()
-    x, ids, shares = captured.x[tokens], captured.ids[tokens], captured.weights[tokens]
-    features = Features.of(x, torch.arange(window).repeat(len(chosen)))
+def _predict(site: str, captured: Captured, weights: ExpertWeights) -> dict[str, Tensor]:
+    """`strength` and `slopes` of each expert: what predicts its output's squared norm from the input."""
+    predictor = Predictor.of(captured.x)
+    count = weights.expert_count
+    logs = torch.full((count,), torch.nan)
+    slopes = torch.zeros(count, captured.x.shape[1])
+    for expert, tokens, _ in captured.routed(count):
+        x = captured.x[tokens]
+        norms = torch.cat([weights.output(expert, part).square().sum(1) for part in torch.split(x, CHUNK)])
+        if len(tokens) >= LEAST_PAIRS:
+            logs[expert], slope = predictor.fit(x, norms)
+            slopes[expert] = slope.cpu()
+    # An expert that was hardly seen is as strong as the others are on average.
+    logs = torch.where(logs.isnan(), logs.nanmean(), logs).nan_to_num()
+    return {"strength": (0.5 * logs).exp(), "slopes": slopes}
+
+
+def _measure(
+    captured: Captured, gradients: Tensor, weights: ExpertWeights, strength: Tensor, slopes: Tensor
+) -> dict[str, Tensor]:
+    """The tensors of a `RoutingSample`."""
+    x, ids = captured.x, captured.ids
+    sensitivity = 0.5 * gradients.square().mean(1)
+    if float(sensitivity.sum()) > 0:
+        slopes = slopes + TRUST * Predictor.of(x).fit(x, sensitivity)[1].cpu()
+    features = Features.of(x, torch.zeros(len(x)), gains(slopes.to(x.device), x, ids))
     grams = [_grams(weights, x[at : at + CHUNK], ids[at : at + CHUNK]) for at in range(0, len(x), CHUNK)]
-    return {
-        "experts": torch.tensor(weights.expert_count),
+    found = {
         "ids": ids.int(),
-        "weights": shares,
+        "weights": captured.weights,
         "grams": torch.cat(grams),
         "peaks": features.peaks,
         "norms": features.norms,
-        "positions": features.positions.int(),
+        "gains": features.gains,
+        "sensitivity": sensitivity,
+        "strength": strength,
+        "slopes": slopes,
     }
+    return {name: tensor.cpu() for name, tensor in found.items()}
 
 
 def _grams(weights: ExpertWeights, x: Tensor, ids: Tensor) -> Tensor:
@@ -73,11 +107,11 @@ def _grams(weights: ExpertWeights, x: Tensor, ids: Tensor) -> Tensor:
     return outputs @ outputs.mT
 
 
-def _sample(tensors: dict[str, Tensor]) -> RoutingSample:
-    features = Features(tensors["peaks"], tensors["norms"], tensors["positions"].long())
-    return RoutingSample(
-        int(tensors["experts"]), tensors["ids"].long(), tensors["weights"], tensors["grams"], features
-    )
+def _sample(tensors: dict[str, Tensor], window: int) -> RoutingSample:
+    peaks, norms, found = (tensors.pop(name) for name in ("peaks", "norms", "gains"))
+    positions = torch.arange(window).repeat(len(peaks) // window)
+    features = Features(peaks, norms, positions, found)
+    return RoutingSample(ids=tensors.pop("ids").long(), features=features, **tensors)
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""From calibration text to a pruning of every experts block: samples, curvature, the share for a loss."""
+"""From calibration text to a pruning of every experts block: samples, rules, the share for a loss."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from moqc.calibrate.costs import measure_sensitivity
 from moqc.calibrate.routing import collect_samples, measure_losses
 from moqc.calibrate.text import CalibrationSet
 from moqc.calibrate.workspace import Workspace, digest
@@ -16,50 +15,35 @@ from moqc.frontend.checkpoint import Checkpoint
 from moqc.quant.routing import Pruning
 from moqc.quant.skips import RoutingSample, calibrate, most_share
 
-VERSION = 2
+VERSION = 3
 """Of the calibration of rules; part of the key of losses."""
-
-FLOOR = 1e-3
-"""Least curvature, as a share of the largest: a divergence lost in rounding must not make errors free."""
 
 
 @dataclass(frozen=True)
 class Skipping:
     """What the pruning of one model on one calibration text is made of.
 
-    `curvature`: site -> nats of KL divergence per relative squared error of the block's output. `key` names
-    all of it in caches.
+    `samples`: by site. `key` names all of it in caches.
     """
 
     checkpoint: Checkpoint
     calibration: CalibrationSet
     workspace: Workspace
     samples: dict[str, RoutingSample]
-    curvature: dict[str, float]
     key: str
 
     @classmethod
-    def of(
-        cls, checkpoint: Checkpoint, calibration: CalibrationSet, workspace: Workspace, *, seed: int = 0
-    ) -> Skipping:
+    def of(cls, checkpoint: Checkpoint, calibration: CalibrationSet, workspace: Workspace) -> Skipping:
         """Measure, or take from the workspace. Raises UserError where every token has one expert only."""
         samples = collect_samples(checkpoint, calibration, workspace)
         if most_share(samples) == 0:
             raise UserError("every token of this model uses a single expert: there is none to skip")
-        sensitivity = measure_sensitivity(checkpoint, calibration, workspace, seed=seed)
-        # The noise that sensitivity is measured with is in proportion to the output of each token.
-        harm = {
-            site: max(sensitivity[site], 0.0) * float(sample.output_square.double().mean())
-            for site, sample in samples.items()
-        }
-        largest = max(harm.values()) or 1.0
-        curvature = {site: max(value, FLOOR * largest) for site, value in harm.items()}
-        key = digest("skipping", VERSION, checkpoint.fingerprint, calibration.fingerprint, seed)
-        return cls(checkpoint, calibration, workspace, samples, curvature, key)
+        key = digest("skipping", VERSION, checkpoint.fingerprint, calibration.fingerprint)
+        return cls(checkpoint, calibration, workspace, samples, key)
 
     def prunings(self, rule: str, share: float) -> dict[str, Pruning]:
         """Site -> the pruning with which `rule` skips `share` of all pairs."""
-        return calibrate(rule, self.samples, self.curvature, share)
+        return calibrate(rule, self.samples, share)
 
     def share_for(self, rule: str, loss: float, shares: Sequence[float]) -> float:
         """The largest share at which the loss on calibration text rises by at most `loss` nats.

@@ -104,7 +104,7 @@ def compare_skips(
         check_bits(target)
     others = QuantizeLinears(linears=linears, embeddings=linears).plan(bench.mod)
     calibration = ctx.need("calibration", "compare")
-    skipping = Skipping.of(bench.checkpoint, calibration, bench.workspace, seed=ctx.seed)
+    skipping = Skipping.of(bench.checkpoint, calibration, bench.workspace)
     prunings = {rule: skipping.prunings(rule, share) for rule in rules}
     planned = [
         (text, plan, target, BITS.of(run_passes(allocation_pipeline(plan, target), bench.mod, ctx, Debug())))

@@ -11,7 +11,7 @@ with 17 digits.
 | linear             | x [...,K], codes, scales, zeros?, bias?                 | [...,rows]            |
 | embedding          | ids int [...], codes, scales, zeros?                    | [...,columns]         |
 | attention          | q [B,H,S,D], k [B,Hk,S,D], v [B,Hk,S,Dv], positions     | [B,S,H,Dv]            |
-| prune_routing      | x [T,H], ids, weights [T,k], positions [T], strength, limits | (ids, weights) [T,k] |
+| prune_routing      | x [T,H], ids, weights [T,k], positions, strength, limits, slopes? | (ids, weights) |
 | cached_attention   | the same, k_cache [B,Hk,C,D], v_cache [B,Hk,C,Dv]       | ([B,S,H,Dv], caches)  |
 | recurrent          | q, k [B,S,Hk,K], v [B,S,H,V], decay, positions          | [B,S,H,V]             |
 | cached_recurrent   | the same, state [B,H,K,V]                               | ([B,S,H,V], state)    |
@@ -176,8 +176,9 @@ def prune_routing(
 
     The arithmetic is that of `moqc.quant.routing.SitePruning`: `rule` is ``mass`` or ``ratio``, `exponent` a
     float's repr. A dropped pair has id -1 and weight 0, which every lowering of the experts blocks must skip:
-    no weights read, no row computed. `operands` are strength float32 [E] and limits float32 [3]: limit,
-    peak and margin. `positions` is int64 [T]; a token of position < 0 is padding and loses all its experts.
+    no weights read, no row computed. `operands` are strength float32 [E], limits float32 [3]: limit, peak and
+    margin, and in some cases slopes float32 [E, H]. `positions` is int64 [T]; a token of position < 0 is
+    padding and loses all its experts.
     """
     attrs = {"site": site, "rule": rule, "exponent": exponent, "renormalize": renormalize, "first": first}
     return _call(PRUNE_ROUTING, (x, ids, weights, positions, *tensors), **attrs, operands=list(operands))

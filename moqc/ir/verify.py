@@ -198,10 +198,13 @@ def _check_prune_routing(call: relax.Call) -> None:
     hidden = _extents(call, "x", 2, last=True)[-1]
     _check_routing(call, hidden)
     _check(call, "positions", named["positions"].ty, (named["x"].ty.shape[0],), ("int64",))
-    if attributes(call)["operands"] != ["strength", "limits"]:
-        raise VerifyError(f"{describe(call)}: its operands are strength and limits")
-    _check(call, "strength", named["strength"].ty, (_extents(call, "strength", 1, last=True)[0],))
+    if attributes(call)["operands"] not in (["strength", "limits"], ["strength", "limits", "slopes"]):
+        raise VerifyError(f"{describe(call)}: its operands are strength, limits and in some cases slopes")
+    experts = _extents(call, "strength", 1, last=True)[0]
+    _check(call, "strength", named["strength"].ty, (experts,))
     _check(call, "limits", named["limits"].ty, (3,))
+    if "slopes" in named:
+        _check(call, "slopes", named["slopes"].ty, (experts, hidden))
     _check_choice(call, "rule", ("mass", "ratio"))
     _check_number(call, "exponent")
 

@@ -27,30 +27,33 @@ Kind = Literal["mass", "ratio"]
 
 @dataclass(frozen=True)
 class Features:
-    """What the rules look at of a token's hidden state, [T] each.
+    """What the rules look at of tokens' hidden states.
 
-    `peaks`: its largest absolute element; `norms`: the sum of all absolute elements; `positions` int64.
+    `peaks` [T]: the largest absolute element; `norms` [T]: the sum of all absolute elements; `positions`
+    int64 [T]. `gains` [T, k]: by which factor the contribution of each of its experts differs from that expert's
+    usual one; 1 where a rule has no slopes.
     """
 
     peaks: Tensor
     norms: Tensor
     positions: Tensor
+    gains: Tensor
 
     @classmethod
-    def of(cls, x: Tensor, positions: Tensor) -> Features:
+    def of(cls, x: Tensor, positions: Tensor, gains: Tensor) -> Features:
         """The features of the block's input x [T, H]."""
         size = x.abs()
-        return cls(size.amax(1), size.sum(1), positions)
+        return cls(size.amax(1), size.sum(1), positions, gains)
 
 
 @dataclass(frozen=True)
 class SitePruning:
     """The pruning of one experts block, calibrated.
 
-    A pair's contribution is ``c = (|weight| * strength[expert]) ** exponent``.
+    A pair's contribution is ``(|weight| * strength[expert]) ** exponent * exp(slopes[expert] @ x)``, x the
+    block's input; `slopes` float32 [E, H], None for zeros.
 
-    * ``mass``: keep the smallest set of a token's experts, largest contributions first, that has at least
-      `limit` of their sum. ``limit = 1 - tau``.
+    * ``mass``: keep what contributes at least `limit`, and the largest contribution in any case.
     * ``ratio``: keep what has at least `limit` of the token's largest contribution.
 
     An expert of strength 0 is removed: it is never kept. Of a token that must not be pruned every other
@@ -69,17 +72,23 @@ class SitePruning:
     first: int = 0
     peak: float = math.inf
     margin: float = 0.0
+    slopes: Tensor | None = None
 
-    def contributions(self, ids: Tensor, weights: Tensor) -> Tensor:
+    def gains(self, x: Tensor, ids: Tensor) -> Tensor:
+        """``exp(slopes[expert] @ x)`` of each pair, float32 [T, k]."""
+        return gains(self.slopes, x, ids)
+
+    def contributions(self, features: Features, ids: Tensor, weights: Tensor) -> Tensor:
         """Contribution of each pair, float32 [T, k]; 0 for an id that is no expert."""
         known = (ids >= 0) & (ids < len(self.strength))
         strength = self.strength[torch.where(known, ids, 0)]
-        return torch.where(known, (weights.abs() * strength) ** self.exponent, 0.0)
+        worth = (weights.abs() * strength) ** self.exponent * features.gains
+        return torch.where(known, worth, 0.0)
 
     def select(self, features: Features, ids: Tensor, weights: Tensor) -> Tensor:
         """Which pairs are kept, bool [T, k], for ids and weights [T, k]."""
-        scores = self.contributions(ids, weights)
-        chosen = keep_mass(scores, self.limit) if self.kind == "mass" else keep_ratio(scores, self.limit)
+        scores = self.contributions(features, ids, weights)
+        chosen = keep_worth(scores, self.limit) if self.kind == "mass" else keep_ratio(scores, self.limit)
         chosen = chosen | self.protected(features, weights)[:, None]
         return chosen & (scores > 0) & (features.positions >= 0)[:, None]
 
@@ -121,26 +130,32 @@ def prune(
     pruning: Pruning, x: Tensor, ids: Tensor, weights: Tensor, positions: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The ids and weights [T, k] of the pruned block with input x [T, H] at positions int64 [T]."""
-    keep = pruning.select(Features.of(x, positions), ids, weights)
+    found = pruning.gains(x, ids) if isinstance(pruning, SitePruning) else torch.ones(ids.shape)
+    keep = pruning.select(Features.of(x, positions, found), ids, weights)
     return drop(ids, weights, keep, pruning.renormalize)
 
 
-def keep_mass(scores: Tensor, limit: float) -> Tensor:
-    """The largest of `scores` [T, k] that make up at least `limit` of their sum; ties in order."""
-    before = (_precedes(scores) * scores[:, None, :]).sum(2)
-    return before < limit * scores.sum(1, keepdim=True)
+def gains(slopes: Tensor | None, x: Tensor, ids: Tensor) -> Tensor:
+    """``exp(slopes[expert] @ x)`` of each pair, float32 [T, k], for x [T, H], ids [T, k], `slopes` [E, H].
+
+    1 for an id that is no expert, and without slopes.
+    """
+    if slopes is None:
+        return torch.ones(ids.shape)
+    known = (ids >= 0) & (ids < len(slopes))
+    # One expert at a time: [T, k, H] would not fit.
+    found = [(x * slopes[torch.where(known, ids, 0)[:, slot]]).sum(1) for slot in range(ids.shape[1])]
+    return torch.where(known, torch.stack(found, 1), 0.0).exp()
+
+
+def keep_worth(scores: Tensor, limit: float) -> Tensor:
+    """Those of `scores` [T, k] that are at least `limit`, and the row's largest."""
+    return scores >= scores.amax(1, keepdim=True).clamp(max=limit)
 
 
 def keep_ratio(scores: Tensor, limit: float) -> Tensor:
     """Those of `scores` [T, k] that are at least `limit` of the row's largest."""
     return scores >= limit * scores.amax(1, keepdim=True)
-
-
-def _precedes(scores: Tensor) -> Tensor:
-    """Bool [T, k, k]: whether score i comes before score j (``[t, j, i]``), the largest first."""
-    mine, other = scores[:, :, None], scores[:, None, :]
-    place = torch.arange(scores.shape[1])
-    return (other > mine) | ((other == mine) & (place[None, :] < place[:, None]))
 
 
 def router_margin(weights: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ from moqc.quant.routing import (
 )
 
 RULES: dict[str, str] = {
-    "mass": "the experts with most of a token's calibrated contribution; one error budget for all layers",
+    "mass": "experts whose contribution, predicted from the token, is worth it; one budget for all layers",
     "odp": "MC-MoE's ratio of routing weights, the same share in every layer, protection by token features",
     "odp-literal": "MC-MoE's ratio with its published token protection; for comparison only",
     "topk-threshold": "one ratio of routing weights for all layers, no protection",
@@ -34,7 +34,7 @@ RULES: dict[str, str] = {
 """Rule of ``--prune-rule`` -> what it does."""
 
 EXPONENT = 2.0
-"""Outputs of different experts are nearly orthogonal: then tau bounds the relative squared error."""
+"""A contribution is a squared norm: outputs of different experts are nearly orthogonal, so theirs add up."""
 FIRST = 4
 """Positions that attention sinks on are among the first few (arXiv 2309.17453 keeps four)."""
 PEAK = 5.0
@@ -50,50 +50,45 @@ class RoutingSample:
     """Tokens of one experts block with E experts: whole windows, in order.
 
     `ids` int64 and `weights` float32 [T, k]; `grams` float32 [T, k, k], the inner products of the outputs of
-    the token's experts; `features` of the block's input.
+    the token's experts; `features` of the block's input. `sensitivity` float32 [T]: nats that the loss rises
+    by per squared error of the block's output at this token. `strength` [E] and `slopes` [E, H] are those of
+    the mass rule's contributions.
     """
 
-    experts: int
     ids: Tensor
     weights: Tensor
     grams: Tensor
     features: Features
+    sensitivity: Tensor
+    strength: Tensor
+    slopes: Tensor
+
+    @property
+    def experts(self) -> int:
+        """E."""
+        return len(self.strength)
 
     @cached_property
     def renormalize(self) -> bool:
         """Whether the model's routing weights have a constant sum."""
         return self.weights.shape[1] > 1 and renormalizes(self.weights)
 
-    @cached_property
-    def output_square(self) -> Tensor:
-        """Squared norm of the block's output, float32 [T]."""
-        return _quadratic(self.grams, self.weights).clamp(min=1e-20)
-
     def keep(self, pruning: Pruning) -> Tensor:
         """Which pairs `pruning` keeps, bool [T, k]."""
         return pruning.select(self.features, self.ids, self.weights)
 
-    def errors(self, keep: Tensor, renormalize: bool) -> Tensor:
-        """Squared error of the block's output relative to the output's square, float32 [T]."""
+    def harm(self, keep: Tensor, renormalize: bool) -> float:
+        """By how many nats, summed over the tokens, the loss rises if only the pairs `keep` are computed.
+
+        To second order, of the block's error alone: ``Σ_t sensitivity_t ‖Δy_t‖²``.
+        """
         kept = drop(self.ids, self.weights, keep, renormalize)[1]
-        return _quadratic(self.grams, self.weights - kept).clamp(min=0) / self.output_square
+        errors = _quadratic(self.grams, self.weights - kept).clamp(min=0)
+        return float((self.sensitivity * errors).double().sum())
 
     def skipped(self, pruning: Pruning) -> float:
         """Share of the pairs that `pruning` drops."""
         return float((~self.keep(pruning)).float().mean())
-
-    @cached_property
-    def strength(self) -> Tensor:
-        """Calibrated contribution of each expert per unit of routing weight, float32 [E].
-
-        ``E ||E(x)|| / ||y||``, the mean over its tokens of the norm of its output relative to that of the
-        block. An expert that saw no token gets the mean of all.
-        """
-        norms = self.grams.diagonal(dim1=1, dim2=2).clamp(min=0).sqrt()
-        per_weight = norms / self.output_square.sqrt()[:, None]
-        total = torch.zeros(self.experts).index_add_(0, self.ids.flatten(), per_weight.flatten())
-        count = torch.bincount(self.ids.flatten(), minlength=self.experts)
-        return torch.where(count > 0, total / count.clamp(min=1), per_weight.mean())
 
 
 def _quadratic(grams: Tensor, weights: Tensor) -> Tensor:
@@ -109,12 +104,9 @@ def most_share(samples: Samples) -> float:
     return 1 - kept / sum(sample.ids.numel() for sample in samples.values())
 
 
-def calibrate(
-    rule: str, samples: Samples, curvature: Mapping[str, float], share: float
-) -> dict[str, Pruning]:
+def calibrate(rule: str, samples: Samples, share: float) -> dict[str, Pruning]:
     """The prunings, by site, with which `rule` skips `share` of the (token, expert) pairs of all `samples`.
 
-    `curvature`: site -> harm of a relative squared error of the block's output; only ``mass`` uses it.
     Raises UserError for an unknown rule or a share out of reach.
     """
     if rule not in RULES:
@@ -125,7 +117,7 @@ def calibrate(
             f"most is {0.95 * most_share(samples):.1%}"
         )
     if rule == "mass":
-        return _budgeted(samples, curvature, share)
+        return _budgeted(samples, share)
     if rule == "topk-threshold":
         plain = {site: _ratio(sample, protect=False) for site, sample in samples.items()}
         return _common(samples, lambda limit: {s: replace(p, limit=limit) for s, p in plain.items()}, share)
@@ -176,9 +168,9 @@ def _common(
     return prunings(high)
 
 
-def _budgeted(samples: Samples, curvature: Mapping[str, float], share: float) -> dict[str, Pruning]:
+def _budgeted(samples: Samples, share: float) -> dict[str, Pruning]:
     """Mass prunings of least total harm: limits on the lower hulls of (pairs skipped, harm) by site."""
-    curves = {site: _Curve.measure(sample, curvature[site]) for site, sample in samples.items()}
+    curves = {site: _Curve.measure(sample) for site, sample in samples.items()}
     total = sum(sample.ids.numel() for sample in samples.values())
     low, high = 1e-30, 1e30
     for _ in range(4 * ROUNDS):
@@ -198,7 +190,7 @@ def _budgeted(samples: Samples, curvature: Mapping[str, float], share: float) ->
 
 @dataclass(frozen=True)
 class _Curve:
-    """What pruning one site by mass costs: pairs skipped and harm at each of `limits`, both rising."""
+    """What pruning one site by mass costs: pairs skipped and harm at each of `limits`, all rising."""
 
     base: SitePruning
     limits: list[float]
@@ -206,20 +198,20 @@ class _Curve:
     harm: list[float]
 
     @classmethod
-    def measure(cls, sample: RoutingSample, curvature: float) -> _Curve:
+    def measure(cls, sample: RoutingSample) -> _Curve:
+        """The curve on `sample`: limits in equal numbers of pairs between two."""
         # Scaling what is left, as the model would, doubles the error (docs/methods.md): weights stay.
-        base = SitePruning("mass", 1.0, sample.strength, False, EXPONENT)
+        base = SitePruning("mass", 0.0, sample.strength, False, EXPONENT, slopes=sample.slopes)
+        scores = base.contributions(sample.features, sample.ids, sample.weights)
         base = _protected(base, sample)
-        scores = base.contributions(sample.ids, sample.weights).sort(dim=1, descending=True).values
-        # The limits at which a pair goes: in equal numbers of pairs between two.
-        before = (scores.cumsum(1) - scores)[:, 1:] / scores.sum(1, keepdim=True)
-        steps = torch.quantile(before.flatten()[:: max(1, before.numel() >> 18)], torch.linspace(1, 0, GRID))
-        limits, skips, harm = [1.0], [0.0], [0.0]
+        others = scores.sort(dim=1, descending=True).values[:, 1:].flatten()
+        steps = torch.quantile(others[:: max(1, others.numel() >> 18)], torch.linspace(0, 1, GRID))
+        limits, skips, harm = [0.0], [0.0], [0.0]
         for limit in steps.tolist():
             keep = sample.keep(replace(base, limit=limit))
             limits.append(limit)
             skips.append(float((~keep).sum()))
-            harm.append(curvature * float(sample.errors(keep, base.renormalize).double().sum()))
+            harm.append(sample.harm(keep, base.renormalize))
         return cls(base, limits, skips, harm)
 
     def cheapest(self, price: float) -> int:

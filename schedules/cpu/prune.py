@@ -38,14 +38,15 @@ class PruneShape:
     renormalize: bool
     first: int
     lanes: int
+    slopes: bool
 
 
 def prune_kernel(shape: PruneShape) -> tirx.PrimFunc:
     """Build the kernel.
 
     Parameters of the PrimFunc: x float32 [T, H], ids [T, k] of type `shape.ids`, weights float32 [T, k],
-    positions int64 [T], strength float32 [E], limits float32 [3] (limit, peak, margin), and the outputs ids
-    and weights.
+    positions int64 [T], strength float32 [E], limits float32 [3] (limit, peak, margin), with `shape.slopes`
+    slopes float32 [E, H], and the outputs ids and weights.
     """
     count = shape.top_k
     with kernel("prune_routing", rule=shape.rule, experts=shape.experts, top_k=count) as k:
@@ -56,6 +57,8 @@ def prune_kernel(shape: PruneShape) -> tirx.PrimFunc:
         positions = k.parameter("positions", [tokens], "int64")
         strength = k.parameter("strength", [shape.experts], "float32")
         limits = k.parameter("limits", [3], "float32")
+        size = [shape.experts, shape.hidden]
+        slopes = k.parameter("slopes", size, "float32") if shape.slopes else None
         kept_ids = k.parameter("kept_ids", [tokens, count], shape.ids)
         kept_weights = k.parameter("kept_weights", [tokens, count], "float32")
 
@@ -64,14 +67,16 @@ def prune_kernel(shape: PruneShape) -> tirx.PrimFunc:
             margin = _margin(count, weights, t)
             unsure = tirx.any(_largest_input(shape, x, t) > load(limits, [1]), margin < load(limits, [2]))
             protected = bind(tirx.any(position < int64(shape.first), unsure))
-            scores = _scores(shape, ids, weights, strength, t)
+            scores = _scores(shape, (ids, weights, strength), t)
+            if slopes is not None:
+                _apply_slopes(shape, scores, (x, ids, slopes), t)
             bound = _bound(shape, scores, load(limits, [0]))
             totals = scratch(2)  # of all weights, and of those that are left
             _fill(totals, 2, 0.0)
             with loop(0, count) as j:
                 score, share = bind(load(scores, [j])), bind(load(weights, [t, j]))
-                worth = _worth(shape, scores, j, score, bound)
-                stays = bind(tirx.all(position >= int64(0), score > _f(0), tirx.any(protected, worth)))
+                worth = tirx.any(protected, score >= bound)
+                stays = bind(tirx.all(position >= int64(0), score > _f(0), worth))
                 left = bind(T.if_then_else(stays, share, _f(0)))
                 dropped = tirx.const(DROPPED, shape.ids)
                 store(kept_ids, [t, j], T.if_then_else(stays, load(ids, [t, j]), dropped))
@@ -95,13 +100,19 @@ def _fill(vector: Any, count: int, value: float) -> None:
         store(vector, [at], _f(value))
 
 
-def _scores(shape: PruneShape, ids: Any, weights: Any, strength: Any, t: Any) -> Any:
-    """The contributions of a token's pairs; 0 for an id that is no expert."""
+def _expert(shape: PruneShape, ids: Any, t: Any, j: Any) -> tuple[Any, Any]:
+    """The expert of a pair, 0 for an id that is none; and whether it is one."""
+    number = bind(int64(load(ids, [t, j])))
+    known = bind(tirx.all(number >= int64(0), number < int64(shape.experts)))
+    return bind(T.if_then_else(known, number, int64(0))), known
+
+
+def _scores(shape: PruneShape, tensors: tuple[Any, Any, Any], t: Any) -> Any:
+    """The contributions of a token's pairs without slopes; 0 for an id that is no expert."""
+    ids, weights, strength = tensors
     scores = scratch(shape.top_k)
     with loop(0, shape.top_k) as j:
-        number = bind(int64(load(ids, [t, j])))
-        known = bind(tirx.all(number >= int64(0), number < int64(shape.experts)))
-        at = bind(T.if_then_else(known, number, int64(0)))
+        at, known = _expert(shape, ids, t, j)
         value = bind(T.fabs(load(weights, [t, j])) * load(strength, [at]))
         if shape.exponent == 2.0:
             value = bind(value * value)
@@ -111,27 +122,30 @@ def _scores(shape: PruneShape, ids: Any, weights: Any, strength: Any, t: Any) ->
     return scores
 
 
-def _bound(shape: PruneShape, scores: Any, limit: Any) -> Any:
-    """`limit` times the sum of the scores (mass), or the largest (ratio)."""
-    total = scratch(1)
-    _fill(total, 1, 0.0)
+def _apply_slopes(shape: PruneShape, scores: Any, tensors: tuple[Any, Any, Any], t: Any) -> None:
+    """Multiply each score by ``exp(slopes[expert] @ x)``."""
+    x, ids, slopes = tensors
+    lanes = common_lanes(shape.lanes, shape.hidden)
+    kind = vector_type(lanes)
+    total = scratch(lanes)
     with loop(0, shape.top_k) as j:
-        before, score = load(total, [0]), load(scores, [j])
-        store(total, [0], before + score if shape.rule == "mass" else tirx.max(before, score))
-    return bind(limit * load(total, [0]))
+        at, _ = _expert(shape, ids, t, j)
+        store(total, [0], spread(0.0, lanes))
+        with loop(0, shape.hidden // lanes) as step:
+            product = load(x, [t, step * lanes], kind) * load(slopes, [at, step * lanes], kind)
+            store(total, [0], load(total, [0], kind) + product)
+        gain = T.exp(bind(reduce_lanes(total, lanes, lambda a, b: a + b)))
+        store(scores, [j], load(scores, [j]) * gain)
 
 
-def _worth(shape: PruneShape, scores: Any, j: Any, mine: Any, bound: Any) -> Any:
-    """Whether the rule keeps pair j: mass where those before it, in falling order, do not reach `bound`."""
-    if shape.rule != "mass":
-        return mine >= bound
-    before = scratch(1)
-    _fill(before, 1, 0.0)
-    with loop(0, shape.top_k) as i:
-        other = bind(load(scores, [i]))
-        first = tirx.any(other > mine, tirx.all(other == mine, i < j))
-        store(before, [0], load(before, [0]) + T.if_then_else(first, other, _f(0)))
-    return load(before, [0]) < bound
+def _bound(shape: PruneShape, scores: Any, limit: Any) -> Any:
+    """What a pair must reach: `limit` (mass) or that share of the largest (ratio); the largest reaches it."""
+    top = scratch(1)
+    _fill(top, 1, 0.0)
+    with loop(0, shape.top_k) as j:
+        store(top, [0], tirx.max(load(top, [0]), load(scores, [j])))
+    largest = bind(load(top, [0]))
+    return bind(tirx.min(limit, largest) if shape.rule == "mass" else limit * largest)
 
 
 def _largest_input(shape: PruneShape, x: Any, row: Any) -> Any:
@@ -180,6 +194,7 @@ def lower_prune_routing(bb: relax.BlockBuilder, call: relax.Call, target: Target
         renormalize=bool(attrs["renormalize"]),
         first=attrs["first"],
         lanes=target.vector_lanes,
+        slopes="slopes" in named,
     )
     function = bb.add_func(prune_kernel(shape), "moqc_prune_routing")
     return relax.call_tir(function, list(named.values()), list(call.ty.fields))

@@ -1,6 +1,5 @@
 """Samples of routing from a real tiny model, pruned forwards, and the share of the work for a loss."""
 
-import numpy as np
 import pytest
 import torch
 
@@ -10,7 +9,7 @@ from moqc.calibrate.routing import PrunedExperts, collect_samples, measure_losse
 from moqc.calibrate.skipping import Skipping
 from moqc.calibrate.workspace import Workspace
 from moqc.errors import UserError
-from moqc.quant.routing import SitePruning
+from moqc.quant.routing import SitePruning, gains
 
 SHARES = (0.05, 0.1, 0.2, 0.9)
 
@@ -46,7 +45,23 @@ def test_samples_are_what_the_blocks_compute(checkpoint, calibration, workspace)
     assert call.site == site
     assert torch.equal(sample.ids[:window], call.ids)
     squares = original(call).square().sum(1)
-    assert torch.allclose(sample.output_square[:window], squares, rtol=1e-3)
+    nothing = sample.harm(torch.zeros(sample.ids.shape, dtype=torch.bool), False)
+    assert nothing > 0
+    found = torch.einsum("ti,tij,tj->t", sample.weights, sample.grams, sample.weights)
+    assert torch.allclose(found[:window], squares, rtol=1e-3)
+    assert (sample.sensitivity[: window - 1] > 0).all()
+    assert torch.allclose(sample.features.gains[:window], gains(sample.slopes, call.x, call.ids), rtol=1e-4)
+
+
+def test_contributions_predict_the_norms_of_outputs(checkpoint, calibration, workspace):
+    """Better than what an expert contributes on average."""
+    for sample in collect_samples(checkpoint, calibration, workspace).values():
+        actual = sample.grams.diagonal(dim1=1, dim2=2).log()
+        mean = torch.zeros(sample.experts).index_add_(0, sample.ids.flatten(), actual.flatten())
+        mean /= sample.ids.flatten().bincount(minlength=sample.experts).clamp(min=1)
+        rest = actual - mean[sample.ids]
+        guess = 2 * sample.strength[sample.ids].log() + sample.features.gains.log() - mean[sample.ids]
+        assert torch.corrcoef(torch.stack([rest.flatten(), guess.flatten()]))[0, 1] > 0.2
 
 
 def test_a_pruned_forward_counts_what_it_skips(skipping, checkpoint, calibration):
@@ -66,7 +81,7 @@ def _layer(site):
 
 def test_dropping_nothing_changes_no_loss(skipping, checkpoint, calibration, workspace):
     keep_all = {
-        site: SitePruning("mass", 1.0, torch.ones(sample.experts), True)
+        site: SitePruning("mass", 0.0, torch.ones(sample.experts), True)
         for site, sample in skipping.samples.items()
     }
     drop = skipping.prunings("mass", 0.3)
@@ -82,8 +97,3 @@ def test_the_share_for_a_loss_is_interpolated(skipping, monkeypatch):
     assert skipping.share_for("odp", 1.0, SHARES) == 0.2
     with pytest.raises(UserError, match=r"skipping 5% of the experts' work \(0\.0010\)"):
         skipping.share_for("odp", 0.0009, SHARES)
-
-
-def test_curvature_is_positive(skipping):
-    assert all(value > 0 for value in skipping.curvature.values())
-    assert np.isfinite(list(skipping.curvature.values())).all()

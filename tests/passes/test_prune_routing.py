@@ -51,7 +51,9 @@ def test_the_routing_of_every_block_goes_through_the_operator(pruned, imported):
         assert (ids.tuple_value, ids.index, weights.index) == (weights.tuple_value, 0, 1)
         assert ops.operand(prune, "x").same_as(named["x"])
         assert ops.attributes(prune)["site"] == ops.attributes(call)["site"]
-    added = [f"model.layers.{n}.mlp.pruning.{part}" for n in range(2) for part in ("strength", "limits")]
+    added = [
+        f"model.layers.{n}.mlp.pruning.{part}" for n in range(2) for part in ("strength", "limits", "slopes")
+    ]
     assert PARAMS.of(mod) == [*PARAMS.of(imported), *added]
     assert all(name in ctx.params for name in added)
 

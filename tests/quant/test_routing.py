@@ -1,7 +1,5 @@
 """The rules of expert pruning against brute force and hand-made cases."""
 
-import itertools
-
 import pytest
 import torch
 
@@ -11,8 +9,8 @@ from moqc.quant.routing import (
     LiteralPruning,
     SitePruning,
     drop,
-    keep_mass,
     keep_ratio,
+    keep_worth,
     prune,
     renormalizes,
     router_margin,
@@ -32,24 +30,23 @@ def call(tokens=5, top_k=3, experts=6, seed=0):
     return x, ids, weights / weights.sum(1, keepdim=True), torch.arange(10, 10 + tokens)
 
 
-@pytest.mark.parametrize("limit", [0.05, 0.5, 0.8, 0.95, 1.0])
-def test_mass_keeps_the_smallest_set_that_is_enough(limit):
-    scores = torch.rand(40, 4, generator=torch.Generator().manual_seed(1))
-    kept = keep_mass(scores, limit)
-    for row, mine in zip(scores, kept, strict=True):
-        enough = [
-            subset
-            for size in range(1, 5)
-            for subset in itertools.combinations(range(4), size)
-            if row[list(subset)].sum() >= limit * row.sum() - 1e-6
-        ]
-        size = len(enough[0])
-        best = max((s for s in enough if len(s) == size), key=lambda s: row[list(s)].sum())
-        assert mine.nonzero().flatten().tolist() == list(best)
+def test_what_is_worth_it_is_kept_and_the_largest():
+    scores = torch.tensor([[0.1, 0.5, 0.3], [0.02, 0.03, 0.01], [0.4, 0.4, 0.1]])
+    kept = keep_worth(scores, 0.3).tolist()
+    assert kept == [[False, True, True], [False, True, False], [True, True, False]]
+    assert keep_worth(scores, 0.0).all()
 
 
-def test_equal_scores_are_kept_in_their_order():
-    assert keep_mass(torch.tensor([[0.25, 0.25, 0.25, 0.25]]), 0.5).tolist() == [[True, True, False, False]]
+def test_slopes_scale_contributions_by_the_token():
+    x, ids, weights, positions = call()
+    ids[0, 1] = -1
+    slopes = torch.randn(6, 8, generator=torch.Generator().manual_seed(2)) / 3
+    rule = pruning(slopes=slopes, strength=torch.linspace(0.5, 3, 6), exponent=2.0)
+    found = rule.contributions(Features.of(x, positions, rule.gains(x, ids)), ids, weights)
+    for token, row in enumerate(ids.tolist()):
+        for slot, expert in enumerate(row):
+            plain = (weights[token, slot] * rule.strength[expert]) ** 2 * (slopes[expert] @ x[token]).exp()
+            assert float(found[token, slot]) == pytest.approx(0.0 if expert < 0 else float(plain), rel=1e-5)
 
 
 def test_ratio_compares_with_the_largest_wherever_it_is():
@@ -71,8 +68,9 @@ def test_a_dropped_pair_has_no_expert_and_the_rest_keeps_the_sum():
 def test_strength_decides_as_the_weight_does(kind):
     x, ids, weights, positions = call()
     strength = torch.linspace(0.5, 3, 6)
-    kept = pruning(kind=kind, strength=strength, limit=0.6).select(Features.of(x, positions), ids, weights)
-    same = keep_mass if kind == "mass" else keep_ratio
+    features = Features.of(x, positions, torch.ones(ids.shape))
+    kept = pruning(kind=kind, strength=strength, limit=0.6).select(features, ids, weights)
+    same = keep_worth if kind == "mass" else keep_ratio
     assert torch.equal(kept, same(weights * strength[ids], 0.6))
     assert 0 < int((~kept).sum()) < kept.numel()
 
@@ -81,7 +79,7 @@ def test_an_expert_without_strength_is_never_kept():
     x, ids, weights, positions = call(first := 4)
     strength = torch.ones(6)
     strength[ids[:, 0]] = 0
-    rule = pruning(strength=strength, limit=1.0, first=100)
+    rule = pruning(strength=strength, limit=0.0, first=100)
     kept_ids, kept = prune(rule, x, ids, weights, positions)
     assert not (torch.isin(ids, torch.nonzero(strength == 0)) & (kept_ids != DROPPED)).any()
     alive = (kept_ids != DROPPED).any(1)
@@ -99,7 +97,7 @@ def test_nothing_left_is_zero_and_not_nan():
 def test_an_id_that_is_no_expert_stays_dropped():
     x, ids, weights, positions = call()
     ids[0, 1], ids[1, 2] = -1, 6
-    kept_ids, kept = prune(pruning(limit=1.0), x, ids, weights, positions)
+    kept_ids, kept = prune(pruning(limit=0.0), x, ids, weights, positions)
     assert (kept_ids[0, 1], kept_ids[1, 2]) == (DROPPED, DROPPED)
     assert (kept[0, 1], kept[1, 2]) == (0, 0)
 
@@ -110,7 +108,7 @@ def test_protected_tokens_keep_all_and_padding_nothing():
     weights[4] = torch.tensor([0.34, 0.33, 0.33])
     positions = torch.tensor([0, 7, -1, 8, 9])
     kept = pruning(kind="ratio", limit=1.0, first=4, peak=40.0, margin=0.05).select(
-        Features.of(x, positions), ids, weights
+        Features.of(x, positions, torch.ones(ids.shape)), ids, weights
     )
     assert kept.sum(1).tolist() == [3, 1, 0, 3, 3]
 
@@ -133,7 +131,7 @@ def test_literal_protection_is_the_norm_over_the_tokens_left():
     x = torch.ones(rows * window, 4)
     x[7] = 400  # 1600 / 93 is above the last token's 4 / 1
     weights = torch.tensor([0.9, 0.1]).repeat(rows * window, 1)
-    features = Features.of(x, torch.arange(window).repeat(rows))
+    features = Features.of(x, torch.arange(window).repeat(rows), torch.ones(rows * window, 2))
     kept = LiteralPruning(0.5, True).select(features, torch.zeros(200, 2, dtype=torch.int64), weights)
     whole = kept.all(1).nonzero().flatten().tolist()
     assert whole == [7, 99, 198, 199]

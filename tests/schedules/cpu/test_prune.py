@@ -27,6 +27,8 @@ def compiled(top_k: int, ids: str, rule: SitePruning):
         "strength": ([EXPERTS], "float32"),
         "limits": ([3], "float32"),
     }
+    if rule.slopes is not None:
+        types["slopes"] = ([EXPERTS, HIDDEN], "float32")
     arguments = [relax.Var(name, relax.TensorType(shape, dtype)) for name, (shape, dtype) in types.items()]
     bb = relax.BlockBuilder()
     with bb.function("main", arguments):
@@ -38,7 +40,7 @@ def compiled(top_k: int, ids: str, rule: SitePruning):
                 exponent=repr(rule.exponent),
                 renormalize=int(rule.renormalize),
                 first=rule.first,
-                operands=["strength", "limits"],
+                operands=list(types)[4:],
             )
             result = bb.emit_output(lower_prune_routing(bb, bb.normalize(call), target))
         bb.emit_func_output(result)
@@ -54,6 +56,7 @@ def compiled(top_k: int, ids: str, rule: SitePruning):
             positions,
             rule.strength,
             torch.from_numpy(limits),
+            *([] if rule.slopes is None else [rule.slopes]),
         ]
         outputs = machine["main"](*(tvm.runtime.tensor(array.numpy()) for array in arrays))
         return [torch.from_numpy(output.numpy()) for output in outputs]
@@ -72,16 +75,24 @@ def inputs(tokens: int, top_k: int):
 
 
 STRENGTH = torch.tensor([0.5, 2.0, 1.0, 0.0, 1.5, 0.7, 1.1])
+SLOPES = torch.randn(EXPERTS, HIDDEN, generator=torch.Generator().manual_seed(5)) / 5
 RULES = {
     "mass": SitePruning("mass", 0.8, STRENGTH, True, 1.5, first=2, peak=2.5, margin=0.02),
-    "mass, plain": SitePruning("mass", 0.9, torch.ones(EXPERTS), False, 2.0),
+    "mass, plain": SitePruning("mass", 0.2, torch.ones(EXPERTS), False, 2.0),
+    "mass, slopes": SitePruning("mass", 0.3, STRENGTH, False, 2.0, first=1, slopes=SLOPES),
     "ratio": SitePruning("ratio", 0.4, STRENGTH, True, first=1, margin=0.1),
 }
 
 
 @pytest.mark.parametrize(
     ("top_k", "ids", "name"),
-    [(4, "int64", "mass"), (6, "int32", "mass, plain"), (2, "int64", "ratio"), (1, "int64", "ratio")],
+    [
+        (4, "int64", "mass"),
+        (6, "int32", "mass, plain"),
+        (4, "int32", "mass, slopes"),
+        (2, "int64", "ratio"),
+        (1, "int64", "ratio"),
+    ],
 )
 def test_agrees_with_the_reference(top_k, ids, name):
     rule = RULES[name]
