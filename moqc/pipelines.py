@@ -179,8 +179,8 @@ def default_pipeline(
     """All passes of `moqc compile`, from the imported module to one that can be built.
 
     `activations` is "int8" or "float" and `context` a number of tokens: what the recipe's are on the target
-    and model at hand. `layout` is the target's, and
-    `rotate` whether its kernels can rotate the inputs of down. Raises UserError for a choice that cannot be.
+    and model at hand. `layout` is the target's, and `rotate` whether its kernels can rotate the inputs of
+    down. Raises UserError for a choice that cannot be.
     """
     plan = Plan.parse(f"{recipe.allocator}:{recipe.quantizer}")
     if plan.quantizer == "mcmoe":

@@ -4,6 +4,7 @@ from moqc.errors import UserError
 from moqc.pipelines import Plan, allocation_pipeline, candidate_formats, default_pipeline
 from moqc.quant.formats import Format
 from moqc.quant.layouts import LAYOUTS
+from moqc.recipe import Recipe
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -43,8 +44,9 @@ def test_inputs_of_down_are_rotated_where_quantizer_and_kernels_do(plan, kernels
     passes = allocation_pipeline(Plan.parse(plan), 2.5, rotate=kernels)
     assert ("rotate=true" in str(passes)) == rotates
     if plan != "pmq:mcmoe":
-        options = {"linears": "none", "activations": "int8", "context": 64, "max_batch": 1}
-        whole = default_pipeline(Plan.parse(plan), bits=2.5, rotate=kernels, **options)
+        allocator, _, quantizer = plan.partition(":")
+        recipe = Recipe(allocator=allocator, quantizer=quantizer or "gptq", bits=2.5, linears="none")
+        whole = default_pipeline(recipe, activations="int8", context=64, rotate=kernels)
         assert str(whole).count("rotate=true") == 2 * rotates
 
 

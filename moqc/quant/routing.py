@@ -30,8 +30,8 @@ class Features:
     """What the rules look at of tokens' hidden states.
 
     `peaks` [T]: the largest absolute element; `norms` [T]: the sum of all absolute elements; `positions`
-    int64 [T]. `gains` [T, k]: by which factor the contribution of each of its experts differs from that expert's
-    usual one; 1 where a rule has no slopes.
+    int64 [T]. `gains` [T, k]: by which factor the contribution of each of its experts differs from what is
+    usual for that expert; 1 where a rule has no slopes.
     """
 
     peaks: Tensor
