@@ -32,7 +32,7 @@ SETS = 4
 
 
 def build(shape: Any, fmt: Any, types: dict[str, Any], target: Any) -> Any:
-    """Functions plain and pruned (x, ids, weights, positions, strength, limits, *operands) -> y."""
+    """Functions plain and pruned (x, ids, weights, positions, strength, limits, slopes, *operands) -> y."""
     builder = relax.BlockBuilder()
     lowerings = LOWERINGS[target.schedules].operators
     for name in ("plain", "pruned"):
@@ -44,14 +44,16 @@ def build(shape: Any, fmt: Any, types: dict[str, Any], target: Any) -> Any:
             relax.Var("positions", relax.TensorType([tokens], "int64")),
             relax.Var("strength", relax.TensorType([shape.experts], "float32")),
             relax.Var("limits", relax.TensorType([3], "float32")),
+            relax.Var("slopes", relax.TensorType([shape.experts, shape.hidden], "float32")),
         ]
         weights = [relax.Var(key.replace(".", "_"), ty) for key, ty in types.items()]
         with builder.function(name, [*inputs, *weights]):
             with builder.dataflow():
                 x, ids, shares = inputs[:3]
                 if name == "pruned":
-                    attrs = {"rule": "mass", "exponent": "1.5", "renormalize": 1, "first": 4}
-                    call = ops.prune_routing(*inputs, site="bench", operands=["strength", "limits"], **attrs)
+                    attrs = {"rule": "mass", "exponent": "2.0", "renormalize": 0, "first": 4}
+                    operands = ["strength", "limits", "slopes"]
+                    call = ops.prune_routing(*inputs, site="bench", operands=operands, **attrs)
                     lowered = lowerings[ops.PRUNE_ROUTING](builder, builder.normalize(call), target)
                     both = builder.emit(lowered)
                     ids, shares = (builder.emit(relax.TupleGetItem(both, at)) for at in range(2))
@@ -107,6 +109,13 @@ class Bench:
         self.machine = build(shape, fmt, types, find_target("native"))
         self.sets = [random_operands(types, self.generator) for _ in range(SETS)]
         self.calls = 0
+        slopes = self.generator.standard_normal((shape.experts, shape.hidden), np.float32)
+        self.slopes = torch.from_numpy(0.5 * slopes / shape.hidden**0.5)
+
+    def rule(self, limit: float) -> SitePruning:
+        """The pruning, as it is compiled."""
+        strength = torch.ones(self.shape.experts)
+        return SitePruning("mass", limit, strength, False, 2.0, slopes=self.slopes)
 
     def tokens(self, count: int, *, adjacent: bool = False) -> list[torch.Tensor]:
         """x, ids, weights (adding up to 1) and positions of `count` tokens."""
@@ -124,7 +133,7 @@ class Bench:
     def run(self, name: str, tokens: list[torch.Tensor], limit: float) -> float:
         """Seconds of one call, on the next set of weights."""
         limits = torch.tensor([limit, float("inf"), 0.0])
-        given = [*tokens, torch.ones(self.shape.experts), limits]
+        given = [*tokens, torch.ones(self.shape.experts), limits, self.slopes]
         arguments = [tvm.runtime.tensor(tensor.numpy()) for tensor in given]
         self.calls += 1
         start = time.perf_counter()
@@ -134,14 +143,12 @@ class Bench:
 
 def limit_for(bench: Bench, share: float) -> float:
     """The limit of the mass rule that skips `share` of the pairs."""
-    _, ids, weights, _ = bench.tokens(4000)
+    x, ids, weights, positions = bench.tokens(2000)
     low, high = 0.0, 1.0
     for _ in range(30):
         middle = (low + high) / 2
-        kept = SitePruning("mass", middle, torch.ones(bench.shape.experts), True, 1.5)
-        x = torch.zeros(len(ids), 1)
-        dropped = (prune(kept, x, ids, weights, torch.full((len(ids),), 9))[0] < 0).float().mean()
-        low, high = (middle, high) if dropped > share else (low, middle)
+        dropped = (prune(bench.rule(middle), x, ids, weights, positions)[0] < 0).float().mean()
+        low, high = (low, middle) if dropped > share else (middle, high)
     return high
 
 
@@ -152,7 +159,7 @@ def compare(bench: Bench, count: int, share: float, seconds: float) -> str:
     which either call was slowest is left out, for what else the machine did meanwhile.
     """
     limit = limit_for(bench, share)
-    rule = SitePruning("mass", limit, torch.ones(bench.shape.experts), True, 1.5)
+    rule = bench.rule(limit)
     rows: list[tuple[float, float, int, int]] = []
     end = time.perf_counter() + seconds
     while time.perf_counter() < end or len(rows) < 5:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tvm import IRModule
@@ -10,13 +11,14 @@ from tvm import IRModule
 from moqc.errors import BudgetError, UserError
 from moqc.log import event
 from moqc.options import Debug
-from moqc.passes.allocate_bits import MOST_BITS
+from moqc.passes.allocate_bits import MOST_BITS, AllocateBits
 from moqc.passes.base import PassContext
 from moqc.passes.measure_costs import FORMATS
 from moqc.passes.pipeline import Pipeline
 from moqc.quant.allocators.table import find_allocator
 from moqc.quant.formats import Format
 from moqc.quant.layouts import DEFAULT as DEFAULT_LAYOUT
+from moqc.quant.overrides import Override
 from moqc.quant.quantizers import STORABLE
 from moqc.recipe import Recipe
 
@@ -28,6 +30,7 @@ quantize and longer to multiply with; docs/methods.md has the measurements."""
 DEFAULT_CANDIDATES = "integer"
 TRELLIS_QUANTIZERS = ("gptq", "rtn")
 """Quantizers that can round to them."""
+WIDE = "int8-g128"
 WIDEST_BITS = 4.0
 """Budget up to which 8-bit candidates are not worth their measurement."""
 MCMOE_EXTRA_BITS = (32 - 24) / 128
@@ -135,7 +138,7 @@ def candidate_formats(
             f"formats {chosen!r}: trellises need a CPU target and one of the quantizers "
             f"{', '.join(TRELLIS_QUANTIZERS)}; use integer formats"
         )
-    return formats if bits <= WIDEST_BITS or chosen not in CANDIDATES else (*formats, "int8-g128")
+    return formats if bits <= WIDEST_BITS or chosen not in CANDIDATES else (*formats, WIDE)
 
 
 def allocation_pipeline(
@@ -146,27 +149,34 @@ def allocation_pipeline(
     model_bits: float | None = None,
     formats: str = DEFAULT_CANDIDATES,
     rotate: bool = True,
+    overrides: Sequence[Override] = (),
 ) -> Pipeline:
     """The passes that end with moqc.bits: measure what the allocator reads, then allocate.
 
     With `model_bits`, the budget is file bits a weight of the whole model, and `bits` does nothing. `formats`
-    are the candidates, as for `candidate_formats`; `rotate`: the kernels can rotate the inputs of down.
+    are the candidates, as for `candidate_formats`, and 8 bits where `overrides` ask for them; `rotate`: the
+    kernels can rotate the inputs of down.
     """
     # What is measured with a simulated quantizer is measured with the one whose formats are real.
     quantizer = plan.quantizer if plan.quantizer in STORABLE else DEFAULT_QUANTIZER
     analyses = ANALYSES.get(plan.allocator, (*ANALYSES["pmq"], *ANALYSES["global"]))
     budget = bits if model_bits is None else model_bits
-    names = "+".join(candidate_formats(budget, layout, plan.quantizer, formats))
+    candidates = candidate_formats(budget, layout, plan.quantizer, formats)
+    if WIDE not in candidates and any(8 in override.bits for override in overrides):
+        candidates = (*candidates, WIDE)
+    names = "+".join(candidates)
     rotated = _rotation(plan, rotate)
     texts = [text.format(quantizer=quantizer, formats=names, rotate=rotated) for text in analyses]
     if plan.quantizer == "mcmoe":
         bits -= MCMOE_EXTRA_BITS
-    if model_bits is None:
-        texts.append(f"allocate-bits{{bits={bits!r} allocator={plan.allocator}}}")
-    else:
-        texts.append("measure-linears")
-        texts.append(f"allocate-bits{{model_bits={model_bits!r} allocator={plan.allocator}}}")
-    return Pipeline.parse(",".join(texts))
+    texts += [] if model_bits is None else ["measure-linears"]
+    allocation = AllocateBits(
+        bits=AllocateBits.bits if model_bits is not None else bits,
+        model_bits=model_bits or 0.0,
+        allocator=plan.allocator,
+        overrides=tuple(map(str, overrides)),
+    )
+    return Pipeline((*Pipeline.parse(",".join(texts)).passes, allocation))
 
 
 def _rotation(plan: Plan, rotate: bool) -> str:
@@ -202,6 +212,7 @@ def default_pipeline(
         model_bits=recipe.model_bits,
         formats=recipe.formats,
         rotate=rotate,
+        overrides=recipe.overrides,
     )
     return Pipeline(allocation.passes + quantizing.passes + rest.passes)
 

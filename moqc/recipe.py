@@ -16,6 +16,7 @@ from typing import Any
 
 from moqc.errors import UserError
 from moqc.keywords import build, flags, option, spellings
+from moqc.quant.overrides import Override
 from moqc.targets import TARGETS
 from moqc.units import parse_share
 
@@ -32,6 +33,13 @@ class Recipe:
         "integer",
         "to choose from: integer, trellis (smaller loss, slower), or formats separated by commas",
         metavar="NAMES",
+    )
+    overrides: Sequence[Override] = option(
+        (),
+        r"bits for what a pattern names, such as 'layers\.0\..*down=4,8'; repeatable, the last one decides",
+        metavar="REGEX=BITS,...",
+        flags=("--override",),
+        parse=Override.parse,
     )
     linears: str = option(
         "int8-g64-sym", "format of the other matrices, or none: as they are", metavar="FORMAT"
@@ -83,8 +91,7 @@ class Recipe:
 
     def plain(self) -> dict[str, Any]:
         """The choices as numbers, texts and lists, as they are in a file."""
-        found: dict[str, Any] = dataclasses.asdict(self)
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in found.items()}
+        return {key: _plain(value) for key, value in self.options().items()}
 
     def changed(self) -> dict[str, Any]:
         """The keys that differ from the defaults."""
@@ -110,6 +117,14 @@ class Recipe:
             for item in value if isinstance(value, tuple) else (value,):
                 words += [flags(key, known[key])[0], str(item)]
         return shlex.join(words)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Override):
+        return _plain(dataclasses.asdict(value))
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, tuple | list) else value
 
 
 def read_recipe(path: Path) -> dict[str, Any]:

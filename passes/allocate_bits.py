@@ -21,6 +21,7 @@ from moqc.passes.allocation_problem import NEEDS, build_problem
 from moqc.passes.base import Pass, PassContext
 from moqc.passes.linear_units import add_linears
 from moqc.quant.allocators.table import find_allocator
+from moqc.quant.overrides import Override, restrict
 from moqc.quant.problem import PROJECTIONS, Problem, Solution
 from moqc.schedules.kernel_times import kernel_times
 from moqc.targets import Target
@@ -31,7 +32,7 @@ TIES = ("none", "gate-up", "expert")
 
 @dataclass(frozen=True)
 class AllocateBits(Pass):
-    """Choose the format of every expert projection for at most `bits` stored bits per expert weight.
+    r"""Choose the format of every expert projection for at most `bits` stored bits per expert weight.
 
     `bits` counts codes, scales, zeros, padding and tables. `allocator` is a name of
     `moqc.quant.allocators.table`; `formats` the candidates, by default those whose costs were measured, or
@@ -41,7 +42,8 @@ class AllocateBits(Pass):
     With the global allocator, `tie` gives projections one format: "gate-up" those two of an expert, "expert"
     all of it; `classes` is the most formats that a block may use, 0 for any; `model_bits`, if not 0, is a
     budget a weight of the whole model, in place of `bits`: the matrices of LINEAR_COSTS are then units too;
-    `microseconds`, if not 0, bounds the expected time a token that the routed experts take.
+    `microseconds`, if not 0, bounds the expected time a token that the routed experts take; `overrides` hold
+    the units that a pattern names to some bits, as ``layers\.0\..*down=4,8`` (`moqc.quant.overrides`).
     """
 
     name: ClassVar[str] = "allocate-bits"
@@ -54,6 +56,7 @@ class AllocateBits(Pass):
     classes: int = 0
     model_bits: float = 0.0
     microseconds: float = 0.0
+    overrides: tuple[str, ...] = ()
 
     def required(self) -> tuple[Key[Any], ...]:
         """What the chosen allocator needs."""
@@ -72,6 +75,7 @@ class AllocateBits(Pass):
         problem = build_problem(mod, sites, self.allocator, self.formats, self.bits)
         if self.classes:
             problem = replace(problem, max_classes=self.classes)
+        problem = restrict(problem, unit_names(problem), [Override.parse(text) for text in self.overrides])
         if self.microseconds:
             latency = expected_microseconds(mod, sites, problem, ctx.need("target", self.name))
             problem = replace(problem, latency=latency, latency_budget=self.microseconds)
@@ -104,10 +108,10 @@ class AllocateBits(Pass):
         if self.microseconds < 0:
             raise PipelineError(f"{self.name}: microseconds={self.microseconds:g} must not be negative")
         constrained = self.classes or self.tie != "none" or self.model_bits or self.microseconds
-        if self.allocator != "global" and constrained:
+        if self.allocator != "global" and (constrained or self.overrides):
             raise PipelineError(
-                f"{self.name}: tie, classes, model_bits and microseconds are options of the global "
-                "allocator only"
+                f"{self.name}: tie, classes, model_bits, microseconds and overrides are options of the "
+                "global allocator only"
             )
         if self.model_bits and self.microseconds:
             raise PipelineError(f"{self.name}: microseconds bound the experts' time; give bits with them")
@@ -133,6 +137,12 @@ def expected_microseconds(
         hit = measured["pairs"][int(problem.unit_expert[unit])] / max(measured["tokens"], 1)
         found[unit] = [hit * times.microseconds(rows, columns, fmt) for fmt in problem.formats]
     return found
+
+
+def unit_names(problem: Problem) -> list[str]:
+    """Name of each unit of experts, ``site.expert.projection``."""
+    units = zip(problem.unit_site, problem.unit_expert, problem.unit_projection, strict=True)
+    return [f"{problem.sites[site]}.{expert}.{PROJECTIONS[name]}" for site, expert, name in units]
 
 
 def tied_units(problem: Problem, tie: str) -> NDArray[np.int64]:

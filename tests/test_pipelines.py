@@ -1,9 +1,11 @@
 import pytest
 
 from moqc.errors import UserError
+from moqc.passes.pipeline import Pipeline
 from moqc.pipelines import Plan, allocation_pipeline, candidate_formats, default_pipeline
 from moqc.quant.formats import Format
 from moqc.quant.layouts import LAYOUTS
+from moqc.quant.overrides import Override
 from moqc.recipe import Recipe
 
 
@@ -66,3 +68,12 @@ def test_candidates_without_kernels_or_quantizer(layout, quantizer, formats, say
 def test_unknown_quantizer() -> None:
     with pytest.raises(UserError, match="unknown quantizer 'spqr': known are rtn, hqq, awq, gptq, mcmoe"):
         Plan.parse("uniform:spqr")
+
+
+def test_overrides_bring_their_candidate() -> None:
+    recipe = Recipe(overrides=(Override("down", (4, 8)),))
+    text = str(default_pipeline(recipe, activations="int8", context=64))
+    assert "int8-g128" in text
+    assert 'overrides="down=4,8"' in text
+    assert str(Pipeline.parse(text)) == text
+    assert "int8-g128" not in str(default_pipeline(Recipe(), activations="int8", context=64))

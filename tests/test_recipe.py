@@ -9,9 +9,16 @@ from typer.main import get_command
 
 import moqc.api
 from moqc.errors import UserError
+from moqc.quant.overrides import Override
 from moqc.recipe import Recipe, make_recipe, read_recipe
 
-CHANGED = Recipe(bits=2.5, calibration=("a b.txt", "c.txt"), context=512, pipeline="legalize,schedule")
+CHANGED = Recipe(
+    bits=2.5,
+    overrides=(Override(r"layers\.0\..*down", (4, 8)),),
+    calibration=("a b.txt", "c.txt"),
+    context=512,
+    pipeline="legalize,schedule",
+)
 
 
 @pytest.mark.parametrize("recipe", [Recipe(), CHANGED])
@@ -47,6 +54,7 @@ def test_command_names_what_is_changed():
     given = list(zip(words[5::2], words[6::2], strict=True))
     assert given == [
         ("--bits", "2.5"),
+        ("--override", r"layers\.0\..*down=4,8"),
         ("--calib", "a b.txt"),
         ("--calib", "c.txt"),
         ("--context", "512"),
@@ -101,6 +109,19 @@ def test_options_on_the_command_line_win(tmp_path, monkeypatch):
     assert result.exit_code == 0, result.output
     assert (seen["bits"], seen["seed"], seen["calibration"]) == (2.5, 7, ["x.txt"])
     assert "linears" not in seen
+
+
+def test_overrides_are_texts_or_tables():
+    wanted = (Override("down", (4, 8)),)
+    assert make_recipe({"overrides": ["down=4,8"]}, "here").overrides == wanted
+    assert make_recipe({"overrides": [{"sites": "down", "bits": [4, 8]}]}, "here").overrides == wanted
+    with pytest.raises(UserError, match=r"^here: overrides\.0\.bits"):
+        make_recipe({"overrides": [{"sites": "down"}]}, "here")
+
+
+def test_shares_are_written_as_people_do():
+    assert make_recipe({"prune": "15%"}, "here").prune == 0.15
+    assert make_recipe({"prune": 0.15}, "here").prune == 0.15
 
 
 def test_plain_values_make_a_recipe():

@@ -44,6 +44,8 @@ def restrict(problem: Problem, names: Sequence[str], overrides: Sequence[Overrid
     `names`: of each unit. Raises UserError for a pattern that is none or matches nothing, or bits without a
     candidate.
     """
+    if not overrides:
+        return problem
     allowed = problem.permitted.copy()
     for override in overrides:
         wide = [fmt.bits in override.bits for fmt in problem.formats]

@@ -198,6 +198,10 @@ def why(report: Report) -> list[str]:
             sentences.append(
                 f"Rank correlation of bits with {label}: {_rank_correlation(bits, joined):+.2f}."
             )
+    overrides = () if report.recipe is None else report.recipe.overrides
+    if overrides:
+        listed = ", ".join(map(str, overrides))
+        sentences.append(f"The recipe holds the projections that these name to some bits: {listed}.")
     return sentences
 
 

@@ -312,3 +312,35 @@ def test_time_is_bounded() -> None:
         AllocateBits(bits=3.0, microseconds=-1.0)(mod, ctx)
     with pytest.raises(PipelineError, match="give bits with them"):
         AllocateBits(model_bits=3.0, microseconds=bound)(LINEAR_COSTS.put(mod, {}), ctx)
+
+
+def test_overrides_hold_what_they_name_to_their_bits():
+    """Of several the last decides; the others share what is left."""
+    texts = (r"layers\.0\..*=4", r"layers\.0\.2\.(gate|up)$=1,2")
+    plan = BITS.of(AllocateBits(bits=3.5, overrides=texts).run(annotated(), PassContext()))
+    found = {name: [Format.parse(fmt).bits for fmt in names] for name, names in plan["layers.0"].items()}
+    assert found["down"] == [4, 4, 4, 4]
+    for name in ("gate", "up"):
+        assert found[name][2] in (1, 2)
+        assert [found[name][expert] for expert in (0, 1, 3)] == [4, 4, 4]
+    assert file_bits(plan) <= 3.5
+    free = BITS.of(AllocateBits(bits=3.5).run(annotated(), PassContext()))
+    assert plan["layers.1"] != free["layers.1"]
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (
+            {"overrides": (r"layers\.7\.=4",)},
+            r"override layers.*=4: its pattern is found in no name; .*layers\.0\.0",
+        ),
+        ({"overrides": ("down(=4",)}, "not a regular expression"),
+        ({"overrides": ("down=5",)}, "no candidate has these bits; the formats have 1, 2, 3, 4, 8"),
+        ({"overrides": ("down=4",), "allocator": "uniform"}, "overrides are options of the global"),
+        ({"overrides": ("layers=8",), "bits": 4.0}, "bits"),
+    ],
+)
+def test_overrides_that_cannot_be(options, says):
+    with pytest.raises(UserError, match=says):
+        AllocateBits(**{"bits": 3.0, **options}).run(annotated(), PassContext())
