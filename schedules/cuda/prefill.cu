@@ -237,6 +237,8 @@ template <int SLOTS_, int GROUP_, int BUFFERS_, int X_STAGES_, int W_STAGES_, cl
   static constexpr int W_AT = X_STAGES * X_BYTES, OUT_AT = W_AT + W_STAGES * W_BYTES, BARRIERS_AT = OUT_AT + 2 * X_BYTES;
 };
 
+template <int VALUE> struct Number { static constexpr int value = VALUE; };
+
 // A matrix of one expert: where its tiles are, and its format.
 struct Matrix { const char *codes, *scales, *zeros; int id; };
 template <class... Fs> __device__ __forceinline__ Matrix matrix_of(Formats<Fs...>, const void* const* tensors, int2 place, long long units) {
@@ -368,8 +370,6 @@ __device__ __forceinline__ float2 both_rows(float token0, float token1, int lane
   const float other = __shfl_xor_sync(0xffffffffu, odd ? token0 : token1, 4);
   return odd ? make_float2(other, token1) : make_float2(token0, other);
 }
-
-template <int VALUE> struct Number { static constexpr int value = VALUE; };
 
 // The frame of both products: `finish(d, tile, rows, n)` takes a tile's results, n tokens of them computed.
 template <class R, int UNITS, int ROW_BLOCKS, class Where, class Finish>

@@ -9,13 +9,13 @@ import tvm
 
 @pytest.fixture(scope="session")
 def build() -> Callable[[Mapping[str, Any]], Any]:
-    """Compiles PrimFuncs by name for sm_90 with nvcc; needs no GPU."""
+    """Compiles PrimFuncs by name for an architecture with nvcc; needs no GPU."""
 
-    def compile_functions(functions: Mapping[str, Any]) -> Any:
+    def compile_functions(functions: Mapping[str, Any], architecture: str = "sm_90") -> Any:
         from moqc.schedules.cuda import toolchain
 
-        toolchain.prepare(["sm_90"])
-        facts = {"kind": "cuda", "arch": "sm_90", "max_threads_per_block": 1024}
+        toolchain.prepare([architecture])
+        facts = {"kind": "cuda", "arch": architecture, "max_threads_per_block": 1024}
         target = tvm.target.Target(facts, host="llvm")
         with target:
             named = {name: each.with_attr("global_symbol", name) for name, each in functions.items()}
