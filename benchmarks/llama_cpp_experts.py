@@ -105,7 +105,7 @@ def moqc_product(
 
     from moqc.ir.packed import packed_types
     from moqc.quant.formats import Format
-    from moqc.schedules.cpu.dot import FAMILIES
+    from moqc.schedules.cpu.families import FAMILIES
     from moqc.schedules.cpu.lower import _activation_types, _emit
     from moqc.schedules.cpu.packed_experts import ExpertsShape, gate_up_kernel
     from moqc.schedules.cpu.quantize_activations import activations_kernel

@@ -7,15 +7,14 @@ import platform
 from pathlib import Path
 
 from moqc.errors import TargetError
-from moqc.machines.cpus import find_cpu
+from moqc.machines.cpus import CPUS, find_cpu
 from moqc.machines.cuda import CUDA, find_cuda
 from moqc.machines.target import Roofline, Target
 from moqc.machines.user import read_target
-from moqc.machines.x86 import X86
 
 __all__ = ["TARGETS", "Roofline", "Target", "find_target", "host_features"]
 
-TARGETS: dict[str, Target] = {target.name: target for target in (*X86, CUDA[0])}
+TARGETS: dict[str, Target] = {**CPUS, **{target.name: target for target in CUDA}}
 
 _HWCAP, _HWCAP2 = 16, 26
 _ARM_FLAGS = {

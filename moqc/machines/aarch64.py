@@ -11,6 +11,7 @@ from moqc.machines.target import Roofline, Target
 TRIPLE = "aarch64-linux-gnu"
 _NEON = frozenset({"asimd"})
 _DOT = _NEON | {"asimdhp", "asimddp"}
+_VERIFIED = "run under qemu-user, kernels against the reference"
 
 CORES = {
     "aarch64-neon": ("cortex-a53", "cortex-a72"),
@@ -35,6 +36,7 @@ AARCH64 = (
         _tvm("+neon"),
         _NEON,
         machine="aarch64",
+        verified=_VERIFIED,
         doc="any 64-bit ARM (Raspberry Pi 3 and 4)",
     ),
     Target(
@@ -42,6 +44,7 @@ AARCH64 = (
         _tvm("+v8.2a", "+fullfp16", "+dotprod"),
         _DOT,
         machine="aarch64",
+        verified=_VERIFIED,
         doc="64-bit ARM with dot products (2018 on: Raspberry Pi 5, Jetson, Graviton 2, Apple M1); "
         "aarch64:CORE tunes for one, such as aarch64:cortex-a76",
     ),
@@ -50,6 +53,7 @@ AARCH64 = (
         _tvm("+v8.2a", "+fullfp16", "+dotprod", "+i8mm"),
         _DOT | {"i8mm"},
         machine="aarch64",
+        verified=_VERIFIED,
         doc="64-bit ARM with int8 matrix products (Cortex-A710, Graviton 3, Apple M2 on)",
     ),
 )

@@ -81,7 +81,7 @@ class Target:
 
     @property
     def dot(self) -> str:
-        """Instruction family for u8 x i8 dot products: a name of `moqc.schedules.cpu.dot.FAMILIES`."""
+        """Instruction family for u8 x i8 dot products: a name of `moqc.schedules.cpu.families.FAMILIES`."""
         if self.machine == "aarch64":
             return "i8mm" if "i8mm" in self.features else "dotprod" if "asimddp" in self.features else "neon"
         if {"avx512_vnni", "avx512bw"} <= self.features:

@@ -111,18 +111,18 @@ def _by_panel(
     epilogue: Epilogue,
 ) -> None:
     begin, end = rows
+    wide = any(choice.wide for choice in choices)
     classes = [weights for choice in choices for weights in choice.classes]
     panel = Panel.allocate(x.quantized, classes, len(choices))
     for slot, choice in enumerate(choices):
 
         def fill(weights: Weights, choice: Choice = choice, slot: int = slot) -> None:
-            fill_panel(family, weights.block(choice.index, row_block), panel, slot)
+            fill_panel(family, weights.block(choice.index, row_block), panel, slot, wide)
 
         choice.switch(fill)
     if family.amx and x.quantized:
         _by_tiles(panel, len(choices), x, rows, epilogue)
         return
-    wide = any(choice.wide for choice in choices)
     tile = family.token_tile
     whole = bind(T.truncdiv(end - begin, tile))
     with loop(0, whole) as step:

@@ -16,7 +16,8 @@ from moqc.ir.ops import PROJECTIONS, attributes, bit_classes, operands
 from moqc.quant.activations import parse_activation
 from moqc.quant.formats import Format
 from moqc.quant.hadamard import BLOCK
-from moqc.schedules.cpu.dot import FAMILIES, DotFamily
+from moqc.schedules.cpu.dot import DotFamily
+from moqc.schedules.cpu.families import FAMILIES
 from moqc.schedules.cpu.packed_embedding import embedding_kernel
 from moqc.schedules.cpu.packed_experts import ExpertsShape, down_kernel, gate_up_kernel
 from moqc.schedules.cpu.packed_linear import linear_kernel

@@ -78,16 +78,18 @@ class Panel:
         return (int64(slot) * self.spans * self.span + tile) * FOURS + v
 
 
-def fill_panel(family: DotFamily, block: Block, panel: Panel, slot: int) -> None:
-    """Unpack `block` into place `slot` of `panel`."""
+def fill_panel(family: DotFamily, block: Block, panel: Panel, slot: int, wide: bool) -> None:
+    """Unpack `block` into place `slot` of `panel`; `wide` as for `panel_product`."""
     whole, rest = divmod(panel.tiles, panel.span)
     with loop(0, whole) as span:
-        _fill_span(family, block, panel, slot, span, panel.span)
+        _fill_span(family, block, panel, slot, span, panel.span, wide)
     if rest:
-        _fill_span(family, block, panel, slot, int64(whole), rest)
+        _fill_span(family, block, panel, slot, int64(whole), rest, wide)
 
 
-def _fill_span(family: DotFamily, block: Block, panel: Panel, slot: int, span: Any, tiles: int) -> None:
+def _fill_span(
+    family: DotFamily, block: Block, panel: Panel, slot: int, span: Any, tiles: int, wide: bool
+) -> None:
     """Unpack the `tiles` tiles of a span, and clear what the span has beyond them."""
     lanes, per_group = family.lanes, block.weights.format.group // COLUMN_TILE
     group = bind(T.truncdiv(span * panel.span, int64(per_group)))
@@ -102,11 +104,12 @@ def _fill_span(family: DotFamily, block: Block, panel: Panel, slot: int, span: A
                 continue
             empty = splat(0, lanes, "uint32")
             lines = block.operands(tile, half, family) if t < tiles else [empty] * FOURS
-            for v, operand in enumerate(lines):
+            for v, operand in enumerate(family.panel_order(lines)):
                 raw = T.reinterpret(f"uint8x{4 * lanes}", operand)
                 store(panel.codes, [panel.line(slot, tile, v) * LINE + half * 4 * lanes], raw)
         if panel.scales is not None:
             store(panel.scales, [panel.at(slot, span, half, lanes)], scale)
+            zero = zero - splat(family.offset(wide), lanes)
             store(panel.shifts, [panel.at(slot, span, half, lanes)], scale * zero)
 
 
@@ -123,7 +126,10 @@ def _fill_float(panel: Panel, operands: list[Any], scale: Any, zero: Any, column
 def panel_product(
     family: DotFamily, panel: Panel, slot: Index, x: Activations, row: Index, tokens: int, wide: bool
 ) -> list[list[Any]]:
-    """Multiply a panel's block with the rows `row .. row + tokens`: scratch vectors by token, then half."""
+    """Multiply a panel's block with the rows `row .. row + tokens`: scratch vectors by token, then half.
+
+    `wide` says that codes of some block may exceed 4 bits.
+    """
     totals = [[scratch(family.lanes) for _ in range(family.halves)] for _ in range(tokens)]
     for vector in [half for token in totals for half in token]:
         store(vector, [0], splat(0, family.lanes))
@@ -155,14 +161,15 @@ def _count_span(
     counts: list[Any] = [None] * tokens
     for t in range(panel.span):
         tile = bind(span * panel.span + t)
-        states = [family.start(count) for count in counts]
-        for v in range(FOURS):
+
+        def line(v: int, tile: Any = tile) -> Any:
             at = panel.line(slot, tile, v) * LINE + half * 4 * lanes
-            codes = bind(T.reinterpret(f"uint32x{lanes}", load(panel.codes, [at], f"uint8x{4 * lanes}")))
-            for m in range(tokens):
-                state = family.step(states[m], codes, x.four(row + m, tile, v, lanes), wide)
-                states[m] = tuple(map(bind, state)) if isinstance(state, tuple) else bind(state)
-        counts = [bind(family.finish(state, count)) for state, count in zip(states, counts, strict=True)]
+            return bind(T.reinterpret(f"uint32x{lanes}", load(panel.codes, [at], f"uint8x{4 * lanes}")))
+
+        def columns(m: int, first: int, count: int, tile: Any = tile) -> Any:
+            return load(x.values, [row + m, tile * COLUMN_TILE + first], f"int8x{count}")
+
+        counts = family.panel_sums(line, columns, counts, wide)
     return counts
 
 

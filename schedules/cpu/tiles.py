@@ -12,7 +12,7 @@ from tvm.tirx.script import builder as T
 
 from moqc.quant.formats import ACTIVATION_GROUP, COLUMN_TILE, ROW_TILE, Format
 from moqc.quant.pack import BYTE_SCALE_SHIFT, FIELDS, FOURS, LINE
-from moqc.schedules.cpu.dot import DotFamily
+from moqc.schedules.cpu.dot import DotFamily, four_everywhere
 from moqc.schedules.cpu.emit import (
     Index,
     Kernel,
@@ -188,8 +188,11 @@ class Activations:
 
     def four(self, row: Index, tile: Index, v: int, lanes: int) -> Any:
         """Columns 4v..4v+3 of a tile in every lane, int32xL."""
-        word = load(self.values, [row, tile * COLUMN_TILE + 4 * v], "int8x4")
-        return broadcast(T.reinterpret("int32", word), lanes)
+
+        def columns(first: int, count: int) -> Any:
+            return load(self.values, [row, tile * COLUMN_TILE + first], f"int8x{count}")
+
+        return four_everywhere(columns, v, lanes)
 
     def scale(self, row: Index, group: Any, per_group: int, tile: int) -> Any:
         """The scale of tile `tile` of group `group` of weights, which has `per_group` tiles."""
@@ -239,7 +242,10 @@ def _add_group(
             sums[half] = bind(product if sums[half] is None else sums[half] + product)
     correction = bind(correction)
     for half, total in enumerate(totals):
-        shift = block.zero_point(group, half, lanes) * broadcast(correction, lanes)
+        zero = block.zero_point(group, half, lanes)
+        if offset := family.offset(block.weights.format.wide):
+            zero = zero - splat(offset, lanes)
+        shift = zero * broadcast(correction, lanes)
         product = (sums[half] - shift) * block.scale(group, half, lanes)
         store(total, [0], load(total, [0], f"float32x{lanes}") + product)
 

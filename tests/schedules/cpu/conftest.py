@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import qemu_board
 import torch
 import tvm
 from tvm import relax
@@ -16,7 +18,8 @@ from moqc.quant import grid, trellis
 from moqc.quant.formats import ROW_TILE, Format
 from moqc.quant.pack import pack
 from moqc.quant.tensor import Quantized
-from moqc.targets import Target, find_target, host_features
+from moqc.targets import Target, find_target, missing_features
+from moqc.toolchains import linker
 
 Lower = Callable[[relax.BlockBuilder, relax.Call, Target], relax.Expr]
 
@@ -81,6 +84,27 @@ class Functions:
         return self.machine[name](*tensors).numpy()
 
 
+@dataclass
+class RemoteFunctions(Functions):
+    """The same on a board, by TVM's RPC."""
+
+    remote: Any = None
+    folder: Path = Path()
+
+    def run(self, name: str, *arguments: np.ndarray) -> np.ndarray:
+        device = self.remote.cpu()
+        if self.machine is None:
+            executable = tvm.compile(self.builder.get(), tvm.target.Target(self.target.tvm))
+            library = self.folder / "functions.so"
+            executable.export_library(str(library), cc=str(linker(self.target.machine).require()))
+            self.remote.upload(bytearray(library.read_bytes()), library.name)
+            self.machine = relax.VirtualMachine(self.remote.load_module(library.name), device)
+        tensors = [tvm.runtime.tensor(np.ascontiguousarray(argument), device) for argument in arguments]
+        self.machine.set_input(name, *tensors)
+        self.machine.invoke_stateful(name)
+        return self.machine.get_outputs(name).numpy()
+
+
 @dataclass(frozen=True)
 class Toolbox:
     """The helpers, as one fixture."""
@@ -103,14 +127,25 @@ def toolbox() -> Toolbox:
 
 
 @pytest.fixture(
-    scope="module", params=["x86-64-v4-amx", "x86-64-v4-gfni", "x86-64-v4-vnni", "x86-64-v4", "x86-64-v3"]
+    scope="module",
+    params=[
+        *("x86-64-v4-amx", "x86-64-v4-gfni", "x86-64-v4-vnni", "x86-64-v4", "x86-64-v3"),
+        *(pytest.param(name, marks=pytest.mark.qemu) for name in qemu_board.CORES),
+    ],
 )
-def functions(request: pytest.FixtureRequest) -> Functions:
-    """An empty set of functions for each instruction family this machine can run."""
+def functions(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Functions]:
+    """An empty set of functions for each instruction family this machine can run, or qemu can."""
     target = find_target(request.param)
-    if not target.features <= host_features():
-        pytest.skip(f"this machine cannot run {target.name}")
-    return Functions(target)
+    if target.name in qemu_board.CORES:
+        with qemu_board.rpc_server(qemu_board.CORES[target.name]) as port:
+            remote = qemu_board.connect(port)
+            yield RemoteFunctions(target, remote=remote, folder=tmp_path_factory.mktemp("library"))
+            return
+    if missing := missing_features(target):
+        pytest.skip(f"this machine lacks {', '.join(missing)}")
+    yield Functions(target)
 
 
 @pytest.fixture(scope="session")

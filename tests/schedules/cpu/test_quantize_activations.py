@@ -7,7 +7,7 @@ import tvm
 
 from moqc.quant import reference
 from moqc.quant.hadamard import BLOCK, rotate
-from moqc.schedules.cpu.dot import FAMILIES
+from moqc.schedules.cpu.families import FAMILIES
 from moqc.schedules.cpu.quantize_activations import activations_kernel
 from moqc.targets import find_target, host_features
 
