@@ -14,12 +14,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tvm import tirx
 from tvm.tirx.script import builder as T
 
 from moqc.quant.pack import FOURS
 from moqc.schedules.cpu.dot import Columns, DotFamily, nibbles, table_vector
 from moqc.schedules.cpu.emit import intrinsic, splat
+from moqc.schedules.cpu.vector import shuffle
 
 
 def _bytes(vector: Any, sign: str = "u") -> Any:
@@ -76,7 +76,7 @@ class I8mm(NeonFamily):
     def panel_order(self, operands: list[Any]) -> list[Any]:
         """Two rows of eight codes a vector: of each pair of lines rows 0 and 1, then 2 and 3."""
         pairs = zip(operands[::2], operands[1::2], strict=True)
-        return [_shuffle(pair, rows) for pair in pairs for rows in ([0, 4, 1, 5], [2, 6, 3, 7])]
+        return [shuffle(pair, rows) for pair in pairs for rows in ([0, 4, 1, 5], [2, 6, 3, 7])]
 
     def panel_sums(
         self, line: Callable[[int], Any], columns: Columns, counts: Sequence[Any], wide: bool
@@ -88,11 +88,11 @@ class I8mm(NeonFamily):
         for u in range(FOURS // 2):
             codes = [line(2 * u), line(2 * u + 1)]
             for total, pair in zip(sums, pairs, strict=True):
-                x = T.bind(_shuffle([columns(m, 8 * u, 8) for m in pair], range(16)))
+                x = T.bind(shuffle([columns(m, 8 * u, 8) for m in pair], range(16)))
                 for half in range(2):
                     operands = total[half], _bytes(codes[half]), x
                     total[half] = T.bind(intrinsic("int32x4", "llvm.aarch64.neon.usmmla", *operands))
-        both = [_shuffle(total, lanes) for total in sums for lanes in ([0, 2, 4, 6], [1, 3, 5, 7])]
+        both = [shuffle(total, lanes) for total in sums for lanes in ([0, 2, 4, 6], [1, 3, 5, 7])]
         counted = zip(both[:tokens], counts, strict=True)
         return [T.bind(total if count is None else total + count) for total, count in counted]
 
@@ -131,8 +131,4 @@ class Neon(NeonFamily):
 
 def _half(vector: Any, half: int) -> Any:
     """Half of int8x16, as int16x8."""
-    return _shuffle([vector], range(8 * half, 8 * half + 8)).astype("int16x8")
-
-
-def _shuffle(vectors: Sequence[Any], lanes: Sequence[int]) -> Any:
-    return tirx.Shuffle(list(vectors), [tirx.const(lane, "int32") for lane in lanes])
+    return shuffle([vector], range(8 * half, 8 * half + 8)).astype("int16x8")

@@ -112,6 +112,6 @@ def block_product(
     return bind(load(folded, [0], vector_type(lanes)))
 
 
-def shuffle(vectors: list[Any], lanes: list[int]) -> Any:
+def shuffle(vectors: Sequence[Any], lanes: Sequence[int]) -> Any:
     """The vector of lanes `lanes` of `vectors`, taken one after the other as one."""
-    return tirx.Shuffle(vectors, [tirx.const(lane, "int32") for lane in lanes])
+    return tirx.Shuffle(list(vectors), [tirx.const(lane, "int32") for lane in lanes])

@@ -19,6 +19,8 @@ from pathlib import Path
 NEEDS = "qemu-user g++-aarch64-linux-gnu"
 WHEELS = ("apache-tvm", "apache-tvm-ffi", "numpy", "pydantic", "tokenizers", "jinja2")
 """What `moqc.load` imports; tvm.rpc takes the next two."""
+PACKAGES = ("python3", "libstdc++6", "libpcre2-dev")
+"""Debian's; the last is what the C++ loader is built with."""
 RPC = ("cloudpickle", "tornado")
 PLATFORMS = ("manylinux_2_28", "manylinux_2_24", "manylinux_2_17", "manylinux2014")
 
@@ -64,8 +66,8 @@ def unpack_python(folder: Path) -> None:
             *(part for key, value in settings.items() for part in ("-o", f"{key}={value}")),
         ]
         subprocess.run([*apt, "update"], check=True, stdout=subprocess.DEVNULL)
-        install = ["install", "-y", "--download-only", "--no-install-recommends", "python3", "libstdc++6"]
-        subprocess.run([*apt, *install], check=True, stdout=subprocess.DEVNULL)
+        install = ["install", "-y", "--download-only", "--no-install-recommends"]
+        subprocess.run([*apt, *install, *PACKAGES], check=True, stdout=subprocess.DEVNULL)
         for package in sorted((state / "archives").glob("*.deb")):
             subprocess.run(["dpkg", "-x", package, folder], check=True)
 
