@@ -193,7 +193,7 @@ def _expected_product(kernel: _Kernel, x: NDArray[Any], weights: Arrays) -> NDAr
 def _expected_experts(kernel: _Kernel, inputs: Arrays, weights: Arrays) -> NDArray[Any]:
     """The block as the sum of its hit experts, one dequantized at a time."""
     x, ids, shares = (torch.from_numpy(inputs[name]) for name in ("x", "ids", "weights"))
-    total = torch.zeros(x.shape)
+    total = torch.zeros(len(x), kernel.attributes.get("hidden", x.shape[1]))
     for expert in np.unique(inputs["ids"]).tolist():
         mine = torch.where(ids == expert, 0, -1)  # pairs of other experts are dropped
         total += reference.experts(
@@ -212,7 +212,7 @@ def _expected_experts(kernel: _Kernel, inputs: Arrays, weights: Arrays) -> NDArr
     return total.numpy()
 
 
-def _expert(kernel: _Kernel, weights: Arrays, projection: str, expert: int, hidden: int) -> Any:
+def _expert(kernel: _Kernel, weights: Arrays, projection: str, expert: int, inputs: int) -> Any:
     """One expert's matrix, float32 [1, N, K]; None for a gate there is not."""
     classes = [
         entry.partition(":")[2] for entry in kernel.attributes["classes"] if entry.startswith(projection)
@@ -221,7 +221,8 @@ def _expert(kernel: _Kernel, weights: Arrays, projection: str, expert: int, hidd
         return None
     number, index = weights["table"][ops.PROJECTIONS.index(projection), expert].tolist()
     intermediate = kernel.attributes["intermediate"]
-    rows, columns = (hidden, intermediate) if projection == "down" else (intermediate, hidden)
+    hidden = kernel.attributes.get("hidden", inputs)
+    rows, columns = (hidden, intermediate) if projection == "down" else (intermediate, inputs)
     chosen = slice(index, index + 1)
     format = Format.parse(classes[number])
     return _dense(kernel, weights, f"{projection}.{number}.", chosen, format, rows, columns)

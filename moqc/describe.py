@@ -26,6 +26,7 @@ from moqc.ir.annotations import (
     KEYS,
     LINEAR_BITS,
     PARAMS,
+    PROTECTION,
     PRUNING,
     SCHEMA,
 )
@@ -98,6 +99,10 @@ def describe(
         pruning={site: _pruning(entry) for site, entry in (PRUNING.get(mod) or {}).items()},
         activations=_activations(mod),
         rotated=_rotated(mod),
+        protected={
+            site: tuple(entry["channels"] * entry["copies"])
+            for site, entry in (PROTECTION.get(mod) or {}).items()
+        },
         sizes=_NO_SIZES,
         parameters=parameters(mod),
         cache=CacheSpec(

@@ -194,6 +194,8 @@ class Manifest(Record):
     activations: Activations
     rotated: bool = False
     """Whether the packed matrices of down are for rotated inputs (`moqc.quant.hadamard`)."""
+    protected: dict[str, tuple[int, ...]] = {}
+    """site -> input channels that the added columns of gate and up read (`moqc.quant.protection`)."""
     sizes: Sizes
     parameters: tuple[Parameter, ...]
     cache: CacheSpec

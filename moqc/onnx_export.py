@@ -104,6 +104,10 @@ class ArtifactWeights:
 
     def expert(self, layout: ExpertLayout, projection: str, expert: int) -> Quantized:
         """One expert's matrix [N, K]. Raises ModelError for codes that stand for rotated weights."""
+        if layout.site in self._manifest.protected:
+            raise ModelError(
+                f"{layout.site}: QMoE has no protected channels: compile without protect-channels"
+            )
         names = self._manifest.bits[layout.site][projection]
         number, index = self._array(f"{layout.site}.table")[PROJECTIONS.index(projection), expert].tolist()
         shape = layout.shape(projection)[1:]

@@ -74,7 +74,10 @@ def build_problem(
         for projection in site.projections
     ]
     shapes = [sites[number].shape(projection) for number, _, projection in units]
-    weights = np.array([rows * columns for rows, columns in shapes], dtype=np.int64)
+    # Of the model; what protected channels add to the shapes is size only.
+    weights = np.array(
+        [sites[number].hidden * sites[number].intermediate for number, _, _ in units], np.int64
+    )
     return Problem(
         sites=tuple(site.site for site in sites),
         unit_site=np.array([number for number, _, _ in units], dtype=np.int64),

@@ -13,15 +13,16 @@ from tvm import IRModule, relax
 from moqc.calibrate.workspace import ParamStore
 from moqc.errors import PipelineError
 from moqc.ir import ops
-from moqc.ir.annotations import BITS, PARAMS, PRUNING, Key
+from moqc.ir.annotations import BITS, PARAMS, PROTECTION, PRUNING, Key
 from moqc.ir.packed import mixed_operands, packed_types
 from moqc.ir.sites import ExpertSite, bindings, expert_site, weight_names
 from moqc.log import track
 from moqc.passes.base import Pass, PassContext
-from moqc.passes.rewriting import Rewrite, apply_rewrite, new_parameter
+from moqc.passes.rewriting import Rewrite, apply_rewrite, bind_before, new_parameter
 from moqc.quant.activations import rotated_name
 from moqc.quant.formats import Format
 from moqc.quant.layouts import DEFAULT, Layout, PackedTensors, find_layout
+from moqc.quant.protection import Protection
 from moqc.quant.quantizers import STORABLE
 from moqc.quant.tensor import Quantized
 
@@ -66,7 +67,13 @@ class QuantizeExperts(Pass):
             return mod
         plan = BITS.of(mod)
         provider = quantize_experts(
-            checkpoint, plan, self.quantizer, ctx.calibration, workspace, rotate=self.rotate
+            checkpoint,
+            plan,
+            self.quantizer,
+            ctx.calibration,
+            workspace,
+            rotate=self.rotate,
+            protections=protections(mod),
         )
         return rewrite_experts(mod, provider, params, self.activations, ctx.layout, rotate=self.rotate)
 
@@ -80,7 +87,7 @@ def check_plan(mod: IRModule, activations: str) -> list[ExpertSite]:
     plan, names = BITS.of(mod), weight_names(mod)
     sites = []
     for _, call in _experts_calls(mod):
-        site = expert_site(call)
+        site = expert_site(call, mod)
         sites.append(site)
         if site.site not in plan:
             raise PipelineError(f"{BITS} has no entry for {site.site}: allocate bits for every experts block")
@@ -108,7 +115,7 @@ def rewrite_experts(
     """`mod` with every experts block mixed, its matrices taken from `provider` and packed into `params`."""
     plan = BITS.of(mod)
     for _, call in track(list(_experts_calls(mod)), "packing experts"):
-        site = expert_site(call)
+        site = expert_site(call, mod)
         removed = removed_experts(mod, site.site)
         classes = {name: bit_classes(plan[site.site][name], removed) for name in site.projections}
         for name, array in pack_site(site, classes, provider, find_layout(layout)):
@@ -123,13 +130,14 @@ def mix_experts(mod: IRModule, activations: str, layout: str = DEFAULT, *, rotat
     """
     plan, rewrite = BITS.of(mod), Rewrite()
     for variable, call in _experts_calls(mod):
-        site, named = expert_site(call), ops.operands(call)
+        site, named = expert_site(call, mod), ops.operands(call)
         removed = removed_experts(mod, site.site)
         classes = {name: bit_classes(plan[site.site][name], removed) for name in site.projections}
         packed = _packed_parameters(site, classes, layout)
         name = rotated_name(site.activation) if rotate else site.activation
         modes = {"activation": name, "activations": activations, "layout": layout}
-        rewrite.values[variable] = _mixed_call(call, classes, packed, modes, removed)
+        x = _extended_input(mod, rewrite, variable, site, named["x"])
+        rewrite.values[variable] = _mixed_call(call, site, x, classes, packed, modes, removed)
         for number, projection in enumerate(site.projections):
             prefixes = (f"{projection}.", "table") if number == 0 else (f"{projection}.",)
             rewrite.parameters[named[projection]] = {
@@ -140,17 +148,20 @@ def mix_experts(mod: IRModule, activations: str, layout: str = DEFAULT, *, rotat
 
 def _mixed_call(
     call: relax.Call,
+    site: ExpertSite,
+    x: relax.Expr,
     classes: Mapping[str, Mapping[Format, list[int]]],
     packed: Mapping[str, relax.Var],
     modes: Mapping[str, str],
     removed: Sequence[int],
 ) -> relax.Call:
-    """The mixed_experts call, with the attributes `modes`, that takes the place of the experts `call`."""
-    site, named = expert_site(call), ops.operands(call)
+    """The mixed_experts call of `x`, with the attributes `modes`, in the place of the experts `call`."""
+    named = ops.operands(call)
     biases = {name: named[name] for name in site.operands if name.endswith("_bias")}
     formats = {projection: list(members) for projection, members in classes.items()}
     return ops.mixed_experts(
-        *(named[name] for name in ("x", "ids", "weights")),
+        x,
+        *(named[name] for name in ("ids", "weights")),
         *packed.values(),
         *biases.values(),
         site=site.site,
@@ -158,8 +169,28 @@ def _mixed_call(
         classes=[f"{projection}:{format}" for projection, members in formats.items() for format in members],
         intermediate=site.intermediate,
         removed=removed,
+        hidden=site.hidden if site.added else 0,
         **modes,
     )
+
+
+def _extended_input(
+    mod: IRModule, rewrite: Rewrite, variable: relax.Var, site: ExpertSite, x: relax.Expr
+) -> relax.Expr:
+    """What gate and up of `site` read: x, and its protected channels again."""
+    if not site.added:
+        return x
+    added = relax.const(np.array(protections(mod)[site.site].added, np.int64))
+    again = bind_before(rewrite, variable, relax.op.take(x, added, axis=1), "protected")
+    return bind_before(rewrite, variable, relax.op.concat([x, again], axis=1), "extended")
+
+
+def protections(mod: IRModule) -> dict[str, Protection]:
+    """PROTECTION of `mod` by site; empty where protect-channels did not run."""
+    return {
+        site: Protection(tuple(entry["channels"]), entry["copies"])
+        for site, entry in (PROTECTION.get(mod) or {}).items()
+    }
 
 
 def bit_classes(formats: Sequence[str], removed: Collection[int] = ()) -> dict[Format, list[int]]:

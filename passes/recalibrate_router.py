@@ -12,6 +12,7 @@ from moqc.ir.annotations import BITS, PARAMS, ROUTERS, Key
 from moqc.ir.sites import find_linears, rotates
 from moqc.log import logger
 from moqc.passes.base import Pass, PassContext
+from moqc.passes.quantize_experts import protections
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,13 @@ class RecalibrateRouter(Pass):
             raise PipelineError(f"{self.name}: damping={self.damping:g} must be above 0")
         routers = [site.site for site in find_linears(mod) if site.router]
         store = quantize_experts(
-            checkpoint, BITS.of(mod), self.quantizer, calibration, workspace, rotate=rotates(mod)
+            checkpoint,
+            BITS.of(mod),
+            self.quantizer,
+            calibration,
+            workspace,
+            rotate=rotates(mod),
+            protections=protections(mod),
         )
         updates = recalibrate_routers(
             checkpoint, calibration, workspace, store, routers, damping=self.damping

@@ -33,6 +33,7 @@ BUILTIN: dict[str, str] = {
     "profile-coactivation": "moqc.passes.profile_coactivation:ProfileCoactivation",
     "score-experts": "moqc.passes.score_experts:ScoreExperts",
     "measure-linears": "moqc.passes.measure_linears:MeasureLinears",
+    "protect-channels": "moqc.passes.protect_channels:ProtectChannels",
     "allocate-bits": "moqc.passes.allocate_bits:AllocateBits",
     "prune-routing": "moqc.passes.prune_routing:PruneRouting",
     "quantize-experts": "moqc.passes.quantize_experts:QuantizeExperts",

@@ -14,6 +14,7 @@ from moqc.frontend.experts import ExpertLayout, canonical
 from moqc.quant import reference
 from moqc.quant.activations import apply_activation, rotated_name
 from moqc.quant.hadamard import rotate
+from moqc.quant.protection import Protection
 from moqc.quant.reference import Activations
 
 PROJECTIONS = ("gate", "up", "down")
@@ -25,7 +26,7 @@ class ExpertWeights:
     """Weights of one experts block, float32.
 
     `gate` (None for blocks without one) and `up`: [E, I, H]; `down`: [E, H, I]; biases [E, I], [E, I] and
-    [E, H].
+    [E, H]. With a `protection`, gate and up have its columns too.
     """
 
     activation: str
@@ -35,6 +36,7 @@ class ExpertWeights:
     gate_bias: Tensor | None = None
     up_bias: Tensor | None = None
     down_bias: Tensor | None = None
+    protection: Protection | None = None
 
     @classmethod
     def load(cls, checkpoint: Checkpoint, layout: ExpertLayout, device: torch.device) -> ExpertWeights:
@@ -79,7 +81,7 @@ class ExpertWeights:
     def apply(self, x: Tensor, ids: Tensor, weights: Tensor, activations: Activations = "float") -> Tensor:
         """Output [T, H] of the block for x [T, H], ids [T, k], weights [T, k]."""
         return reference.experts(
-            x,
+            self._read(x),
             ids,
             weights,
             self.gate,
@@ -94,8 +96,13 @@ class ExpertWeights:
 
     def hidden(self, expert: int | slice, x: Tensor) -> Tensor:
         """Input [n, I] of one expert's down projection for x [n, H]; batched over a slice of experts."""
+        x = self._read(x)
         gate = None if self.gate is None else _affine(x, self.gate[expert], _at(self.gate_bias, expert))
         return apply_activation(self.activation, gate, _affine(x, self.up[expert], _at(self.up_bias, expert)))
+
+    def _read(self, x: Tensor) -> Tensor:
+        """What gate and up read of the block's input."""
+        return x if self.protection is None else self.protection.extend(x)
 
     def output(self, expert: int | slice, x: Tensor) -> Tensor:
         """Output [n, H] of one expert for x [n, H], before its routing weight; batched over a slice."""

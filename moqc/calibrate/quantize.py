@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ from moqc.frontend.checkpoint import Checkpoint
 from moqc.log import logger, track
 from moqc.quant.formats import Format
 from moqc.quant.mcmoe import quantize_mcmoe
+from moqc.quant.protection import Protection
 from moqc.quant.quantizers import STORABLE
 from moqc.quant.reference import Activations
 from moqc.quant.tensor import Quantized
@@ -51,10 +53,12 @@ def quantize_experts(
     workspace: Workspace,
     *,
     rotate: bool = False,
+    protections: Mapping[str, Protection] | None = None,
 ) -> ExpertStore:
     """Quantize all experts as `plan` says; results come from the workspace where they are there.
 
-    With `rotate`, the inputs of down are rotated (`ExpertWeights.rotated`).
+    With `rotate`, the inputs of down are rotated (`ExpertWeights.rotated`); gate and up of the sites in
+    `protections` get the columns of protected channels.
     `calibration` may be None for quantizers that need no data. Layers go in order: each is quantized for the
     inputs that the already quantized layers give it. A result depends on the plan of its own and the earlier
     sites only, so plans that begin alike share work, and an interrupted run continues where it stopped.
@@ -67,8 +71,11 @@ def quantize_experts(
         raise PipelineError(f"quantizer {quantizer} needs calibration text; rtn and hqq work without")
     model = LayeredModel(checkpoint)
     _check(plan, model)
-    keys = _keys(model, plan, quantizer, None if data_free else calibration, rotate)
-    store = ExpertStore(keys, workspace, rotate)
+    protections = protections or {}
+    if protections and quantizer not in STORABLE:
+        raise PipelineError(f"quantizer {quantizer} cannot protect channels; {', '.join(STORABLE)} can")
+    keys = _keys(model, plan, quantizer, None if data_free else calibration, (rotate, protections))
+    store = ExpertStore(keys, workspace, rotate, protections)
     missing = [index for index in range(model.layer_count) if not _cached(model, index, keys, workspace)]
     if missing and (data_free or calibration is None):
         _round_sites(model, plan, quantizer, store)
@@ -93,12 +100,18 @@ def _check(plan: Plan, model: LayeredModel) -> None:
 
 
 def _keys(
-    model: LayeredModel, plan: Plan, quantizer: str, calibration: CalibrationSet | None, rotate: bool
+    model: LayeredModel,
+    plan: Plan,
+    quantizer: str,
+    calibration: CalibrationSet | None,
+    options: tuple[bool, Mapping[str, Protection]],
 ) -> dict[str, str]:
     source = None if calibration is None else calibration.fingerprint
     versions = [VERSION, QUANTIZER_VERSIONS[quantizer]]
-    options = ["rotated"] if rotate else []
-    base = digest("quantized", versions, model.checkpoint.fingerprint, quantizer, source, *options)
+    rotate, protections = options
+    extra: list[Any] = ["rotated"] if rotate else []
+    extra += [[site, p.copies, *p.channels] for site, p in sorted(protections.items())]
+    base = digest("quantized", versions, model.checkpoint.fingerprint, quantizer, source, *extra)
     keys: dict[str, str] = {}
     chain = base
     for index in range(model.layer_count):
@@ -120,19 +133,19 @@ def _save(workspace: Workspace, key: str, result: SiteResult) -> None:
     workspace.save_tensors(key, tensors)
 
 
-def _weights(model: LayeredModel, site: str, rotated: bool) -> ExpertWeights:
-    """What is quantized: the original weights of `site`, `rotated` or not."""
+def _weights(model: LayeredModel, site: str, store: ExpertStore) -> ExpertWeights:
+    """The original weights of `site`, rotated or not as the `store` will have them."""
     weights = model.experts(site)
-    return weights.rotated() if rotated else weights
+    return weights.rotated() if store.rotated else weights
 
 
 def _round_sites(model: LayeredModel, plan: Plan, quantizer: str, store: ExpertStore) -> None:
     keys, workspace = store.keys, store.workspace
     for site in track(list(keys), "rounding experts"):
         if not workspace.has(keys[site]):
-            weights = _weights(model, site, store.rotated)
+            weights, protection = _weights(model, site, store), store.protections.get(site)
             result = {
-                name: _by_format(quantizer, weights, name, plan[site][name], None)
+                name: _by_format(quantizer, weights, name, plan[site][name], None, protection)
                 for name in weights.projections
             }
             _save(workspace, keys[site], result)
@@ -146,6 +159,7 @@ class _Site:
     weights: ExpertWeights
     formats: Mapping[str, Sequence[str]]
     captured: Captured
+    protection: Protection | None = None
 
 
 def _calibrated_sites(
@@ -162,16 +176,18 @@ def _calibrated_sites(
         done: dict[str, ExpertWeights] = {}
         with model.layer(index) as layer:
             for site in model.sites(index):
-                weights = _weights(model, site, store.rotated)
+                weights, protection = _weights(model, site, store), store.protections.get(site)
                 if not workspace.has(keys[site]):
                     start = time.monotonic()
                     captured = _inputs_of(site, layer, stream, done)
                     with torch.inference_mode():
-                        result = procedure(_Site(site, weights, plan[site], captured))
+                        result = procedure(_Site(site, weights, plan[site], captured, protection))
                     _save(workspace, keys[site], result)
                     seconds = time.monotonic() - start
-                    report_site(site, weights, _substituted(weights, result), captured, seconds)
-                done[site] = _substituted(weights, read_projections(workspace.load_tensors(keys[site])))
+                    changed = _substituted(weights, result, protection)
+                    report_site(site, weights, changed, captured, seconds)
+                found = read_projections(workspace.load_tensors(keys[site]))
+                done[site] = _substituted(weights, found, protection)
             layer.run(stream, computed(done))
 
 
@@ -181,9 +197,12 @@ def _inputs_of(site: str, layer: LoadedLayer, stream: Stream, done: dict[str, Ex
     return recorder.take(site)
 
 
-def _substituted(weights: ExpertWeights, result: SiteResult) -> ExpertWeights:
+def _substituted(
+    weights: ExpertWeights, result: SiteResult, protection: Protection | None = None
+) -> ExpertWeights:
     device = weights.down.device
-    return weights.substitute(**{name: part.dense().to(device) for name, part in result.items()})
+    dense = weights.substitute(**{name: part.dense().to(device) for name, part in result.items()})
+    return replace(dense, protection=protection)
 
 
 def _storable_site(quantizer: str, site: _Site) -> SiteResult:
@@ -193,8 +212,10 @@ def _storable_site(quantizer: str, site: _Site) -> SiteResult:
     hessians = shrink(input_moments(site.captured, weights.expert_count), counts)
     result: SiteResult = {}
     for name in weights.projections[:-1]:
-        result[name] = _by_format(quantizer, weights, name, site.formats[name], hessians.matrices)
-    before_down = shrink(hidden_moments(site.captured, _substituted(weights, result)), counts)
+        formats = site.formats[name]
+        result[name] = _by_format(quantizer, weights, name, formats, hessians.matrices, site.protection)
+    quantized = _substituted(weights, result, site.protection)
+    before_down = shrink(hidden_moments(site.captured, quantized), counts)
     result["down"] = _by_format(quantizer, weights, "down", site.formats["down"], before_down.matrices)
     starved = sorted({*hessians.starved, *before_down.starved})
     if starved:
@@ -208,12 +229,18 @@ def _by_format(
     projection: str,
     formats: Sequence[str],
     hessian: Tensor | None,
+    protection: Protection | None = None,
 ) -> ProjectionResult:
-    """Quantize one projection, all experts of a format in one batch."""
+    """Quantize one projection, all experts of a format in one batch; not down with a `protection`."""
+    protection = None if projection == "down" else protection
+    if protection is not None and hessian is not None:
+        hessian = protection.moments(hessian)
     classes: dict[Format, tuple[Tensor, Quantized]] = {}
     for name in sorted(set(formats)):
         experts = torch.tensor([expert for expert, chosen in enumerate(formats) if chosen == name])
         fmt, matrices = Format.parse(name), weights.matrices(projection)[experts]
+        if protection is not None:
+            matrices = protection.split(matrices, fmt)
         chosen = None if hessian is None else hessian[experts]
         classes[fmt] = (experts, STORABLE[quantizer].run(matrices, chosen, fmt))
     return ProjectionResult(classes)
@@ -291,7 +318,7 @@ def experts_function(
     if store is None:
         return model.original_experts(index)
     blocks = {
-        site: _substituted(_weights(model, site, store.rotated), store.site(site))
+        site: _substituted(_weights(model, site, store), store.site(site), store.protections.get(site))
         for site in model.sites(index)
     }
     return computed(blocks, activations)

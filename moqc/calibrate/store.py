@@ -11,6 +11,7 @@ from torch import Tensor
 from moqc.calibrate.workspace import Workspace
 from moqc.errors import InternalError
 from moqc.quant.formats import Format
+from moqc.quant.protection import Protection
 from moqc.quant.tensor import Quantized
 
 
@@ -82,12 +83,14 @@ def _read_class(kind: str, parts: dict[str, Tensor]) -> tuple[Tensor, Quantized]
 class ExpertStore:
     """Quantized experts of all sites. `keys`: site -> workspace key; the site read last stays in memory.
 
-    `rotated`: down is that of `ExpertWeights.rotated`.
+    `rotated`: down is that of `ExpertWeights.rotated`. `protections`: site -> the columns that gate and up
+    have besides.
     """
 
     keys: dict[str, str]
     workspace: Workspace
     rotated: bool = False
+    protections: Mapping[str, Protection] = field(default_factory=dict)
     _last: tuple[str, dict[str, ProjectionResult]] | None = None
 
     @property

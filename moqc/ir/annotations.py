@@ -128,6 +128,11 @@ COACTIVATION: Key[dict[str, Any]] = Key(
 SCORES: Key[dict[str, Any]] = Key(
     "moqc.scores", "score-experts", "site -> importance of each expert, super, starved and drifting ones"
 )
+PROTECTION: Key[dict[str, Any]] = Key(
+    "moqc.protection",
+    "protect-channels",
+    "site -> input channels that gate and up store more than once, and how many copies there are",
+)
 LINEAR_COSTS: Key[dict[str, dict[str, int]]] = Key(
     "moqc.linear_costs",
     "measure-linears",
@@ -172,6 +177,7 @@ KEYS: dict[str, Key[Any]] = {
         PRUNING,
         COACTIVATION,
         SCORES,
+        PROTECTION,
         LINEAR_COSTS,
         BITS,
         LINEAR_PLAN,

@@ -24,9 +24,10 @@ def tensor_type(call: relax.Call, name: str, ndim: int | None = None) -> relax.T
 
 
 def infer_experts(call: relax.Call, _builder: Any) -> relax.TensorType:
-    """``x [T, H]`` -> ``[T, H]``, for experts and mixed_experts."""
+    """``x [T, H]`` -> ``[T, H]``, for experts and mixed_experts; its `hidden` may give another width."""
     x = tensor_type(call, "x", 2)
-    return relax.TensorType(list(x.shape), x.dtype)
+    tokens, hidden = list(x.shape)
+    return relax.TensorType([tokens, attributes(call).get("hidden", hidden)], x.dtype)
 
 
 def infer_linear(call: relax.Call, _builder: Any) -> relax.TensorType:

@@ -135,6 +135,7 @@ def mixed_experts(
     intermediate: int,
     layout: str = DEFAULT,
     removed: Sequence[int] = (),
+    hidden: int = 0,
 ) -> relax.Call:
     """The routed experts of one layer with packed weights, grouped into bit classes.
 
@@ -143,8 +144,10 @@ def mixed_experts(
     ``gate.0.zeros`` (uint8, absent when symmetric), ..., then the biases. The packed tensors are stacks of
     matrices in `layout`, of `moqc.quant.layouts`. `classes` lists ``projection:format`` in the order of the
     operands, `activations` is ``float`` or ``int8``, `intermediate` the unpadded I. Experts in `removed` are
-    in no class; pruning must not keep them, and their entries in the table mean nothing.
+    in no class; pruning must not keep them, and their entries in the table mean nothing. `hidden`, if not 0,
+    is the width of the result where that of `x` is another: where gate and up have protected channels.
     """
+    attrs = {"hidden": hidden} if hidden else {}
     return _call(
         MIXED_EXPERTS,
         (x, ids, weights, *tensors),
@@ -156,6 +159,7 @@ def mixed_experts(
         intermediate=intermediate,
         layout=layout,
         removed=list(removed),
+        **attrs,
     )
 
 

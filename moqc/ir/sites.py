@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from tvm import IRModule, relax
 
 from moqc.errors import VerifyError
-from moqc.ir.annotations import PARAMS
+from moqc.ir.annotations import PARAMS, PROTECTION
 from moqc.ir.ops import EXPERTS, MIXED_EXPERTS, PRUNE_ROUTING, attributes, is_call, operand, operands
 from moqc.quant.activations import parse_activation
 
@@ -24,7 +24,10 @@ def input_count(main: relax.Function) -> int:
 
 @dataclass(frozen=True, slots=True)
 class ExpertSite:
-    """One R.moqc.experts block. `operands` are its operand names, such as up, down and down_bias."""
+    """One R.moqc.experts block. `operands` are its operand names, such as up, down and down_bias.
+
+    `added` columns of gate and up are for protected channels.
+    """
 
     site: str
     experts: int
@@ -32,6 +35,7 @@ class ExpertSite:
     intermediate: int
     activation: str
     operands: tuple[str, ...]
+    added: int = 0
 
     @property
     def has_gate(self) -> bool:
@@ -44,10 +48,10 @@ class ExpertSite:
         return tuple(name for name in ("gate", "up", "down") if name in self.operands)
 
     def shape(self, projection: str) -> tuple[int, int]:
-        """(rows, columns) of one expert's matrix: gate, up are [intermediate, hidden], down the reverse."""
+        """(rows, columns) of one expert's stored matrix: gate, up are [intermediate, hidden + added]."""
         if projection == "down":
             return self.hidden, self.intermediate
-        return self.intermediate, self.hidden
+        return self.intermediate, self.hidden + self.added
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,18 +102,22 @@ def weight_names(mod: IRModule) -> dict[relax.Var, str]:
     return dict(zip(parameters, names, strict=False))
 
 
-def expert_site(call: relax.Call) -> ExpertSite:
-    """The description of one experts call."""
+def expert_site(call: relax.Call, mod: IRModule) -> ExpertSite:
+    """The description of one experts call of `mod`."""
     experts, hidden, intermediate = (int(extent) for extent in operand(call, "down").ty.shape)
     attrs = attributes(call)
+    site, added = attrs["site"], 0
+    protection = (PROTECTION.get(mod) or {}).get(site)
+    if protection is not None:
+        added = len(protection["channels"]) * protection["copies"]
     return ExpertSite(
-        attrs["site"], experts, hidden, intermediate, attrs["activation"], tuple(attrs["operands"])
+        site, experts, hidden, intermediate, attrs["activation"], tuple(attrs["operands"]), added
     )
 
 
 def find_experts(mod: IRModule) -> list[ExpertSite]:
     """The experts blocks of main that are not yet quantized, in program order."""
-    return [expert_site(value) for _, value in bindings(mod["main"]) if is_call(value, EXPERTS)]
+    return [expert_site(value, mod) for _, value in bindings(mod["main"]) if is_call(value, EXPERTS)]
 
 
 def find_uses(mod: IRModule) -> list[LinearUse]:

@@ -126,10 +126,11 @@ def _check_experts(call: relax.Call) -> None:
 
 def _check_mixed(call: relax.Call) -> None:
     named, attrs, classes = operands(call), attributes(call), bit_classes(call)
-    intermediate, hidden = attrs["intermediate"], _extents(call, "x", 2)[1]
+    intermediate, inputs = attrs["intermediate"], _extents(call, "x", 2)[1]
+    hidden = attrs.get("hidden", inputs)
     _check_gate(call, "gate" in classes)
     _check_choice(call, "activations", ("float", "int8"))
-    _check_routing(call, hidden)
+    _check_routing(call, inputs)
     biases = [name for name in attrs["operands"] if name.endswith("_bias")]
     if attrs["operands"] != mixed_operands(classes, biases):
         expected = mixed_operands(classes, biases)
@@ -137,7 +138,7 @@ def _check_mixed(call: relax.Call) -> None:
     experts = _extents(call, "table", 3)[1]
     _check(call, "table", named["table"].ty, (3, experts, 2), ("int32",))
     for projection, formats in classes.items():
-        rows, columns = (hidden, intermediate) if projection == "down" else (intermediate, hidden)
+        rows, columns = (hidden, intermediate) if projection == "down" else (intermediate, inputs)
         stacked = 0
         for number, format in enumerate(formats):
             prefix = f"{projection}.{number}."

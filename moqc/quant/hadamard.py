@@ -14,7 +14,7 @@ import math
 import torch
 
 BLOCK = 32
-"""Columns rotated together: those that share a scale of int8 activations."""
+"""Columns rotated together: a tile of the kernels, within a group of int8 activations."""
 
 
 @functools.cache

@@ -38,9 +38,9 @@ def lower_mixed_experts(bb: relax.BlockBuilder, call: relax.Call, target: Target
     tokens, pairs = x.ty.shape[0], x.ty.shape[0] * shape.top_k
     order, starts, active = lower_route(bb, ids, shape.experts)
 
-    gather = activations_kernel(family, shape.hidden, mode=shape.mode, top_k=shape.top_k)
+    gather = activations_kernel(family, shape.inputs, mode=shape.mode, top_k=shape.top_k)
     inputs = _emit(
-        bb, gather, "gather", [x, order], _activation_types(family, pairs, shape.hidden, shape.mode)
+        bb, gather, "gather", [x, order], _activation_types(family, pairs, shape.inputs, shape.mode)
     )
     first = [*_class_operands(named, "gate"), *_class_operands(named, "up")]
     first += [named[name] for name in ("gate_bias", "up_bias") if name in shape.biases]
@@ -75,7 +75,8 @@ def _experts_shape(call: relax.Call) -> ExpertsShape:
     return ExpertsShape(
         experts=int(table[1]),
         top_k=int(ids[1]),
-        hidden=int(x[1]),
+        inputs=int(x[1]),
+        hidden=attrs.get("hidden", int(x[1])),
         intermediate=attrs["intermediate"],
         gate=classes.get("gate", ()),
         up=classes["up"],

@@ -44,11 +44,13 @@ CHUNK = 4
 class ExpertsShape:
     """What the kernels of one layer depend on; `gate` is empty for activations without one.
 
-    `rotated` blocks of 32 hidden columns are rotated between the two kernels.
+    `inputs` are the columns of gate and up, `hidden` the rows of down. `rotated` blocks of 32 columns of the
+    hidden tensor are rotated between the two kernels.
     """
 
     experts: int
     top_k: int
+    inputs: int
     hidden: int
     intermediate: int
     gate: tuple[Format, ...]
@@ -116,7 +118,7 @@ def _facts(shape: ExpertsShape, family: DotFamily, *projections: str) -> dict[st
 def gate_up_kernel(family: DotFamily, shape: ExpertsShape) -> tirx.PrimFunc:
     """Build the first product with its activation function.
 
-    Parameters of the PrimFunc: the activations (P rows of `hidden`, and spare ones), starts, active, table,
+    Parameters of the PrimFunc: the activations (P rows of `inputs`, and spare ones), starts, active, table,
     the classes of gate, then of up, gate_bias and up_bias ``[E, I]`` if there, and the output float32
     ``[P, padded I]``.
     """
@@ -124,10 +126,10 @@ def gate_up_kernel(family: DotFamily, shape: ExpertsShape) -> tirx.PrimFunc:
     blocks = ceildiv(intermediate, ROW_TILE)
     with kernel("gate_up", activation=shape.activation, **_facts(shape, family, "gate", "up")) as k:
         pairs = symbol("p")
-        x = Activations.declare(k, shape.mode, symbol("rows"), shape.hidden)
+        x = Activations.declare(k, shape.mode, symbol("rows"), shape.inputs)
         routing = _Routing.declare(k, shape.experts)
         gate, up = (
-            _declare_classes(k, name, getattr(shape, name), intermediate, shape.hidden)
+            _declare_classes(k, name, getattr(shape, name), intermediate, shape.inputs)
             for name in ("gate", "up")
         )
         biases = {

@@ -36,6 +36,8 @@ def lower_mixed_experts(bb: relax.BlockBuilder, call: relax.Call, target: Target
         raise TargetError(f"{describe(call)}: the CUDA kernels take float activations, not int8")
     if parse_activation(attrs["activation"]).rotated:
         raise TargetError(f"{describe(call)}: no CUDA kernel rotates: quantize-experts{{rotate=false}}")
+    if "hidden" in attrs:
+        raise TargetError(f"{describe(call)}: no CUDA kernel has protected channels: no protect-channels")
     x, ids = named["x"].ty, named["ids"].ty
     shape = ExpertsShape(
         experts=int(named["table"].ty.shape[1]),
