@@ -49,13 +49,14 @@ class Routing:
 class OnnxExperts:
     """One block. `matrices` are canonical ([E, I, H], [E, I, H], [E, H, I]): floats, or exact codes.
 
-    `inputs` are the names of x, router_probs and, where given, router_weights.
+    `inputs` are the names of x, router_probs and, where given, router_weights; without a `routing` rule those
+    of x, expert ids and their weights.
     """
 
     site: str
     inputs: tuple[str, ...]
     activation: str
-    routing: Routing
+    routing: Routing | None
     matrices: dict[str, torch.Tensor | Quantized]
     biases: dict[str, torch.Tensor]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,8 @@ from tvm.relax.frontend.onnx.onnx_frontend import ONNXGraphImporter, _get_conver
 
 from moqc.errors import ModelError
 from moqc.frontend.hf import drop_unused
-from moqc.frontend.onnx.experts import OnnxExperts, is_experts_node, read_experts
+from moqc.frontend.onnx.experts import OnnxExperts, Routing, is_experts_node, read_experts
+from moqc.frontend.onnx.plain import LOOKED_FOR, take_plain
 from moqc.frontend.onnx.reader import OnnxModel, read_onnx
 from moqc.frontend.skeleton import first_line
 from moqc.ir import ops
@@ -107,20 +109,54 @@ def _take_experts(model: OnnxModel) -> dict[str, OnnxExperts]:
                     f"{model.path}: two nodes are called {block.site}: give them names of their own"
                 )
             blocks[block.site] = block
-            node.name, node.op_type = block.site, _EXPERTS
-            del node.input[:]
-            node.input.extend(block.inputs)
+            _put(node, block)
+    plain = take_plain(model)
+    for node, block in plain:
+        blocks[block.site] = block
+        node.domain = ""
+        del node.attribute[:]
+        _put(node, block)
     if not blocks:
         raise ModelError(
-            f"{model.path}: no experts: looked for com.microsoft MoE and QMoE nodes, found "
-            f"{_summary(model.graph)}; export the model with one of them, or give moqc the checkpoint itself"
+            f"{model.path}: no experts: looked for com.microsoft MoE and QMoE nodes and for {LOOKED_FOR}, "
+            f"found {_summary(model.graph)}; export the model with one of them, or give moqc the checkpoint"
         )
+    if plain:
+        _drop_unused_nodes(model.graph)
     used = {name for node in model.graph.node for name in node.input}
     used |= {entry.name for entry in model.graph.output}
     kept = [tensor for tensor in model.graph.initializer if tensor.name in used]
     del model.graph.initializer[:]
     model.graph.initializer.extend(kept)
     return blocks
+
+
+def _put(node: onnx.NodeProto, block: OnnxExperts) -> None:
+    """Make `node` the one that stands for `block`."""
+    node.name, node.op_type = block.site, _EXPERTS
+    del node.input[:]
+    node.input.extend(block.inputs)
+
+
+def _drop_unused_nodes(graph: onnx.GraphProto) -> None:
+    """Remove nodes whose results nothing reads."""
+    used = {entry.name for entry in graph.output} | set(_read_inside(graph))
+    kept = []
+    for node in reversed(graph.node):
+        if used & set(node.output):
+            kept.append(node)
+            used |= set(node.input)
+    del graph.node[:]
+    graph.node.extend(reversed(kept))
+
+
+def _read_inside(graph: onnx.GraphProto) -> Iterator[str]:
+    """Names that the graphs in nodes read."""
+    for node in graph.node:
+        for attribute in node.attribute:
+            for inner in (attribute.g, *attribute.graphs):
+                yield from (name for part in inner.node for name in part.input)
+                yield from _read_inside(inner)
 
 
 def _plain_constants(graph: onnx.GraphProto) -> None:
@@ -187,8 +223,14 @@ class _Importer(ONNXGraphImporter):  # type: ignore[misc]
         x, *router = inputs
         hidden = x.ty.shape[-1]
         flat = emit(relax.op.astype(emit(relax.op.reshape(x, (-1, hidden))), "float32"))
-        probs = [emit(relax.op.astype(each, "float32")) for each in router]
-        ids, weights = self._route(block, probs)
+        if block.routing is None:
+            ids, weights = (
+                emit(relax.op.astype(each, dtype))
+                for each, dtype in zip(router, ("int64", "float32"), strict=True)
+            )
+        else:
+            probs = [emit(relax.op.astype(each, "float32")) for each in router]
+            ids, weights = self._route(block.routing, probs)
         operands = self._operands[site]
         y = emit(
             ops.experts(
@@ -203,9 +245,9 @@ class _Importer(ONNXGraphImporter):  # type: ignore[misc]
         )
         return emit(relax.op.astype(emit(relax.op.reshape(y, x.ty.shape)), x.ty.dtype))
 
-    def _route(self, block: OnnxExperts, probs: list[relax.Expr]) -> tuple[relax.Expr, relax.Expr]:
+    def _route(self, routing: Routing, probs: list[relax.Expr]) -> tuple[relax.Expr, relax.Expr]:
         """Expert ids and weights [T, k] by the node's rule."""
-        emit, routing = self.bb.emit, block.routing
+        emit = self.bb.emit
         top = emit(relax.op.topk(probs[0], routing.top_k, ret_type="both", dtype="int64"))
         scores, ids = emit(relax.TupleGetItem(top, 0)), emit(relax.TupleGetItem(top, 1))
         if len(probs) == 1 and not routing.among_all:
