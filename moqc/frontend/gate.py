@@ -209,7 +209,8 @@ def random_model(config: transformers.PretrainedConfig) -> transformers.PreTrain
 def _randomize(name: str, tensor: torch.Tensor) -> None:
     if tensor.dim() >= 2:
         tensor.normal_(0, 0.2)
-    elif name.endswith("weight"):  # of a norm
+    # Of a norm, or another factor: near 0 it would cut off the residual, and rounding grow with every layer.
+    elif name.endswith("weight") or bool((tensor == 1).all()):
         tensor.normal_(1, 0.1)
     else:
         tensor.normal_(0, 0.3)
