@@ -98,6 +98,12 @@ class _CachedMain:
             raise PipelineError(
                 f"plan-cache: attention of {attrs['site']} is not causal; it cannot have a cache"
             )
+        most = int(attrs.get("most", 0))
+        if 0 < most < self._context:
+            raise PipelineError(
+                f"plan-cache: attention of {attrs['site']} selects {most} tokens of a longer sequence, which "
+                f"moqc does not model; up to {most} it sees them all: give a context of at most {most}"
+            )
         heads = named["k"].ty.shape[1]
         pair = [
             self._cache(f"{name}_cache", [self._batch, heads, self._context, named[name].ty.shape[3]])

@@ -14,7 +14,7 @@ import torch
 
 from moqc.errors import ModelError
 from moqc.frontend.gates import classify_gate
-from moqc.frontend.plain_experts import FLAT, mark
+from moqc.frontend.plain_experts import PARAMETERS, mark
 
 if TYPE_CHECKING:
     from moqc.frontend.checkpoint import Checkpoint
@@ -39,10 +39,15 @@ class ExpertLayout:
     transposed: bool
     interleaved: bool
     activation: str
-    flat: bool = False
-    """The experts of a projection lie below each other in one matrix (`moqc.frontend.plain_experts.FLAT`)."""
+    form: str = ""
+    """That of a module outside of transformers' interface (`moqc.frontend.plain_experts`), else empty."""
     identities: int = 0
     """Further experts, numbered after the others, that hand their input through."""
+
+    @property
+    def flat(self) -> bool:
+        """Whether the experts of a projection lie below each other in one matrix."""
+        return self.form == "rows"
 
     @property
     def identities_from(self) -> int | None:
@@ -69,8 +74,8 @@ class ExpertLayout:
     def source(self, operand: str) -> str:
         """Name of the transformers parameter that holds `operand`."""
         projection, bias, _ = operand.partition("_bias")
-        if self.flat:
-            return f"{self.site}.{FLAT[projection]}"
+        if self.form in PARAMETERS:
+            return f"{self.site}.{PARAMETERS[self.form][projection]}"
         fused = "down_proj" if projection == "down" else "gate_up_proj" if self.has_gate else "up_proj"
         return f"{self.site}.{fused}{bias}"
 
@@ -107,14 +112,17 @@ def describe(module: torch.nn.Module, site: str) -> ExpertLayout:
         raise ModelError(
             f"{site}: {type(module).__name__} normalizes after each expert, which moqc does not model"
         )
-    flat = getattr(module, "moqc_flat", False)
-    if flat:
-        experts, hidden = int(module.num_experts), module.get_parameter(FLAT["up"]).shape[1]  # type: ignore[arg-type]
-        total, intermediate = experts, module.get_parameter(FLAT["up"]).shape[0] // experts
+    form = str(getattr(module, "moqc_form", ""))
+    fused = "gate_up_proj" if module.has_gate else "up_proj"
+    names = PARAMETERS.get(form, {"up": fused, "down": "down_proj"})
+    up, down = (module.get_parameter(names[projection]) for projection in ("up", "down"))
+    if form == "rows":
+        total = experts = int(module.num_experts)  # type: ignore[arg-type]
+        hidden, intermediate = up.shape[1], up.shape[0] // experts
     else:
-        experts, first, second = module.get_parameter("down_proj").shape
+        experts, first, second = down.shape
         hidden, intermediate = (second, first) if module.is_transposed else (first, second)
-        total = module.get_parameter("gate_up_proj" if module.has_gate else "up_proj").shape[0]
+        total = up.shape[0]
     return ExpertLayout(
         site=site,
         experts=experts,
@@ -125,7 +133,7 @@ def describe(module: torch.nn.Module, site: str) -> ExpertLayout:
         transposed=bool(module.is_transposed),
         interleaved=bool(module.has_gate) and not module.is_concatenated,
         activation=classify_gate(module, site),
-        flat=flat,
+        form=form,
         identities=total - experts,
     )
 

@@ -21,7 +21,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from moqc.errors import ModelError
 from moqc.frontend import masks
 from moqc.frontend.experts import ExpertLayout, find_layouts
-from moqc.frontend.plain_experts import run_block
+from moqc.frontend.mixers import restate
+from moqc.frontend.plain_experts import route_scaled, run_plain
 from moqc.frontend.recurrent import rebind
 from moqc.quant import reference
 
@@ -77,12 +78,14 @@ def attention_operator(
     scale: float,
     window: int,
     chunk: int,
+    most: int,
     softcap: float,
     causal: bool,
 ) -> torch.Tensor:
     """Q [B, H, S, D], k [B, Hk, S, D], v [B, Hk, S, Dv], sinks [H] -> [B, S, H, Dv].
 
-    Token i sits at position i: padding and caches are the compiled operator's matter.
+    Token i sits at position i: padding and caches are the compiled operator's matter. `most` is not 0 for a
+    model that selects so many tokens of a longer sequence, which this does not.
     """
     tokens, groups = q.shape[2], q.shape[1] // k.shape[1]
     scores = q @ k.repeat_interleave(groups, 1).transpose(2, 3) * scale
@@ -110,6 +113,17 @@ def _(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_rest: Any) -> torch.T
     return q.new_empty((batch, tokens, heads, v.shape[-1]))
 
 
+@torch.library.custom_op("moqc::positions", mutates_args=())
+def positions_operator(like: torch.Tensor) -> torch.Tensor:
+    """Positions int64 [B, S] of the tokens of `like` [B, H, S, D]: the compiled model's input of that name."""
+    return torch.arange(like.shape[2], device=like.device).repeat(like.shape[0], 1)
+
+
+@positions_operator.register_fake
+def _(like: torch.Tensor) -> torch.Tensor:
+    return like.new_empty((like.shape[0], like.shape[2]), dtype=torch.int64)
+
+
 def _experts_forward(
     self: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
@@ -123,13 +137,9 @@ def _experts_forward(
     return found
 
 
-def _plain_forward(
-    self: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
-) -> torch.Tensor:
+def _plain_forward(self: Any, *inputs: torch.Tensor) -> torch.Tensor:
     """The same for a module that transformers' interface does not know."""
-    compute = partial(_experts_forward, self)
-    layout: ExpertLayout = self.moqc_layout
-    return run_block(compute, hidden_states, top_k_index, top_k_weights, layout.identities_from)
+    return run_plain(self, partial(_experts_forward, self), *inputs)
 
 
 def _attention_forward(
@@ -145,6 +155,7 @@ def _attention_forward(
     s_aux: torch.Tensor | None = None,
     sinks: torch.Tensor | None = None,
     is_causal: bool | None = None,
+    indices: torch.Tensor | None = None,
     **others: Any,
 ) -> tuple[torch.Tensor, None]:
     """Transformers' attention interface. Raises ModelError for arguments that the operator does not model."""
@@ -159,6 +170,9 @@ def _attention_forward(
     sinks = s_aux if s_aux is not None else sinks
     if sinks is not None and sinks.dim() != 1:
         unknown.append("sinks that depend on the input")
+    most = 0 if indices is None else getattr(indices, "moqc_most", None)
+    if most is None:
+        unknown.append("indices")
     if unknown:
         raise ModelError(
             f"{site}: {type(module).__name__} uses {', '.join(unknown)}, which moqc does not model"
@@ -166,10 +180,19 @@ def _attention_forward(
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
     window = min((size for size in (int(sliding_window or 0), rule.window) if size), default=0)
+    if getattr(module, "moqc_temperature", False):
+        query = query * _temperature(module, query)
     found: torch.Tensor = torch.ops.moqc.attention(
-        query, key, value, sinks, site, scale, window, rule.chunk, float(softcap or 0.0), bool(causal)
+        query, key, value, sinks, site, scale, window, rule.chunk, most, float(softcap or 0.0), bool(causal)
     )
     return found, None
+
+
+def _temperature(module: Any, query: torch.Tensor) -> torch.Tensor:
+    """The factor [B, 1, S, 1] of queries that grows with the position (arXiv 2501.19399)."""
+    places = torch.ops.moqc.positions(query).float().clamp(min=0.0) + 1.0
+    steps = torch.floor(places / module.floor_scale)
+    return (torch.log1p(steps) * module.attn_scale + 1.0)[:, None, :, None]
 
 
 ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, _experts_forward)
@@ -188,6 +211,8 @@ def hook(model: transformers.PreTrainedModel) -> tuple[ExpertLayout, ...]:
     for name, module in model.named_modules():
         module.moqc_site = name
         rebind(module, name)
+        restate(module, name)
+        route_scaled(module)
     for layout in layouts:
         canonicalize(model.get_submodule(layout.site), layout)
     persistent = set(model.state_dict()) - {
@@ -214,11 +239,11 @@ def canonicalize(module: torch.nn.Module, layout: ExpertLayout) -> None:
         ).contiguous()
         for operand in layout.operands
     }
-    for name in stored:
+    for name in {layout.source(operand).removeprefix(f"{layout.site}.") for operand in layout.operands}:
         path, _, leaf = name.rpartition(".")
         delattr(module.get_submodule(path), leaf)
     for name, tensor in made.items():
         module.register_parameter(name, torch.nn.Parameter(tensor.clone(), requires_grad=False))
     module.moqc_layout = layout  # type: ignore[assignment]
-    if hasattr(module, "moqc_plain"):
+    if layout.form:
         object.__setattr__(module, "forward", types.MethodType(_plain_forward, module))

@@ -90,6 +90,7 @@ class Importer(ExportedProgramImporter):  # type: ignore[misc]  # tvm ships no t
             "attention.default": self._attention,
             "recurrent.default": self._recurrent,
             "causal_conv.default": self._causal_conv,
+            "positions.default": self._positions,
             "embedding.default": self._embedding_rows,
             **dict.fromkeys(("view.default", "reshape.default", "_unsafe_view.default"), self._view),
             **dict.fromkeys(("mm.default", "bmm.default", "matmul.default"), self._product),
@@ -121,7 +122,7 @@ class Importer(ExportedProgramImporter):  # type: ignore[misc]  # tvm ships no t
         return self.emit(call)
 
     def _attention(self, node: Node) -> relax.Var:
-        q, k, v, sinks, site, scale, window, chunk, softcap, causal = self._all_arguments(node)
+        q, k, v, sinks, site, scale, window, chunk, most, softcap, causal = self._all_arguments(node)
         operands = [] if sinks is None else ["sinks"]
         call = ops.attention(
             q,
@@ -133,6 +134,7 @@ class Importer(ExportedProgramImporter):  # type: ignore[misc]  # tvm ships no t
             scale=repr(scale),
             window=window,
             chunk=chunk,
+            most=most,
             softcap=repr(softcap),
             causal=int(causal),
             operands=operands,
@@ -251,6 +253,8 @@ class Importer(ExportedProgramImporter):  # type: ignore[misc]  # tvm ships no t
             if step != 1 or not isinstance(size, tvm.tirx.IntImm):
                 return base(node)
             begin, stop, _ = slice(start, end).indices(int(size))
+            if begin >= stop:
+                return x
             before, after = [], []
             for piece, low, high in self._pieces_of(x, axis):
                 before += self._part(piece, axis, low, low, min(high, begin))

@@ -30,13 +30,20 @@ _WINDOW = masking_utils.sliding_window_overlay(1).__code__
 _CHUNK = masking_utils.chunked_overlay(1, torch.zeros(1)).__code__
 
 
-def mark(*, mask_function: Callable[..., Any], attention_mask: Any = None, **_rest: Any) -> Any:
+def mark(
+    *,
+    mask_function: Callable[..., Any],
+    attention_mask: Any = None,
+    allow_is_causal_skip: bool = True,
+    **_rest: Any,
+) -> Any:
     """Transformers' mask interface: None for a plain causal mask, else a tensor that only carries the rule.
 
-    A mask that is no rule gets a tensor that carries none, which attention refuses.
+    A mask that is no rule gets a tensor that carries none, which attention refuses. Models that read their
+    masks ask for a tensor in any case.
     """
     rule = None if attention_mask is not None else read(mask_function)
-    if rule == Rule():
+    if rule == Rule() and allow_is_causal_skip:
         return None
     carrier: Any = torch.zeros(1, 1, 1, 1, dtype=torch.bool)
     if rule is not None:

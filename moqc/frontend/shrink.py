@@ -57,7 +57,8 @@ _SIZES = {
     "floor_scale": WINDOW,
     "index_n_heads": 2,
     "index_head_dim": 16,
-    "index_topk": WINDOW,
+    # More than the gate's longest sequence: moqc computes the attention that selects every token.
+    "index_topk": 64,
     "mamba_n_heads": 4,
     "mamba_num_heads": 4,
     "mamba_d_head": 16,
@@ -101,6 +102,7 @@ _AT_MOST = {
     "num_nextn_predict_layers": 0,
     "max_window_layers": 1,
 }
+_SECTIONS = [2, 1, 1]
 # Fields that hold fields, and lists of the numbers of layers.
 _NESTED = ("attn_config", "ffn_config")
 _LAYER_NUMBERS = ("mlp_only_layers", "moe_layers")
@@ -122,10 +124,9 @@ def shrink(config: transformers.PretrainedConfig) -> transformers.PretrainedConf
         for name, value in fields.items()
     }
     small[config.attribute_map.get("num_hidden_layers", "num_hidden_layers")] = len(layers)
-    if small.get("num_key_value_heads") is not None:
-        heads = config.attribute_map.get("num_attention_heads", "num_attention_heads")
-        grouped = fields["num_key_value_heads"] != fields.get(heads)
-        small["num_key_value_heads"] = 2 if grouped else _SIZES["num_attention_heads"]
+    heads = config.attribute_map.get("num_attention_heads", "num_attention_heads")
+    _shrink_key_heads(small, fields, heads)
+    _shrink_rotation(small, small.get("rope_parameters"))
     try:
         return type(config).from_dict(small)
     except CONFIG_ERRORS as error:
@@ -138,11 +139,8 @@ def _shrunk(name: str, value: Any, total: int, layers: list[int]) -> Any:
     """The small value of one field; None and values that are no plain sizes stay."""
     if name == "per_layer_config" and isinstance(value, dict):  # layer number, as text -> its own fields
         own = {int(key): fields for key, fields in value.items()}
-        kept = [(position, own[index]) for position, index in enumerate(layers) if index in own]
-        return {
-            str(position): {key: _shrunk(key, item, total, layers) for key, item in fields.items()}
-            for position, fields in kept
-        }
+        kept = {str(position): own[index] for position, index in enumerate(layers) if index in own}
+        return {position: _shrunk_layer(fields, total, layers) for position, fields in kept.items()}
     if isinstance(value, dict) and name in _NESTED:
         return {key: _shrunk(key, item, total, layers) for key, item in value.items() if key not in _DROPPED}
     if name in _LAYER_NUMBERS and isinstance(value, list):
@@ -158,6 +156,30 @@ def _shrunk(name: str, value: Any, total: int, layers: list[int]) -> Any:
     if isinstance(value, list) or name not in _SIZES or (value == 0 and name != "vocab_size"):
         return value
     return _SIZES[name]
+
+
+def _shrunk_layer(fields: dict[str, Any], total: int, layers: list[int]) -> dict[str, Any]:
+    """The fields that one layer has for itself."""
+    small = {name: _shrunk(name, value, total, layers) for name, value in fields.items()}
+    _shrink_key_heads(small, fields, "num_attention_heads")
+    return small
+
+
+def _shrink_key_heads(small: dict[str, Any], fields: dict[str, Any], heads: str) -> None:
+    """As many key heads as query heads, or half as many, as it is in `fields`."""
+    if small.get("num_key_value_heads") is not None:
+        grouped = fields["num_key_value_heads"] != fields.get(heads)
+        small["num_key_value_heads"] = 2 if grouped else _SIZES["num_attention_heads"]
+
+
+def _shrink_rotation(small: dict[str, Any], rope: Any) -> None:
+    """As many angles as there are sections (time, height, width), also where a part of a head is rotated."""
+    if not isinstance(rope, dict):
+        return
+    if "mrope_section" in rope:
+        rope["mrope_section"] = _SECTIONS
+    if rope.get("partial_rotary_factor") and "head_dim" in small:
+        small["head_dim"] = int(2 * sum(_SECTIONS) / rope["partial_rotary_factor"])
 
 
 def _chosen_layers(config: transformers.PretrainedConfig, fields: dict[str, Any]) -> list[int]:

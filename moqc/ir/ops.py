@@ -230,6 +230,7 @@ def attention(
     causal: int,
     operands: Sequence[str],
     chunk: int = 0,
+    most: int = 0,
 ) -> relax.Call:
     """Attention over the tokens of this call.
 
@@ -237,11 +238,11 @@ def attention(
     ``positions[j] > positions[i] - window`` (when `window` is not 0) and, when `chunk` is not 0, both divided
     by `chunk` have one quotient; a key of position < 0 is padding and never attended. `positions` is int64
     [B,S]; scores are multiplied by `scale` and, unless `softcap` is ``0.0``, passed through
-    ``softcap * tanh(score / softcap)``. The only further operand is ``sinks`` [H].
+    ``softcap * tanh(score / softcap)``. The only further operand is ``sinks`` [H]. A `most` that is not 0
+    bounds the context: of more positions than that the model would select some, which is not this operator.
     """
     attrs = {"site": site, "scale": scale, "window": window, "softcap": softcap, "causal": causal}
-    if chunk:
-        attrs["chunk"] = chunk
+    attrs |= {name: value for name, value in (("chunk", chunk), ("most", most)) if value}
     return _call(ATTENTION, (q, k, v, positions, *tensors), **attrs, operands=list(operands))
 
 
@@ -260,11 +261,11 @@ def cached_attention(
     causal: int,
     operands: Sequence[str],
     chunk: int = 0,
+    most: int = 0,
 ) -> relax.Call:
     """Write k and v into the cache slots `positions`, attend slots 0..position; returns the caches too."""
     attrs = {"site": site, "scale": scale, "window": window, "softcap": softcap, "causal": causal}
-    if chunk:
-        attrs["chunk"] = chunk
+    attrs |= {name: value for name, value in (("chunk", chunk), ("most", most)) if value}
     arguments = (q, k, v, positions, k_cache, v_cache, *tensors)
     return _call(CACHED_ATTENTION, arguments, **attrs, operands=list(operands))
 
