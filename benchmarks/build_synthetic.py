@@ -44,7 +44,8 @@ def main() -> None:
             experts=tuple(options.experts.split("+")), linears=options.linears, activations=mode
         )
         passes = Pipeline((synthesize, *lowering_pipeline(options.context, options.max_batch).passes))
-        mod = import_model(checkpoint, max_batch=options.max_batch, max_chunk=MAX_CHUNK)
+        latent = target.latent_attention
+        mod = import_model(checkpoint, max_batch=options.max_batch, max_chunk=MAX_CHUNK, latent=latent)
         logger.info("imported")
         mod = run_passes(passes, mod, PassContext(target, checkpoint), Debug())
         options.out.mkdir(parents=True, exist_ok=True)

@@ -91,7 +91,7 @@ def _compile_checkpoint(model: str | Path, out: str | Path | None, options: Comp
     with param_store(workspace.root, options.debug.dump_ir, start) as params:
         ctx = PassContext(machine, checkpoint, texts, workspace, params, options.seed)
         chunk = min(MAX_CHUNK, length)
-        mod, rest = _input_module(checkpoint, passes, start, options.max_batch, chunk)
+        mod, rest = _input_module(ctx, passes, start, options.max_batch, chunk)
         mod = run_passes(rest, mod, ctx, options.debug)
         if not finished:
             return print_module(mod)
@@ -127,14 +127,16 @@ def _check_buildable(passes: Pipeline) -> None:
 
 
 def _input_module(
-    checkpoint: Checkpoint, passes: Pipeline, start_from: Path | None, max_batch: int, chunk: int
+    ctx: PassContext, passes: Pipeline, start_from: Path | None, max_batch: int, chunk: int
 ) -> tuple[IRModule, Pipeline]:
     """The module to start with, and the passes that it has not seen yet."""
     from moqc.frontend.hf import import_model
 
     if start_from is None:
+        checkpoint, target = ctx.need("checkpoint", "import"), ctx.need("target", "import")
         logger.info("importing %s (%s)", checkpoint.path, checkpoint.config.model_type)
-        return import_model(checkpoint, max_batch=max_batch, max_chunk=chunk), passes
+        latent = target.latent_attention
+        return import_model(checkpoint, max_batch=max_batch, max_chunk=chunk, latent=latent), passes
     done = start_from.stem.partition("_")[2]  # 003_allocate-bits.py
     return read_module(start_from), passes.after(done) if done else passes
 

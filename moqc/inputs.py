@@ -139,9 +139,10 @@ def architecture_gate(workspace: Workspace, target: Target) -> Callable[[Pretrai
     from moqc.frontend.gate import verify_architecture
     from moqc.targets import find_target, runs_here
 
+    latent = target.latent_attention
     target = target if runs_here(target) else find_target("native")
     compiler = partial(compile_and_run, target=target)
-    return lambda config: verify_architecture(config, workspace.root, compiler, target.name)
+    return lambda config: verify_architecture(config, workspace.root, compiler, target.name, latent=latent)
 
 
 def open_workspace(cache: Path | str | None) -> Workspace:

@@ -51,7 +51,7 @@ def plan(model: str | Path, options: PlanOptions) -> Plan:
         cache=machine.cache,
     )
     return make_plan(
-        outline(config),
+        outline(config, latent=machine.latent_attention),
         machine.name,
         deployment,
         bits=options.bits,

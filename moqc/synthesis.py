@@ -119,7 +119,8 @@ def synthesize_artifact(config: str | Path, out: Path, options: SynthOptions) ->
             )
         )
         logger.info("importing %s (%s)", config, parsed.model_type)
-        mod = import_model(checkpoint, max_batch=options.max_batch, max_chunk=chunk)
+        latent = machine.latent_attention
+        mod = import_model(checkpoint, max_batch=options.max_batch, max_chunk=chunk, latent=latent)
         mod = run_passes(passes, mod, ctx, Debug())
         ctx = PassContext(
             machine,

@@ -65,10 +65,10 @@ class Checkpoint:
         """sha256 over config.json and the contents of all weight files (read once, streamed)."""
         return self._shards.digest([self.path / "config.json"])
 
-    def meta_model(self) -> transformers.PreTrainedModel:
+    def meta_model(self, *, latent: bool = False) -> transformers.PreTrainedModel:
         """A new float32 model on the meta device with moqc's hooks (see `moqc.frontend.hooks.hook`)."""
         model = build_skeleton(self.config)
-        hook(model)
+        hook(model, latent=latent)
         return model
 
     def shape(self, name: str) -> tuple[int, ...]:

@@ -48,7 +48,7 @@ call; a sequence starts anew where its position is 0, and tokens of position -1 
 TOLERANCE = 1e-4  # times max(1, |logit|)
 SHAPES = ((2, 7), (3, 11), (1, 1))
 _MAX_PARAMETERS = 20_000_000
-VERSION = 3
+VERSION = 4
 """Of what is compared: raise it when the gate gets stricter or a hook changes."""
 _SEED = 20240611
 # What TVM raises (its own InternalError is a RuntimeError); PipelineError is plan-cache's.
@@ -76,30 +76,37 @@ class Verdict:
 
 
 def verify_architecture(
-    config: transformers.PretrainedConfig, cache_dir: Path, compile_and_run: CompileAndRun, target: str
+    config: transformers.PretrainedConfig,
+    cache_dir: Path,
+    compile_and_run: CompileAndRun,
+    target: str,
+    *,
+    latent: bool = False,
 ) -> Verdict:
     """Verify the architecture of `config` on a tiny model, or return the cached verdict.
 
-    `target` names what `compile_and_run` compiles for. A verdict is kept in ``cache_dir/gate`` by the target,
-    the versions of the gate, moqc, transformers, torch and TVM, and the tiny configuration. Only passes are
-    kept.
+    `target` names what `compile_and_run` compiles for, `latent` is as in `moqc.frontend.hooks.hook`. A
+    verdict is kept in ``cache_dir/gate`` by the two, the versions of the gate, moqc, transformers, torch and
+    TVM, and the tiny configuration. Only passes are kept.
 
     Raises:
         ModelError: naming the model type, the stage and the reason.
 
     """
     small = shrink(config)
-    file = cache_dir / "gate" / f"{_key(small, target)}.json"
+    file = cache_dir / "gate" / f"{_key(small, target, latent)}.json"
     if file.is_file():
         return Verdict(**json.loads(file.read_text(encoding="utf-8")))
-    verdict = _measure(small, compile_and_run)
+    verdict = _measure(small, compile_and_run, latent)
     _write(file, json.dumps(asdict(verdict), indent=1))
     return verdict
 
 
-def _key(small: transformers.PretrainedConfig, target: str) -> str:
+def _key(small: transformers.PretrainedConfig, target: str, latent: bool) -> str:
     versions = (VERSION, moqc.__version__, transformers.__version__, torch.__version__, tvm.__version__)
-    text = json.dumps([versions, target, type(small).__name__, small.to_dict()], sort_keys=True, default=str)
+    text = json.dumps(
+        [versions, target, latent, type(small).__name__, small.to_dict()], sort_keys=True, default=str
+    )
     return f"{small.model_type}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
 
@@ -116,14 +123,14 @@ def _write(file: Path, text: str) -> None:
         ) from error
 
 
-def _measure(small: transformers.PretrainedConfig, compile_and_run: CompileAndRun) -> Verdict:
+def _measure(small: transformers.PretrainedConfig, compile_and_run: CompileAndRun, latent: bool) -> Verdict:
     eager = random_model(small)
     hooked = build_skeleton(small)
     # Copies: hooking turns weights around in place, and the eager model must stay as it is.
     weights = {name: tensor.clone() for name, tensor in eager.state_dict().items()}
     hooked.load_state_dict(weights, assign=True)
     hooked.tie_weights()
-    layouts = hook(hooked)
+    layouts = hook(hooked, latent=latent)
     comparison = Comparison(eager)
     comparison.check("hooked", _torch_run(hooked))
     program, mod = translate(hooked, max_batch=4, max_chunk=16)

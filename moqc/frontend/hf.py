@@ -52,14 +52,15 @@ _KEPT = ("aten::linear", "aten::silu", "aten::gelu")
 
 
 def import_model(
-    checkpoint: Checkpoint, *, max_batch: int = MAX_BATCH, max_chunk: int = MAX_CHUNK
+    checkpoint: Checkpoint, *, max_batch: int = MAX_BATCH, max_chunk: int = MAX_CHUNK, latent: bool = False
 ) -> IRModule:
     """The IR module of a checkpoint, without reading its weights.
 
-    `max_batch` and `max_chunk` bound the two symbolic sizes (memory is planned for them). Raises ModelError
-    for a model that cannot be exported or imported, naming the reason.
+    `max_batch` and `max_chunk` bound the two symbolic sizes (memory is planned for them). `latent`: where
+    attention compresses keys and values, caches are to hold what is compressed. Raises ModelError for a model
+    that cannot be exported or imported, naming the reason.
     """
-    return import_torch(checkpoint.meta_model(), max_batch=max_batch, max_chunk=max_chunk)
+    return import_torch(checkpoint.meta_model(latent=latent), max_batch=max_batch, max_chunk=max_chunk)
 
 
 def import_torch(

@@ -19,7 +19,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from moqc.errors import ModelError
-from moqc.frontend import masks
+from moqc.frontend import latents, masks
 from moqc.frontend.experts import ExpertLayout, find_layouts
 from moqc.frontend.mixers import restate
 from moqc.frontend.plain_experts import route_scaled, run_plain
@@ -81,12 +81,16 @@ def attention_operator(
     most: int,
     softcap: float,
     causal: bool,
+    latent: bool,
 ) -> torch.Tensor:
     """Q [B, H, S, D], k [B, Hk, S, D], v [B, Hk, S, Dv], sinks [H] -> [B, S, H, Dv].
+
+    Keys that are `latent` end in the values: k has D - Dv columns.
 
     Token i sits at position i: padding and caches are the compiled operator's matter. `most` is not 0 for a
     model that selects so many tokens of a longer sequence, which this does not.
     """
+    k = torch.cat([k, v], -1) if latent else k
     tokens, groups = q.shape[2], q.shape[1] // k.shape[1]
     scores = q @ k.repeat_interleave(groups, 1).transpose(2, 3) * scale
     if softcap:
@@ -115,7 +119,7 @@ def _(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_rest: Any) -> torch.T
 
 @torch.library.custom_op("moqc::positions", mutates_args=())
 def positions_operator(like: torch.Tensor) -> torch.Tensor:
-    """Positions int64 [B, S] of the tokens of `like` [B, H, S, D]: the compiled model's input of that name."""
+    """Positions int64 [B, S] of the tokens of `like` [B, H, S, D]: the compiled model's second input."""
     return torch.arange(like.shape[2], device=like.device).repeat(like.shape[0], 1)
 
 
@@ -182,10 +186,11 @@ def _attention_forward(
     window = min((size for size in (int(sliding_window or 0), rule.window) if size), default=0)
     if getattr(module, "moqc_temperature", False):
         query = query * _temperature(module, query)
-    found: torch.Tensor = torch.ops.moqc.attention(
-        query, key, value, sinks, site, scale, window, rule.chunk, most, float(softcap or 0.0), bool(causal)
-    )
-    return found, None
+    latent = latents.is_latent(module)
+    query = latents.absorb(module, query) if latent else query
+    settings = (scale, window, rule.chunk, most, float(softcap or 0.0), bool(causal), latent)
+    found: torch.Tensor = torch.ops.moqc.attention(query, key, value, sinks, site, *settings)
+    return latents.expand(module, found) if latent else found, None
 
 
 def _temperature(module: Any, query: torch.Tensor) -> torch.Tensor:
@@ -200,8 +205,10 @@ ALL_ATTENTION_FUNCTIONS.register(IMPLEMENTATION, _attention_forward)
 ALL_MASK_ATTENTION_FUNCTIONS.register(IMPLEMENTATION, masks.mark)
 
 
-def hook(model: transformers.PreTrainedModel) -> tuple[ExpertLayout, ...]:
+def hook(model: transformers.PreTrainedModel, *, latent: bool = False) -> tuple[ExpertLayout, ...]:
     """Make `model` call moqc's operators, in place; returns the layouts of its experts blocks.
+
+    `latent`: attention that compresses keys and values works on what is compressed (`moqc.frontend.latents`).
 
     The parameters of every experts module are replaced by canonical ones, ``<site>.gate``, ``.up``, ``.down``
     and biases (meta stays meta). Persistent buffers become parameters, because checkpoints hold them.
@@ -213,6 +220,8 @@ def hook(model: transformers.PreTrainedModel) -> tuple[ExpertLayout, ...]:
         rebind(module, name)
         restate(module, name)
         route_scaled(module)
+        if latent:
+            latents.keep(module)
     for layout in layouts:
         canonicalize(model.get_submodule(layout.site), layout)
     persistent = set(model.state_dict()) - {

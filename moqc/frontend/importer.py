@@ -122,7 +122,7 @@ class Importer(ExportedProgramImporter):  # type: ignore[misc]  # tvm ships no t
         return self.emit(call)
 
     def _attention(self, node: Node) -> relax.Var:
-        q, k, v, sinks, site, scale, window, chunk, most, softcap, causal = self._all_arguments(node)
+        q, k, v, sinks, site, scale, window, chunk, most, softcap, causal, latent = self._all_arguments(node)
         operands = [] if sinks is None else ["sinks"]
         call = ops.attention(
             q,
@@ -135,6 +135,7 @@ class Importer(ExportedProgramImporter):  # type: ignore[misc]  # tvm ships no t
             window=window,
             chunk=chunk,
             most=most,
+            latent=int(latent),
             softcap=repr(softcap),
             causal=int(causal),
             operands=operands,

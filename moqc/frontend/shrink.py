@@ -178,8 +178,15 @@ def _shrink_rotation(small: dict[str, Any], rope: Any) -> None:
         return
     if "mrope_section" in rope:
         rope["mrope_section"] = _SECTIONS
-    if rope.get("partial_rotary_factor") and "head_dim" in small:
-        small["head_dim"] = int(2 * sum(_SECTIONS) / rope["partial_rotary_factor"])
+    latent = "qk_rope_head_dim" in small
+    kinds = [rope, *(kind for kind in rope.values() if latent and isinstance(kind, dict))]
+    share = next((kind["partial_rotary_factor"] for kind in kinds if kind.get("partial_rotary_factor")), None)
+    if share is None or "head_dim" not in small:
+        return
+    small["head_dim"] = int(2 * sum(_SECTIONS) / share)
+    for own in (small.get("per_layer_config") or {}).values():
+        if latent and "qk_nope_head_dim" in own:  # the rest of the head
+            own["qk_nope_head_dim"] = small["head_dim"] - small["qk_rope_head_dim"]
 
 
 def _chosen_layers(config: transformers.PretrainedConfig, fields: dict[str, Any]) -> list[int]:

@@ -79,10 +79,13 @@ class Outline:
     """The dtype the configuration states for stored weights; float32 where it states none."""
 
 
-def outline(config: transformers.PretrainedConfig) -> Outline:
-    """The outline of the model of `config`. Raises ModelError for a model moqc cannot hook or trace."""
+def outline(config: transformers.PretrainedConfig, *, latent: bool = False) -> Outline:
+    """The outline of the model of `config`, with its attention `latent` as in `moqc.frontend.hooks.hook`.
+
+    Raises ModelError for a model moqc cannot hook or trace.
+    """
     model = build_skeleton(config)
-    layouts = {layout.site: layout for layout in hook(model)}
+    layouts = {layout.site: layout for layout in hook(model, latent=latent)}
     fake_parameters(model)
     names = _names(model)
     calls = _run(model)

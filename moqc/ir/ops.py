@@ -231,6 +231,7 @@ def attention(
     operands: Sequence[str],
     chunk: int = 0,
     most: int = 0,
+    latent: int = 0,
 ) -> relax.Call:
     """Attention over the tokens of this call.
 
@@ -240,9 +241,10 @@ def attention(
     [B,S]; scores are multiplied by `scale` and, unless `softcap` is ``0.0``, passed through
     ``softcap * tanh(score / softcap)``. The only further operand is ``sinks`` [H]. A `most` that is not 0
     bounds the context: of more positions than that the model would select some, which is not this operator.
+    With `latent` the keys end in the values: k has as many columns fewer than q as v has.
     """
     attrs = {"site": site, "scale": scale, "window": window, "softcap": softcap, "causal": causal}
-    attrs |= {name: value for name, value in (("chunk", chunk), ("most", most)) if value}
+    attrs |= {name: value for name, value in (("chunk", chunk), ("most", most), ("latent", latent)) if value}
     return _call(ATTENTION, (q, k, v, positions, *tensors), **attrs, operands=list(operands))
 
 
@@ -262,10 +264,11 @@ def cached_attention(
     operands: Sequence[str],
     chunk: int = 0,
     most: int = 0,
+    latent: int = 0,
 ) -> relax.Call:
     """Write k and v into the cache slots `positions`, attend slots 0..position; returns the caches too."""
     attrs = {"site": site, "scale": scale, "window": window, "softcap": softcap, "causal": causal}
-    attrs |= {name: value for name, value in (("chunk", chunk), ("most", most)) if value}
+    attrs |= {name: value for name, value in (("chunk", chunk), ("most", most), ("latent", latent)) if value}
     arguments = (q, k, v, positions, k_cache, v_cache, *tensors)
     return _call(CACHED_ATTENTION, arguments, **attrs, operands=list(operands))
 

@@ -176,6 +176,8 @@ def _check_attention(call: relax.Call) -> None:
     named = operands(call)
     batch, heads, tokens, width = named["q"].ty.shape
     key_heads, value_width = named["v"].ty.shape[1], named["v"].ty.shape[3]
+    if attributes(call).get("latent"):
+        width -= value_width
     _check(call, "k", named["k"].ty, (batch, key_heads, tokens, width))
     _check(call, "v", named["v"].ty, (batch, key_heads, tokens, value_width))
     _check(call, "positions", named["positions"].ty, (batch, tokens), ("int64",))

@@ -73,6 +73,11 @@ class Target:
         return self.architectures == ("sm_90",)
 
     @property
+    def latent_attention(self) -> bool:
+        """Whether its attention has kernels for keys that end in the values (`moqc.frontend.latents`)."""
+        return self.schedules == "cpu"
+
+    @property
     def vector_lanes(self) -> int:
         """float32 lanes of the widest vector register."""
         if self.machine == "aarch64":

@@ -38,6 +38,7 @@ class AttentionShape:
     """What is fixed about one attention operator; batch, tokens and slots may be symbolic.
 
     `scale` multiplies the scores; `window`, `chunk` and `softcap` of 0 mean none; `lanes` of a vector.
+    Keys that are `latent` end in the values, which are stored once; `key_width` is that of a query.
     """
 
     heads: int
@@ -51,6 +52,12 @@ class AttentionShape:
     sinks: bool
     lanes: int
     chunk: int = 0
+    latent: bool = False
+
+    @property
+    def own_width(self) -> int:
+        """Columns of a key that are no value."""
+        return self.key_width - self.value_width if self.latent else self.key_width
 
     @property
     def bounded(self) -> bool:
@@ -69,24 +76,30 @@ class _Buffers:
     def __init__(
         self, k: Kernel, shape: AttentionShape, batch: Any, tokens: Any, cache: tuple[Any, Any] | None
     ) -> None:
-        key_heads, key_width, value_width = shape.key_heads, shape.key_width, shape.value_width
+        key_heads, own_width, value_width = shape.key_heads, shape.own_width, shape.value_width
         self.shape, self.batch, self.tokens = shape, int64(batch), int64(tokens)
-        self.q = k.parameter("q", [batch, shape.heads, tokens, key_width], "float32")
-        self.k = k.parameter("k", [batch, key_heads, tokens, key_width], "float32")
+        self.q = k.parameter("q", [batch, shape.heads, tokens, shape.key_width], "float32")
+        self.k = k.parameter("k", [batch, key_heads, tokens, own_width], "float32")
         self.v = k.parameter("v", [batch, key_heads, tokens, value_width], "float32")
         self.positions = k.parameter("positions", [batch, tokens], "int64")
         self.keys, self.values, self.cached = self.k, self.v, cache is not None
         self.slots = tokens if cache is None else cache[1]
         if cache is not None:
-            self.keys = k.parameter("k_cache", [cache[0], key_heads, cache[1], key_width], "float32")
+            self.keys = k.parameter("k_cache", [cache[0], key_heads, cache[1], own_width], "float32")
             self.values = k.parameter("v_cache", [cache[0], key_heads, cache[1], value_width], "float32")
         self.sinks = k.parameter("sinks", [shape.heads], "float32") if shape.sinks else None
         self.out = k.parameter("out", [batch, tokens, shape.heads, value_width], "float32")
         self.lanes, self.value_lanes = (
-            common_lanes(shape.lanes, key_width),
+            common_lanes(shape.lanes, own_width, shape.key_width),
             common_lanes(shape.lanes, value_width),
         )
         self.kind, self.value_kind = vector_type(self.lanes), vector_type(self.value_lanes)
+
+    def key_parts(self) -> list[tuple[Any, int, int]]:
+        """Buffers that hold a key's columns, with the first column and the number of them."""
+        own = self.shape.own_width
+        latents = [(self.values, own, self.shape.value_width)] if self.shape.latent else []
+        return [(self.keys, 0, own), *latents]
 
     def allocate(self) -> None:
         """Scratch of one task."""
@@ -110,10 +123,10 @@ def attention_kernel(
 ) -> tirx.PrimFunc:
     """The kernel of R.moqc.attention (`cache` None) or R.moqc.cached_attention (cache = its batch and slots).
 
-    Arguments, all float32 but positions: q [B,H,S,D], k [B,Hk,S,D], v [B,Hk,S,Dv], positions int64 [B,S],
-    k_cache [Bc,Hk,C,D] and v_cache [Bc,Hk,C,Dv] (written in place), sinks [H] if any, out [B,S,H,Dv]. `batch`
-    and `tokens` are ints or int64 variables. A token's slot is its position; tokens of position < 0 or >= C
-    are not cached, and the output of those below 0 is 0.
+    Arguments, all float32 but positions: q [B,H,S,D], k [B,Hk,S,K], v [B,Hk,S,Dv], positions int64 [B,S],
+    k_cache [Bc,Hk,C,K] and v_cache [Bc,Hk,C,Dv] (written in place), sinks [H] if any, out [B,S,H,Dv]; K is
+    `own_width`. `batch` and `tokens` are ints or int64 variables. A token's slot is its position; tokens of
+    position < 0 or >= C are not cached, and the output of those below 0 is 0.
     """
     with kernel("attention", cached=int(cache is not None)) as k:
         buffers = _Buffers(k, shape, batch, tokens, cache)
@@ -138,7 +151,7 @@ def _write_cache(buffers: _Buffers, pairs: Any) -> None:
     """Copy this call's keys and values to their slots, and count the (query, key) pairs into `pairs`."""
     shape = buffers.shape
     copies = (
-        (buffers.k, buffers.keys, shape.key_width, buffers.lanes),
+        (buffers.k, buffers.keys, shape.own_width, buffers.lanes),
         (buffers.v, buffers.values, shape.value_width, buffers.value_lanes),
     )
     with loop(0, buffers.batch) as b, loop(0, buffers.tokens) as s:
@@ -229,9 +242,11 @@ def _score_row(buffers: _Buffers, where: tuple[Any, Any], row: Any, start: Any, 
             # A slot past the end reads the last one; the mask discards it.
             slot = bind(tirx.min(base + i, end - 1))
             store(total, [0], spread(0.0, lanes))
-            with each_vector(shape.key_width, lanes) as d:
-                product = load(buffers.keys, [*where, slot, d], kind) * load(buffers.scaled, [row, d], kind)
-                store(total, [0], load(total, [0], kind) + product)
+            for keys_at, first, width in buffers.key_parts():
+                with each_vector(width, lanes) as d:
+                    query = load(buffers.scaled, [row, d + first], kind)
+                    product = load(keys_at, [*where, slot, d], kind) * query
+                    store(total, [0], load(total, [0], kind) + product)
         score = bind(fold_rows(buffers.tile, lanes))
         if shape.softcap:
             score = tanh(score * (1.0 / shape.softcap)) * shape.softcap

@@ -46,6 +46,7 @@ def _attention_shape(call: relax.Call, target: Target) -> AttentionShape:
         sinks="sinks" in named,
         lanes=target.vector_lanes,
         chunk=attrs.get("chunk", 0),
+        latent=bool(attrs.get("latent", 0)),
     )
 
 

@@ -32,6 +32,8 @@ def test_what_is_no_rule_is_told():
 
 def test_a_mark_carries_its_rule():
     assert marked(CAUSAL) is None
+    assert masks.rule_of(marked(CAUSAL, allow_is_causal_skip=False)[:, 0]) is None  # nothing reads a part
+    assert masks.rule_of(marked(CAUSAL, allow_is_causal_skip=False)) == Rule()
     assert masks.rule_of(None) == Rule()
     assert masks.rule_of(marked(masking_utils.sliding_window_causal_mask_function(4))) == Rule(window=4)
 

@@ -98,3 +98,22 @@ def test_attention_that_is_not_causal_is_refused():
 def test_a_second_plan_is_refused():
     with pytest.raises(PipelineError, match=r"has moqc\.cache already"):
         plan(plan(parse_module(ATTENTION)))
+
+
+def test_a_context_in_which_tokens_would_be_selected_is_refused():
+    mod = parse_module(ATTENTION.replace('site="layers.1"', 'most=16, site="layers.1"'))
+    with pytest.raises(PipelineError, match=r"layers\.1 selects 16 tokens .* give a context of at most 16"):
+        plan(mod)
+    assert CACHE.of(PlanCache(context=16, batch=3)(mod, PassContext()))["context"] == 16
+
+
+def test_latents_are_cached_once():
+    latent = ATTENTION.replace("axes=[3], begin=[0], end=[6]", "axes=[3], begin=[0], end=[5]").replace(
+        'first = R.moqc.attention(q, keys, values, positions, sinks, causal=1, operands=["sinks"],',
+        "rotated = R.strided_slice(keys, axes=[3], begin=[0], end=[3])\n"
+        "            first = R.moqc.attention(q, rotated, values, positions, sinks, latent=1, "
+        'causal=1, operands=["sinks"],',
+    )
+    planned = plan(parse_module(latent))
+    assert CACHE.of(planned)["tensors"][:2] == [[3, 2, 32, 3], [3, 2, 32, 5]]
+    verify(planned)

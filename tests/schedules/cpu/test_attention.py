@@ -52,6 +52,8 @@ def expected(shape, q, k, v, positions, sinks):
             seen &= positions[b] <= position
         if shape.window:
             seen &= positions[b] > position - shape.window
+        if shape.latent:
+            k = np.concatenate([k[..., : shape.own_width], v], -1)
         for head in range(shape.heads):
             keys, values = k[b, head // shape.group][seen], v[b, head // shape.group][seen]
             out[b, s, head] = expected_row(shape, q[b, head, s], head, keys, values, sinks)
@@ -66,13 +68,13 @@ class Sequences:
         draw = lambda *extents: random.standard_normal(extents).astype(np.float32)  # noqa: E731
         batch = len(lengths)
         self.shape, self.q = shape, draw(batch, shape.heads, tokens, shape.key_width)
-        self.k = draw(batch, shape.key_heads, tokens, shape.key_width)
+        self.k = draw(batch, shape.key_heads, tokens, shape.own_width)
         self.v = draw(batch, shape.key_heads, tokens, shape.value_width)
         self.sinks = draw(shape.heads) if shape.sinks else None
         self.positions = np.where(np.arange(tokens) < np.array(lengths)[:, None], np.arange(tokens), -1)
         self.caches = [
             tvm.runtime.tensor(np.zeros((3, shape.key_heads, SLOTS, width), np.float32))
-            for width in (shape.key_width, shape.value_width)
+            for width in (shape.own_width, shape.value_width)
         ]
 
     def run(self, kernel, start, stop, cached=True):
@@ -94,7 +96,9 @@ VARIANTS = {
     "window": {"window": 7, "key_heads": 4, "key_width": 64, "value_width": 64},
     "sinks-softcap": {"sinks": True, "softcap": 5.0},
     "one-key-head": {"heads": 6, "key_heads": 1, "key_width": 96, "value_width": 96, "window": 70},
-    "latent": {"key_width": 48, "value_width": 32, "heads": 2, "key_heads": 2},
+    "wide-keys": {"key_width": 48, "value_width": 32, "heads": 2, "key_heads": 2},
+    "latent": {"key_width": 96, "value_width": 64, "heads": 6, "key_heads": 1, "latent": True},
+    "latent-odd": {"key_width": 20, "value_width": 12, "key_heads": 1, "window": 9, "latent": True},
     "odd": {"key_width": 6, "value_width": 5},
     "avx2": {"window": 33, "softcap": 4.0, "sinks": True, "heads": 8, "value_width": 40, "lanes": 8},
 }
