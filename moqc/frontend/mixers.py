@@ -7,6 +7,7 @@ compares each with the original, whole and in pieces.
 
 from __future__ import annotations
 
+import types
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -24,14 +25,15 @@ def restate(module: Any, site: str) -> None:
     for parts, methods in _RESTATED:
         if parts <= names and all(hasattr(module, name) for name in methods):
             for name, method in methods.items():
-                object.__setattr__(module, name, partial(method, site, module))
+                bound = types.MethodType(method, module)
+                object.__setattr__(module, name, partial(bound, site) if name == "forward" else bound)
     if getattr(module, "attn_temperature_tuning", False):
         # The model counts positions from the start of a call; moqc's attention applies the factor instead.
         module.moqc_temperature = not module.use_rope
         module.attn_temperature_tuning = False
 
 
-def _lightning_attention(site: str, module: Any, hidden_states: Tensor, *_rest: Any, **_more: Any) -> Any:
+def _lightning_attention(module: Any, site: str, hidden_states: Tensor, *_rest: Any, **_more: Any) -> Any:
     """Linear attention with one decay a head, written as a loop over blocks of tokens.
 
     ``slope_rate`` is the decay; the buffers beside it are its powers within a block.
@@ -54,7 +56,7 @@ def _delayed(x: Tensor, tokens: int, site: str) -> Tensor:
 
 
 def _convolved_heads(
-    site: str, module: Any, hidden_states: Tensor, *_rest: Any
+    module: Any, site: str, hidden_states: Tensor, *_rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values of compressed convolutional attention (arXiv 2510.04476).
 
@@ -92,9 +94,7 @@ def _by_heads(conv: Any, x: Tensor, bias: Tensor, site: str) -> Tensor:
     return total
 
 
-def _routed_queries(
-    _site: str, module: Any, layer_input: Tensor
-) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+def _routed_queries(module: Any, layer_input: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
     """Mixture of attention heads: one query projection for each expert that a token takes.
 
     All experts' projections are computed, and those of the chosen ones kept.
@@ -107,7 +107,7 @@ def _routed_queries(
     return chosen.reshape(*lead, module.top_k, -1), weights, (ids, weights)
 
 
-def _merged_heads(_site: str, module: Any, layer_input: Tensor, routing: tuple[Tensor, Tensor]) -> Tensor:
+def _merged_heads(module: Any, layer_input: Tensor, routing: tuple[Tensor, Tensor]) -> Tensor:
     """The counterpart of `_routed_queries`: the weighted sum of the chosen experts' output projections."""
     lead, (ids, weights) = layer_input.shape[:-2], routing
     stack = module.output_linear.weight
@@ -118,7 +118,7 @@ def _merged_heads(_site: str, module: Any, layer_input: Tensor, routing: tuple[T
     return (y + module.bias).reshape(*lead, -1)
 
 
-def _every_token(_site: str, module: Any, hidden_states: Tensor, *_rest: Any, **_more: Any) -> Tensor:
+def _every_token(module: Any, _site: str, hidden_states: Tensor, *_rest: Any, **_more: Any) -> Tensor:
     """The indexer of sparse attention, for sequences so short that it selects every token.
 
     What it returns only carries their length, for moqc's attention.

@@ -39,15 +39,12 @@ def mark(module: Any) -> None:
     form = _form(module)
     if form is None:
         return
-    owner = module.mlp if form == "rows" else module
-    names = ("activation_fn", "act_fn", "activation")
-    activation = next((found for name in names if (found := getattr(owner, name, None)) is not None), None)
-    if activation is None:
+    if _activation(module, form) is None:
         return
     module.has_gate, module.has_bias, module.is_concatenated = True, False, True
     module.is_transposed = form == "scaled"
     module.moqc_form = form
-    object.__setattr__(module, "_apply_gate", lambda fused: _gated(fused, activation))
+    object.__setattr__(module, "_apply_gate", types.MethodType(_apply_gate, module))
 
 
 def route_scaled(block: Any) -> None:
@@ -90,7 +87,15 @@ def _top_k(block: Any) -> bool:
     return isinstance(getattr(router, "layer", None), torch.nn.Linear) and hasattr(router, "top_k")
 
 
-def _gated(fused: Tensor, activation: Callable[[Tensor], Tensor]) -> Tensor:
+def _activation(module: Any, form: str) -> Callable[[Tensor], Tensor] | None:
+    owner = module.mlp if form == "rows" else module
+    found = (getattr(owner, name, None) for name in ("activation_fn", "act_fn", "activation"))
+    return next((function for function in found if function is not None), None)
+
+
+def _apply_gate(module: Any, fused: Tensor) -> Tensor:
+    activation = _activation(module, module.moqc_form)
+    assert activation is not None  # or it would not have been marked
     gate, up = fused.chunk(2, dim=-1)
     return activation(gate) * up
 
