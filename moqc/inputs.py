@@ -103,9 +103,12 @@ def _is_hub_id(model: str | Path) -> bool:
 def context_length(config: PretrainedConfig, wanted: int | None) -> int:
     """Tokens of context to compile for: `wanted`, or the model's own limit, at most 4096.
 
-    Raises UserError when the model cannot do `wanted`.
+    A model that selects `index_topk` tokens of a longer sequence is compiled for up to so many. Raises
+    UserError when the model cannot do `wanted`.
     """
-    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    text = config.get_text_config()
+    limits = (getattr(text, name, None) for name in ("max_position_embeddings", "index_topk"))
+    limit = min((int(limit) for limit in limits if limit), default=None)
     if wanted is None:
         return min(limit or LONGEST_DEFAULT_CONTEXT, LONGEST_DEFAULT_CONTEXT)
     if wanted < 1 or (limit is not None and wanted > limit):

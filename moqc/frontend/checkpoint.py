@@ -10,12 +10,14 @@ import transformers
 
 from moqc.errors import ModelError
 from moqc.frontend.coded import CodedShards, read_coding
-from moqc.frontend.config import read_config
+from moqc.frontend.config import read_config, wrapper_config
 from moqc.frontend.experts import ExpertLayout, find_layouts
 from moqc.frontend.hooks import hook
-from moqc.frontend.mapping import match, refuse
+from moqc.frontend.mapping import Source, match, refuse
 from moqc.frontend.shards import Shards
 from moqc.frontend.skeleton import build_skeleton
+from moqc.frontend.wrappers import build_wrapper, names_inside
+from moqc.log import logger
 
 
 class Checkpoint:
@@ -45,10 +47,27 @@ class Checkpoint:
         """Match the stored tensors with the model's parameters. Raises ModelError where they do not fit."""
         coding = read_coding(self.path)
         self._shards = Shards(self.path) if coding is None else CodedShards(self.path, coding)
-        self._sources = match(self.path, self._shards, self._model)
+        self._sources = self._match()
         self.tied = self._resolve_ties()
         missing = [name for name in self.names if name not in self._sources and name not in self.tied]
         refuse(self.path, "lacks weights", missing)
+
+    def _match(self) -> dict[str, Source]:
+        """Parameter -> the stored tensors it is made of; of a multimodal model, its language model's."""
+        self._whole, self._inside = self._model, {name: name for name in self.names}
+        wrapper = wrapper_config(self.path)
+        if wrapper is None:
+            return match(self.path, self._shards, self._model)
+        self._whole = build_wrapper(wrapper)
+        self._inside = names_inside(self._whole, self._model)
+        sources = match(self.path, self._shards, self._whole)
+        others = sources.keys() - set(self._inside.values())
+        parts = sorted({".".join(name.split(".")[:2]) for name in others})
+        logger.info(
+            "%s is multimodal: %d tensors beside its language model are ignored (%s)",
+            wrapper.model_type, len(others), ", ".join(parts),
+        )  # fmt: skip
+        return {name: sources[stored] for name, stored in self._inside.items() if stored in sources}
 
     @classmethod
     def open(cls, path: str | Path) -> Checkpoint:
@@ -109,10 +128,10 @@ class Checkpoint:
             tensors = {
                 pattern: [self._shards.read(key) for key in keys] for pattern, keys in source.keys.items()
             }
-            return source.convert(tensors, self._model)[name]
+            return source.convert(tensors, self._whole)[self._inside[name]]
         if source.per_expert(self._shapes[name][0]):
             one = {pattern: [self._shards.read(keys[expert])] for pattern, keys in source.keys.items()}
-            return source.convert(one, self._model)[name][0]
+            return source.convert(one, self._whole)[self._inside[name]][0]
         if source.converter is None:
             return self._shards.read(next(iter(source.keys.values()))[0], row=expert)
         return self._load(name, None)[expert]

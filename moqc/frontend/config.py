@@ -11,6 +11,7 @@ from moqc.errors import ModelError
 from moqc.frontend.coded import read_coding
 from moqc.frontend.shards import read_json
 from moqc.frontend.skeleton import first_line
+from moqc.frontend.wrappers import is_wrapper, language_config
 
 
 def read_config(path: Path) -> transformers.PretrainedConfig:
@@ -34,7 +35,20 @@ def read_config(path: Path) -> transformers.PretrainedConfig:
 
 
 def parse_config(folder: Path, origin: str) -> transformers.PretrainedConfig:
-    """The ``config.json`` of `folder`, whatever else is there. Raises ModelError, naming `origin`."""
+    """The ``config.json`` of `folder`, whatever else is there; of a multimodal model, its language model's.
+
+    Raises ModelError, naming `origin`.
+    """
+    return language_config(_parse(folder, origin))
+
+
+def wrapper_config(folder: Path) -> transformers.PretrainedConfig | None:
+    """The whole configuration where `folder` holds a multimodal model, else None. Raises ModelError."""
+    config = _parse(folder, str(folder))
+    return config if is_wrapper(config) else None
+
+
+def _parse(folder: Path, origin: str) -> transformers.PretrainedConfig:
     try:
         config: transformers.PretrainedConfig = transformers.AutoConfig.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False

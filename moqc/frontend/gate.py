@@ -207,7 +207,7 @@ def random_model(config: transformers.PretrainedConfig) -> transformers.PreTrain
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(_SEED)
         model = build_eager(config)
-        computed = {name for name, buffer in model.named_buffers() if buffer.unique().numel() > 2}
+        computed = {name for name, buffer in model.named_buffers() if len(set(buffer.flatten().tolist())) > 2}
         for name, tensor in model.state_dict().items():
             if tensor.is_floating_point() and name not in computed:
                 _randomize(name, tensor)
@@ -217,9 +217,10 @@ def random_model(config: transformers.PretrainedConfig) -> transformers.PreTrain
 def _randomize(name: str, tensor: torch.Tensor) -> None:
     if tensor.dim() >= 2:
         tensor.normal_(0, 0.2)
-    # Of a norm, or another factor: near 0 it would cut off the residual, and rounding grow with every layer.
+    # Of a norm (which may add 1 itself), or another factor: far from what it starts with, it would cut off the
+    # residual or sharpen attention, and rounding would grow with every layer.
     elif name.endswith("weight") or bool((tensor == 1).all()):
-        tensor.normal_(1, 0.1)
+        tensor.add_(torch.randn_like(tensor), alpha=0.1)
     else:
         tensor.normal_(0, 0.3)
 

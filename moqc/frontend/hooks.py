@@ -197,7 +197,8 @@ def _temperature(module: Any, query: torch.Tensor) -> torch.Tensor:
     """The factor [B, 1, S, 1] of queries that grows with the position (arXiv 2501.19399)."""
     places = torch.ops.moqc.positions(query).float().clamp(min=0.0) + 1.0
     steps = torch.floor(places / module.floor_scale)
-    return (torch.log1p(steps) * module.attn_scale + 1.0)[:, None, :, None]
+    factor: torch.Tensor = torch.log1p(steps) * module.attn_scale + 1.0
+    return factor[:, None, :, None]
 
 
 ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, _experts_forward)

@@ -35,7 +35,7 @@ def is_latent(module: Any) -> bool:
 
 def absorb(module: Any, query: Tensor) -> Tensor:
     """Queries [B, H, S, nope + rotary] -> [B, H, S, rotary + rank], for keys that end in the latents."""
-    plain, rotated = query.split([module.qk_nope_head_dim, module.qk_rope_head_dim], dim=-1)
+    plain, rotated = torch.split(query, [module.qk_nope_head_dim, module.qk_rope_head_dim], dim=-1)
     return torch.cat([rotated, plain @ _matrix(module)[:, : module.qk_nope_head_dim]], dim=-1)
 
 

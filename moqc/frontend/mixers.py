@@ -73,7 +73,7 @@ def _convolved_heads(
     mixed = torch.cat([queries, keys], dim=-1)
     mixed = torch.ops.moqc.causal_conv(mixed, first.weight.squeeze(1), None, f"{site}.conv_qk_depthwise")
     mixed = _by_heads(second, mixed, first.bias, f"{site}.conv_qk_grouped")
-    query, key = mixed.split([queries.shape[-1], keys.shape[-1]], dim=-1)
+    query, key = torch.split(mixed, [queries.shape[-1], keys.shape[-1]], dim=-1)
 
     before = _delayed(hidden_states, 1, f"{site}.v_proj_delayed")
     value = torch.cat([module.v_proj_current(hidden_states), module.v_proj_delayed(before)], dim=-1)
@@ -84,7 +84,7 @@ def _by_heads(conv: Any, x: Tensor, bias: Tensor, site: str) -> Tensor:
     """The grouped convolution `conv` over the tokens of ``x + bias``, which is `bias` before the first."""
     lead, groups = x.shape[:-1], conv.groups
     span = conv.kernel_size[0]
-    total = conv.bias
+    total: Tensor = conv.bias
     for tap in range(span):
         ago = span - 1 - tap
         there = (_delayed(x, ago, f"{site}.{ago}") if ago else x) + bias
@@ -114,8 +114,8 @@ def _merged_heads(module: Any, layer_input: Tensor, routing: tuple[Tensor, Tenso
     x = layer_input.reshape(*ids.shape, -1) * weights.unsqueeze(2)
     spread = x.new_zeros(ids.shape[0], stack.shape[0], x.shape[2])
     spread = spread.scatter(1, ids.unsqueeze(2).expand(-1, -1, x.shape[2]), x).reshape(ids.shape[0], -1)
-    y = spread @ stack.transpose(1, 2).reshape(-1, stack.shape[1])
-    return (y + module.bias).reshape(*lead, -1)
+    y: Tensor = spread @ stack.transpose(1, 2).reshape(-1, stack.shape[1]) + module.bias
+    return y.reshape(*lead, -1)
 
 
 def _every_token(module: Any, _site: str, hidden_states: Tensor, *_rest: Any, **_more: Any) -> Tensor:

@@ -107,7 +107,8 @@ def run_plain(module: Any, compute: Compute, *inputs: Tensor) -> Tensor:
         y = compute(x, *choose(module.router, x)).reshape(inputs[0].shape)
         bias: Tensor | None = getattr(module, "bias", None)
         return y if bias is None else y + bias
-    return run_block(compute, *inputs, module.moqc_layout.identities_from)
+    hidden_states, ids, weights = inputs
+    return run_block(compute, hidden_states, ids, weights, module.moqc_layout.identities_from)
 
 
 def choose(router: Any, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -173,12 +173,12 @@ def _shrink_key_heads(small: dict[str, Any], fields: dict[str, Any], heads: str)
 
 
 def _shrink_rotation(small: dict[str, Any], rope: Any) -> None:
-    """As many angles as there are sections (time, height, width), also where a part of a head is rotated."""
-    if not isinstance(rope, dict):
+    """Where angles are in sections (time, height, width), or of latent heads, as many as there are sections."""
+    latent = "qk_rope_head_dim" in small
+    if not isinstance(rope, dict) or not (latent or "mrope_section" in rope):
         return
     if "mrope_section" in rope:
         rope["mrope_section"] = _SECTIONS
-    latent = "qk_rope_head_dim" in small
     kinds = [rope, *(kind for kind in rope.values() if latent and isinstance(kind, dict))]
     share = next((kind["partial_rotary_factor"] for kind in kinds if kind.get("partial_rotary_factor")), None)
     if share is None or "head_dim" not in small:

@@ -56,6 +56,14 @@ _SWITCHES: dict[str, dict[str, Any]] = {
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_hidden_layers": 2, "num_dense_layers": 1},
     "nemotron_h": {"layers_block_type": ["mamba", "moe", "attention", "moe"]},
     "qwen2_moe": {"use_sliding_window": True, "max_window_layers": 1},
+    "qwen3_5_moe_text": {
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 10000.0,
+            "partial_rotary_factor": 0.25,
+            "mrope_section": [11, 11, 10],
+        }
+    },
     "qwen4_exp_text": {
         "indexer_n_heads": 2,
         "indexer_kv_heads": 1,
