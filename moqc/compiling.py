@@ -28,7 +28,7 @@ from moqc.targets import Target, find_target
 if TYPE_CHECKING:
     from tvm import IRModule
 
-    from moqc.frontend.checkpoint import Checkpoint
+    from moqc.passes.base import PassContext
     from moqc.passes.pipeline import Pipeline
 
 

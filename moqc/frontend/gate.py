@@ -217,7 +217,7 @@ def random_model(config: transformers.PretrainedConfig) -> transformers.PreTrain
 def _randomize(name: str, tensor: torch.Tensor) -> None:
     if tensor.dim() >= 2:
         tensor.normal_(0, 0.2)
-    # Of a norm (which may add 1 itself), or another factor: far from what it starts with, it would cut off the
+    # Of a norm (which may add 1 itself), or another factor: far from its start, it would cut off the
     # residual or sharpen attention, and rounding would grow with every layer.
     elif name.endswith("weight") or bool((tensor == 1).all()):
         tensor.add_(torch.randn_like(tensor), alpha=0.1)

@@ -173,7 +173,7 @@ def _shrink_key_heads(small: dict[str, Any], fields: dict[str, Any], heads: str)
 
 
 def _shrink_rotation(small: dict[str, Any], rope: Any) -> None:
-    """Where angles are in sections (time, height, width), or of latent heads, as many as there are sections."""
+    """Where angles are in sections (time, height, width), or of latent heads: as many as sections."""
     latent = "qk_rope_head_dim" in small
     if not isinstance(rope, dict) or not (latent or "mrope_section" in rope):
         return
