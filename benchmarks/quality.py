@@ -1,98 +1,146 @@
-"""`moqc compare` over budgets and seeds, in parallel processes, merged into one result.
+"""`moqc compare` over budgets and seeds by many processes, merged into one result.
 
     python benchmarks/quality.py MODEL --folder DIR --cache DIR -o result.json
 
-`--folder` holds NAME.test.txt and NAME.calib.txt of the four domains, the task files, and the unseen text. A
-process computes one budget with one seed; they share the cache. The rows are those of
+`--folder` holds NAME.test.txt and NAME.calib.txt of the four domains, the task files, and the unseen text.
+The rows, and their cache, are those of
 
-    moqc compare MODEL --bits B --seeds S --allocators PLANS --text ... --calib ... --unseen ... --json
+    moqc compare MODEL --bits B,... --seeds S,... --allocators PLANS --text ... --calib ... --unseen ...
 
-On a GPU the work is bound by launches, so several processes on one device finish sooner than one.
+The result is written after every row.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from collections.abc import Iterable
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from contextlib import suppress
+from dataclasses import dataclass, replace
 
-from moqc.evaluate.compare import Comparison, Row
+from workers import add_options, bench, context, on_cores, processes
+
+from moqc.calibrate.quantize import quantize_experts
+from moqc.errors import BudgetError
+from moqc.evaluate.compare import Budget, Comparison, compare_plans, keep
 from moqc.evaluate.summary import markdown
+from moqc.ir.annotations import BITS
+from moqc.pipelines import Debug, Plan, allocation_pipeline, run_passes
 
-DOMAINS = ("en_novels", "fr_novels", "math", "multi_misc")
-TASKS = ("arc_easy", "arc_challenge", "openbook_qa", "piqa", "winogrande")
 ALL = (
-    "uniform:rtn,uniform:gptq,frequency,block-importance,outlier-score,ewq,moqa,moqa:rtn,pmq,pmq:mcmoe,"
-    "gemq,mxmoe,global"
+    "global,pmq:mcmoe,pmq,moqa,uniform:gptq,uniform:rtn,frequency,mxmoe,gemq,block-importance,outlier-score,"
+    "ewq,moqa:rtn"
 )
-MAIN = "uniform:gptq,moqa,pmq,pmq:mcmoe,global"
+MAIN = "global,pmq:mcmoe,pmq,moqa,uniform:gptq"
+MEASURED = ("global", "mxmoe", "pmq", "gemq", "moqa")
+"""Allocators whose analyses take long: made once for all budgets, on the GPU where there is one."""
 
 
-def command(options: argparse.Namespace, bits: str, seed: int, plans: str) -> list[str]:
-    """One comparison."""
-    folder = Path(options.folder)
-    line = [sys.executable, "-m", "moqc", "compare", options.model, "--json", "--cache", options.cache]
-    line += ["--bits", bits, "--seeds", str(seed), "--allocators", plans]
-    line += ["--tokens", str(options.tokens), "--questions", str(options.questions)]
-    for name in DOMAINS:
-        line += ["--text", str(folder / f"{name}.test.txt"), "--calib", str(folder / f"{name}.calib.txt")]
-    for name in options.unseen:
-        line += ["--unseen", str(folder / name)]
-    for name in TASKS:
-        line += ["--task", str(folder / f"{name}.jsonl")]
-    return [*line, "--problems", str(folder / "math.test.txt")]
+@dataclass(frozen=True)
+class Job:
+    """One row."""
+
+    plan: str
+    budget: Budget
+    seed: int
+
+    @property
+    def analysis(self) -> tuple[str, bool, int]:
+        """What has to be measured before."""
+        return Plan.parse(self.plan).allocator, self.budget.whole, self.seed
+
+    def allocate(self) -> object:
+        """The module with its bits chosen."""
+        whole = self.budget.bits if self.budget.whole else None
+        passes = allocation_pipeline(Plan.parse(self.plan), self.budget.bits, model_bits=whole)
+        return run_passes(passes, bench().mod, context(self.seed), Debug())
 
 
-def run(line: list[str]) -> Comparison | None:
-    """The comparison a command prints, or None, with what it said, where it failed."""
-    start = time.perf_counter()
-    done = subprocess.run(line, capture_output=True, text=True, check=False)
-    what = " ".join(line[line.index("--bits") : line.index("--allocators")])
-    print(f"{what}: {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
-    if done.returncode:
-        print(done.stderr[-4000:], file=sys.stderr, flush=True)
+def analyse(job: Job) -> None:
+    """Measure what the allocator of `job` reads."""
+    with suppress(BudgetError):  # all is measured by then
+        job.allocate()
+
+
+def evaluate(job: Job) -> Comparison | None:
+    """The comparison of one row; None where the budget is out of the plan's reach."""
+    ctx, plan = context(job.seed), Plan.parse(job.plan)
+    try:
+        with on_cores():
+            chosen = BITS.of(job.allocate())
+            quantize_experts(bench().checkpoint, chosen, plan.quantizer, ctx.calibration, bench().workspace)
+        return compare_plans({job.seed: ctx}, bench(), [(job.plan, plan)], [job.budget])
+    except BudgetError as error:
+        print(f"{job.plan} at {job.budget}: {error}", file=sys.stderr, flush=True)
         return None
-    content = json.loads(done.stdout)
-    content["rows"] = tuple(Row(**row) for row in content["rows"])
-    return Comparison(**content)
+
+
+def submit(pool: ProcessPoolExecutor, jobs: Iterable[Job]) -> Iterable[Future[Comparison | None]]:
+    """Jobs under way: those that need long analyses after these."""
+    waiting: dict[tuple[str, bool, int], list[Job]] = {}
+    free = []
+    for job in jobs:
+        slow = job.analysis[0] in MEASURED
+        (waiting.setdefault(job.analysis, []) if slow else free).append(job)
+    analyses = {pool.submit(analyse, group[0]): group for group in waiting.values()}
+    running = [pool.submit(evaluate, job) for job in free]
+    for done in as_completed(analyses):
+        done.result()
+        running += [pool.submit(evaluate, job) for job in analyses[done]]
+    return as_completed(running)
+
+
+def jobs_of(options: argparse.Namespace) -> list[Job]:
+    """All rows asked for."""
+    seeds = [int(seed) for seed in options.seeds.split(",")]
+    budgets = [Budget(float(bits)) for bits in options.bits.split(",") if bits]
+    found = [
+        Job(plan, budget, seed)
+        for seed in seeds
+        for budget in budgets
+        for plan in (options.plans if seed == seeds[0] else options.main_plans).split(",")
+    ]
+    wholes = [Budget(float(bits), whole=True) for bits in options.model_bits.split(",") if bits]
+    return found + [Job("global", budget, seed) for budget in wholes for seed in seeds]
 
 
 def main() -> None:
-    """Run all comparisons and write the merged one."""
+    """Run all rows and write the merged result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("model")
-    parser.add_argument("--folder", required=True)
-    parser.add_argument("--cache", required=True)
+    add_options(parser)
     parser.add_argument("-o", "--output", required=True)
     parser.add_argument("--bits", default="2.0,2.5,3.25")
+    parser.add_argument("--model-bits", default="3.0")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--plans", default=ALL, help="of the first seed")
     parser.add_argument("--main-plans", default=MAIN, help="of the other seeds")
-    parser.add_argument("--unseen", nargs="*", default=["stdlib.txt", "wikitext2.test.txt"])
-    parser.add_argument("--tokens", type=int, default=32_768)
-    parser.add_argument("--questions", type=int, default=200)
-    parser.add_argument("--workers", type=int, default=9)
     options = parser.parse_args()
-    seeds = [int(seed) for seed in options.seeds.split(",")]
-    lines = [
-        command(options, bits, seed, options.plans if seed == seeds[0] else options.main_plans)
-        for seed in seeds
-        for bits in options.bits.split(",")
-    ]
-    with ThreadPoolExecutor(options.workers) as pool:
-        parts = [part for part in pool.map(run, lines) if part is not None]
-    if not parts:
+    jobs, write, start = jobs_of(options), keep(options.output), time.monotonic()
+    merged: Comparison | None = None
+    with processes(options) as pool:
+        for done in submit(pool, jobs):
+            part = done.result()
+            if part is None:
+                continue
+            merged = part if merged is None else replace(merged, rows=(*merged.rows, *part.rows))
+            write(merged)
+            (row,) = part.rows
+            seconds = time.monotonic() - start
+            print(
+                f"{seconds:.0f} s: {row.plan} {row.target_bits} seed {row.seed}: {row.loss_increase:+.4f} "
+                f"unseen {row.increases}",
+                file=sys.stderr,
+                flush=True,
+            )
+    if merged is None:
         sys.exit(1)
-    merged = parts[0].to_dict() | {"rows": tuple(row for part in parts for row in part.rows)}
-    result = Comparison(**merged)
-    Path(options.output).write_text(json.dumps(result.to_dict(), indent=1))
-    print(markdown(result))
-    if len(parts) < len(lines):
-        sys.exit(1)
+    order = {(job.plan, job.budget.bits, job.budget.whole, job.seed): at for at, job in enumerate(jobs)}
+    rows = sorted(merged.rows, key=lambda r: order[r.plan, r.target_bits, r.whole, r.seed])
+    merged = replace(merged, rows=tuple(rows))
+    write(merged)
+    print(markdown(merged))
 
 
 if __name__ == "__main__":

@@ -210,6 +210,9 @@ class CompareOptions(ScoringOptions):
     seeds: Sequence[int] = option(
         (0,), "draw calibration text once with each", metavar="N,...", parse=split_integers, joined=True
     )
+    output: str | Path | None = option(
+        None, "write the result as JSON here, anew after every row", metavar="FILE", flags=("--output", "-o")
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

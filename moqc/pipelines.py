@@ -49,7 +49,7 @@ ANALYSES = {
         "profile-activation",
         "profile-channels",
         "measure-gradients",
-        "measure-costs{{quantizer={quantizer} formats={formats} curvature=token{rotate}}}",
+        "measure-costs{{quantizer={quantizer} formats={formats} curvature=token prior=0.5{rotate}}}",
     ),
 }
 """What an allocator reads is measured by these passes; any other allocator gets all of them."""

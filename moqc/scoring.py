@@ -57,7 +57,7 @@ def compare(model: str | Path, texts: Sequence[Path | str], options: CompareOpti
     """
     require_compiler()
     from moqc.evaluate.bench import Bench
-    from moqc.evaluate.compare import Budget, compare_plans
+    from moqc.evaluate.compare import Budget, compare_plans, keep
     from moqc.frontend.checkpoint import Checkpoint
     from moqc.pipelines import Plan
 
@@ -75,7 +75,15 @@ def compare(model: str | Path, texts: Sequence[Path | str], options: CompareOpti
     bench = Bench.open(checkpoint, workspace, probes)
     budgets = [Budget(value) for value in options.bits]
     budgets += [Budget(value, whole=True) for value in options.model_bits]
-    return compare_plans(contexts, bench, parsed, budgets, linears=options.linears, formats=options.formats)
+    return compare_plans(
+        contexts,
+        bench,
+        parsed,
+        budgets,
+        linears=options.linears,
+        formats=options.formats,
+        finished=keep(options.output),
+    )
 
 
 @keywords(PruningOptions)

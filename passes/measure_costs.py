@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import numpy as np
 from tvm import IRModule
 
-from moqc.calibrate.costs import SiteCosts, measure_costs
+from moqc.calibrate.costs import SiteCosts, UnitCosts, measure_costs
 from moqc.calibrate.statistics import collect_statistics
 from moqc.errors import PipelineError
 from moqc.ir.annotations import CHANNELS, COSTS, GRADIENTS, SENSITIVITY, Key
@@ -32,10 +32,11 @@ class MeasureCosts(Pass):
     `quantizer` is one of gptq, awq, rtn and hqq. A unit's cost on a dataset is the squared error a token,
     multiplied by the block's SENSITIVITY where that was measured; with ``curvature=token``, every component
     of the error is weighted by the squared gradient of the loss there instead. The cost is the mean over the
-    datasets plus `robustness` times their standard deviation. With `rotate`, the inputs of down are rotated,
-    as `quantize-experts{rotate=true}` will have them. Writes COSTS: ``{site: {projection: {format:
-    [int] * E}}}``, in 1e-15 nats a token; without sensitivity and gradients, squared errors scaled so that
-    the largest of the module is 1e12. Costs of different units add up.
+    datasets plus `robustness` times their standard deviation, of which a share of `prior` is replaced by the
+    cost on text that uses all experts alike: the domains that calibration lacks. With `rotate`, the inputs of
+    down are rotated, as `quantize-experts{rotate=true}` will have them. Writes COSTS: ``{site: {projection:
+    {format: [int] * E}}}``, in 1e-15 nats a token; without sensitivity and gradients, squared errors scaled
+    so that the largest of the module is 1e12. Costs of different units add up.
     """
 
     name: ClassVar[str] = "measure-costs"
@@ -46,6 +47,7 @@ class MeasureCosts(Pass):
     curvature: str = "block"
     robustness: float = 0.0
     rotate: bool = False
+    prior: float = 0.0
 
     def required(self) -> tuple[Key[Any], ...]:
         """The sensitivity may be missing: all blocks then count the same."""
@@ -61,6 +63,8 @@ class MeasureCosts(Pass):
             raise PipelineError(f"{self.name}: curvature={self.curvature} is not one of block, token")
         if self.robustness < 0:
             raise PipelineError(f"{self.name}: robustness={self.robustness:g} must not be negative")
+        if not 0 <= self.prior <= 1:
+            raise PipelineError(f"{self.name}: prior={self.prior:g} must be from 0 to 1")
         if not self.formats:
             raise PipelineError(f"{self.name}: formats= is empty; name at least one, such as int3-g64")
         checkpoint, calibration = ctx.need("checkpoint", self.name), ctx.need("calibration", self.name)
@@ -83,22 +87,23 @@ class MeasureCosts(Pass):
             factor = {site: sensitivity[site] / SCALE * NATS for site in costs}
         else:
             factor = None
-        return COSTS.put(mod, _scaled(costs, factor, self.robustness))
+        return COSTS.put(mod, _scaled(costs, factor, self.robustness, self.prior))
 
 
-def robust(costs: list[list[float]], robustness: float) -> list[float]:
-    """Mean plus `robustness` standard deviations over datasets: [dataset][expert] -> [expert]."""
-    table = np.array(costs)
-    found: list[float] = (table.mean(axis=0) + robustness * table.std(axis=0)).tolist()
+def robust(costs: UnitCosts, robustness: float, prior: float) -> list[float]:
+    """Costs [expert]: mean plus `robustness` standard deviations over datasets, a share of `prior` even."""
+    table = np.array(costs["datasets"])
+    seen = table.mean(axis=0) + robustness * table.std(axis=0)
+    found: list[float] = ((1 - prior) * seen + prior * np.array(costs["even"])).tolist()
     return found
 
 
 def _scaled(
-    measured: dict[str, SiteCosts], factors: Mapping[str, float] | None, robustness: float
+    measured: dict[str, SiteCosts], factors: Mapping[str, float] | None, robustness: float, prior: float
 ) -> dict[str, Any]:
     costs = {
         site: {
-            projection: {name: robust(by_dataset, robustness) for name, by_dataset in by_format.items()}
+            projection: {name: robust(found, robustness, prior) for name, found in by_format.items()}
             for projection, by_format in projections.items()
         }
         for site, projections in measured.items()

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import TypedDict
 
 import torch
 from torch import Tensor
@@ -33,7 +34,7 @@ from moqc.quant.problem import MCMOE_BITS
 from moqc.quant.quantizers import STORABLE
 from moqc.quant.versions import QUANTIZER_VERSIONS
 
-VERSION = 1
+VERSION = 2
 """Of what is measured here; part of every cache key, as are the versions of the quantizers."""
 
 NOISE = 0.1
@@ -44,8 +45,16 @@ noise, not like its square. On tiny-moe the first block's is 0.0207 at 0.02, 0.0
 and the last block's, with no router after it, 0.0005 at all of them. 0.1 is near what low-bit formats do.
 """
 
-SiteCosts = dict[str, dict[str, list[list[float]]]]
-"""projection -> format name -> cost by dataset and expert."""
+
+class UnitCosts(TypedDict):
+    """Costs of one projection in one format: by dataset and expert, and by expert under even routing."""
+
+    datasets: list[list[float]]
+    even: list[float]
+
+
+SiteCosts = dict[str, dict[str, UnitCosts]]
+"""projection -> format name -> costs."""
 
 
 def measure_costs(
@@ -57,13 +66,14 @@ def measure_costs(
     gradients: Gradients | None = None,
     rotate: bool = False,
 ) -> dict[str, SiteCosts]:
-    """Costs of all units: site -> projection -> format -> [dataset][expert].
+    """Costs of all units: site -> projection -> format -> `UnitCosts`.
 
     The number is ``Σ_t g_t² ‖E(x_t) - E_q(x_t)‖²`` over the dataset's tokens routed to the expert, per token
     of the dataset, taken from a `Sample`: the squared error in the block's output when this unit alone is
     quantized with `quantizer`, one of `STORABLE`. With `gradients`, every squared component is multiplied by
-    the squared gradient of the loss there; with `rotate`, the inputs of down are rotated. Cached by site and
-    format in the statistics' workspace.
+    the squared gradient of the loss there; with `rotate`, the inputs of down are rotated. ``even`` is what
+    the number would be on text that uses all experts alike (`Sample.even`). Cached by site and format in the
+    statistics' workspace.
     """
     workspace, version = statistics.workspace, QUANTIZER_VERSIONS[quantizer]
     model = LayeredModel(checkpoint)
@@ -89,11 +99,11 @@ def measure_costs(
 @torch.inference_mode()
 def _site_costs(
     weights: ExpertWeights, measured: SiteStatistics, sample: Sample, fmt: Format, quantizer: str
-) -> dict[str, list[list[float]]]:
-    """Cost by dataset and expert of each projection in one format."""
+) -> dict[str, UnitCosts]:
+    """Costs of each projection in one format."""
     exact = weights.output(slice(None), sample.x)
     rotated = parse_activation(weights.activation).rotated
-    costs: dict[str, list[list[float]]] = {}
+    costs: dict[str, UnitCosts] = {}
     for projection in weights.projections:
         hessians = measured.hessians(projection, rotated=rotated).matrices
         quantized = STORABLE[quantizer].run(weights.matrices(projection), hessians, fmt)
@@ -101,7 +111,11 @@ def _site_costs(
         squared = (block.output(slice(None), sample.x) - exact).square_()
         if sample.curvature is not None:
             squared *= sample.curvature
-        costs[projection] = sample.totals(squared.sum(2) * sample.weights.square()).tolist()
+        errors = squared.sum(2)
+        costs[projection] = {
+            "datasets": sample.totals(errors * sample.weights.square()).tolist(),
+            "even": sample.even(errors).tolist(),
+        }
     return costs
 
 

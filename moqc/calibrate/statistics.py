@@ -35,6 +35,9 @@ VERSION = 2
 SAMPLE = 256
 """Routed tokens kept of each expert."""
 
+PRIOR_PAIRS = 16
+"""Pairs' worth of the site's mean error in the estimate of one expert's, where routing is taken as even."""
+
 _MEASURED = (
     "pairs",
     "weight_mass",
@@ -88,6 +91,21 @@ class Sample:
             mean = torch.where(drawn > 0, (errors * mine).sum(1) / drawn.clamp(min=1), overall)
             rows.append(mean * pairs / tokens[dataset].clamp(min=1))
         return torch.stack(rows)
+
+    def even(self, errors: Tensor) -> Tensor:
+        """The sum a token if the router used all experts alike: float64 [E] of errors [E, S].
+
+        `errors` are those of the experts' own outputs, without routing weights: every pair gets the mean
+        square of the site's. An expert's mean error leans on that of all experts by `PRIOR_PAIRS` pairs.
+        """
+        kept, counts = self.weights != 0, self.pairs.sum(0).double()
+        drawn = kept.sum(1).double()
+        sums = torch.where(kept, errors, 0.0).double().sum(1)
+        overall = sums.sum() / drawn.sum().clamp(min=1)
+        means = (sums + PRIOR_PAIRS * overall) / (drawn + PRIOR_PAIRS)
+        squares = self.weights.double().square().sum(1) / drawn.clamp(min=1)
+        weight = (squares * counts).sum() / counts.sum().clamp(min=1)
+        return means * weight * counts.sum() / (self.tokens * len(counts))
 
 
 @dataclass(frozen=True)

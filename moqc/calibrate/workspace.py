@@ -79,7 +79,7 @@ def _leaf(part: object) -> tuple[str, bytes]:
 
 
 @contextmanager
-def _atomic(path: Path) -> Iterator[Path]:
+def atomic(path: Path) -> Iterator[Path]:
     """A temporary path in the folder of `path`; moved to `path` if the body succeeds, else removed."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -130,7 +130,7 @@ class Workspace:
         path = self._path(key, ".safetensors")
         # Tensors that share memory are refused by safetensors; a copy is what the file holds anyway.
         owned = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-        with _atomic(path) as temporary:
+        with atomic(path) as temporary:
             try:
                 save_file(owned, temporary)
             except SafetensorError as error:  # how the library reports a full disk
@@ -148,7 +148,7 @@ class Workspace:
     def save_json(self, key: str, value: Any) -> None:
         """Store plain data (dict, list, str, int, float, bool, None)."""
         text = json.dumps(value, allow_nan=False, separators=(",", ":"))
-        with _atomic(self._path(key, ".json")) as temporary:
+        with atomic(self._path(key, ".json")) as temporary:
             temporary.write_text(text, encoding="utf-8")
 
     def load_json(self, key: str) -> Any:
@@ -179,7 +179,7 @@ class ParamStore:
 
     def put(self, name: str, array: NDArray[Any]) -> None:
         """Store `array` under `name`, replacing what was there. Raises UserError where it cannot write."""
-        with _atomic(self._path(name)) as temporary, temporary.open("wb") as file:
+        with atomic(self._path(name)) as temporary, temporary.open("wb") as file:
             np.save(file, np.ascontiguousarray(array).reshape(array.shape), allow_pickle=False)
 
     def get(self, name: str) -> NDArray[Any]:

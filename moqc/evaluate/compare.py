@@ -6,13 +6,14 @@ kernels are tested against. Everything slow is cached in the workspace, the resu
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
-from tvm import IRModule
-
 from moqc.calibrate.quantize import quantize_experts
+from moqc.calibrate.workspace import atomic
 from moqc.errors import BudgetError
 from moqc.evaluate.bench import Bench, Linears
 from moqc.evaluate.probes import TextProbe
@@ -49,8 +50,9 @@ class Row:
 
     Bits are file bits per weight; `whole`: `target_bits` are of the whole model, not of the experts. Losses
     and their increases are in nats. `simulated`: no kernel computes this. `unseen_increase`: on the unseen
-    text. `flips`: share of the questions it answers otherwise than the unquantized model. `exact`: share of
-    the worked problems whose result it gives exactly. None: not asked.
+    text; `increases`: on every file, unseen ones too. `flips`: share of the questions it answers otherwise
+    than the unquantized model. `exact`: share of the worked problems whose result it gives exactly. None:
+    not asked.
     """
 
     plan: str
@@ -64,6 +66,7 @@ class Row:
     model_file_bits_per_weight: float
     loss: float
     loss_increase: float
+    increases: dict[str, float]
     unseen_increase: float | None
     flips: float | None
     exact: float | None
@@ -89,6 +92,17 @@ class Comparison:
         return asdict(self)
 
 
+def keep(path: Path | str | None) -> Callable[[Comparison], None]:
+    """A function that writes a comparison to `path` as JSON, whole or not at all; None: one that does not."""
+
+    def write(found: Comparison) -> None:
+        if path is not None:
+            with atomic(Path(path)) as temporary:
+                temporary.write_text(json.dumps(found.to_dict(), indent=1), encoding="utf-8")
+
+    return write
+
+
 def compare_plans(
     contexts: Mapping[int, PassContext],
     bench: Bench,
@@ -97,6 +111,7 @@ def compare_plans(
     *,
     linears: str = "none",
     formats: str = DEFAULT_CANDIDATES,
+    finished: Callable[[Comparison], None] = lambda _: None,
 ) -> Comparison:
     """Evaluate each of `plans` (its text and itself) at each of `budgets`.
 
@@ -104,51 +119,72 @@ def compare_plans(
     "text", and may have another one called "unseen", a `ChoiceProbe` "choices" and an `ExactProbe` "exact".
     `formats`: candidates of the allocators, as for `candidate_formats`; quantizers that cannot round to
     trellises choose from the default ones.
-    `linears`: format of the other matrices, or "none": as stored. A pair of plan and budget that is out of
-    reach is left out with a warning; BudgetError when none is left.
+    `linears`: format of the other matrices, or "none": as stored. `finished` is given what there is, before
+    the first row and after every one. A pair of plan and budget that is out of reach is left out with a
+    warning; BudgetError when none is left.
     """
     for budget in budgets:
         check_bits(budget.bits)
     others = QuantizeLinears(linears=linears, embeddings=linears).plan(bench.mod)
-    planned: list[tuple[str, Plan, Budget, int, IRModule]] = []
-    unreachable: list[str] = []
-    for seed, ctx in contexts.items():
-        for budget in budgets:
-            for text, plan in plans:
-                logger.info("planning %s at %s, seed %d", text, budget, seed)
-                whole = budget.bits if budget.whole else None
-                try:
-                    wanted = formats if plan.quantizer in TRELLIS_QUANTIZERS else DEFAULT_CANDIDATES
-                    passes = allocation_pipeline(plan, budget.bits, model_bits=whole, formats=wanted)
-                    mod = run_passes(passes, bench.mod, ctx, Debug())
-                except BudgetError as error:
-                    unreachable.append(f"{text} at {budget}: {error}")
-                else:
-                    planned.append((text, plan, budget, seed, mod))
-    if not planned:
-        raise BudgetError("; ".join(unreachable))
-    for reason in dict.fromkeys(unreachable):
-        logger.warning("left out: %s", reason)
     reference = bench.measure(None, {})
-    rows = []
-    for text, plan, budget, seed, mod in planned:
-        logger.info("evaluating %s at %s, seed %d", text, budget, seed)
-        chosen = LINEAR_PLAN.get(mod) if budget.whole else None
-        mine = others if chosen is None else {site: Format.parse(name) for site, name in chosen.items()}
-        rows.append(_row(bench, contexts[seed], reference, (text, plan, budget, seed), mod, mine))
-    return _comparison(bench, reference, rows)
+    found = _comparison(bench, reference)
+    finished(found)
+    unreachable: dict[str, None] = {}
+    for seed, ctx in contexts.items():
+        for entry in _entries(plans, budgets, seed):
+            try:
+                row = _row(bench, ctx, reference, entry, others, formats)
+            except BudgetError as error:
+                unreachable[f"{entry.text} at {entry.budget}: {error}"] = None
+                continue
+            logger.info(
+                "%s: %+.4f nats in %.3f bits", entry, row.loss_increase, row.expert_file_bits_per_weight
+            )
+            found = replace(found, rows=(*found.rows, row))
+            finished(found)
+    if not found.rows:
+        raise BudgetError("; ".join(unreachable))
+    for reason in unreachable:
+        logger.warning("left out: %s", reason)
+    return found
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """What a row is to be about; `text` is the plan's."""
+
+    text: str
+    plan: Plan
+    budget: Budget
+    seed: int
+
+    def __str__(self) -> str:
+        return f"{self.text} at {self.budget}, seed {self.seed}"
+
+
+def _entries(plans: Sequence[tuple[str, Plan]], budgets: Sequence[Budget], seed: int) -> Iterator[_Entry]:
+    return (_Entry(text, plan, budget, seed) for budget in budgets for text, plan in plans)
 
 
 def _row(
     bench: Bench,
     ctx: PassContext,
     reference: Mapping[str, Any],
-    what: tuple[str, Plan, Budget, int],
-    mod: IRModule,
+    entry: _Entry,
     linears: Linears,
+    formats: str,
 ) -> Row:
-    """Quantize and evaluate one plan."""
-    text, plan, budget, seed = what
+    """Plan, quantize and evaluate; `linears` where the plan does not say."""
+    logger.info("planning %s", entry)
+    plan, budget = entry.plan, entry.budget
+    wanted = formats if plan.quantizer in TRELLIS_QUANTIZERS else DEFAULT_CANDIDATES
+    whole = budget.bits if budget.whole else None
+    passes = allocation_pipeline(plan, budget.bits, model_bits=whole, formats=wanted)
+    mod = run_passes(passes, bench.mod, ctx, Debug())
+    own = LINEAR_PLAN.get(mod) if budget.whole else None
+    if own is not None:
+        linears = {site: Format.parse(name) for site, name in own.items()}
+    logger.info("evaluating %s", entry)
     chosen = BITS.of(mod)
     store = quantize_experts(
         bench.checkpoint,
@@ -158,30 +194,44 @@ def _row(
         bench.workspace,
         rotate=plan.rotates,
     )
-    found = bench.measure(store, linears)
     expert_bits = bench.expert_bits(store)
-    names = {name for site in chosen.values() for formats in site.values() for name in formats}
+    names = {name for site in chosen.values() for units in site.values() for name in units}
     return Row(
-        plan=text,
+        plan=entry.text,
         allocator=plan.allocator,
         quantizer=plan.quantizer,
         target_bits=budget.bits,
         whole=budget.whole,
-        seed=seed,
+        seed=entry.seed,
         simulated=plan.quantizer == "mcmoe" or any(Format.parse(name).simulated for name in names),
         expert_file_bits_per_weight=expert_bits / bench.counts.expert_weights,
         model_file_bits_per_weight=(expert_bits + bench.other_bits(linears)) / bench.counts.model_weights,
-        loss=found["text"]["loss"],
-        loss_increase=found["text"]["loss"] - reference["text"]["loss"],
-        unseen_increase=(
-            found["unseen"]["loss"] - reference["unseen"]["loss"] if "unseen" in found else None
-        ),
-        flips=_differing(found["choices"], reference["choices"]) if "choices" in found else None,
-        exact=_share(found["exact"]) if "exact" in found else None,
+        **_results(bench.measure(store, linears), reference),
     )
 
 
-def _comparison(bench: Bench, reference: Mapping[str, Any], rows: Sequence[Row]) -> Comparison:
+def _results(found: Mapping[str, Any], reference: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of `Row` that the probes give."""
+    increases = {
+        name: loss - reference[probe]["files"][name]
+        for probe in ("text", "unseen")
+        if probe in found
+        for name, loss in found[probe]["files"].items()
+    }
+    return {
+        "loss": found["text"]["loss"],
+        "loss_increase": found["text"]["loss"] - reference["text"]["loss"],
+        "increases": increases,
+        "unseen_increase": (
+            found["unseen"]["loss"] - reference["unseen"]["loss"] if "unseen" in found else None
+        ),
+        "flips": _differing(found["choices"], reference["choices"]) if "choices" in found else None,
+        "exact": _share(found["exact"]) if "exact" in found else None,
+    }
+
+
+def _comparison(bench: Bench, reference: Mapping[str, Any]) -> Comparison:
+    """What is known before the first row."""
     text, unseen = bench.probes["text"], bench.probes.get("unseen")
     return Comparison(
         reference_loss=reference["text"]["loss"],
@@ -193,7 +243,7 @@ def _comparison(bench: Bench, reference: Mapping[str, Any], rows: Sequence[Row])
         problems=len(reference.get("exact", ())),
         files=tuple(reference["text"]["files"]),
         unseen=tuple(reference["unseen"]["files"]) if "unseen" in reference else (),
-        rows=tuple(rows),
+        rows=(),
     )
 
 

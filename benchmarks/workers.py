@@ -1,0 +1,100 @@
+"""Processes that plan, quantize and evaluate, for quality.py and ablation.py: what they share.
+
+GPTQ on small matrices is bound by launches on a GPU, and a machine has more cores than GPUs: costs and losses
+are measured on the GPU where there is one, experts are quantized on the cores. Everything is cached, so the
+processes divide the work by what they ask for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from functools import lru_cache
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+
+from moqc import log
+from moqc.evaluate.bench import Bench
+from moqc.evaluate.metrics import evaluation_windows
+from moqc.evaluate.probes import ChoiceProbe, ExactProbe, Probe, TextProbe
+from moqc.evaluate.tasks import multiple_choice, worked_problems
+from moqc.frontend.checkpoint import Checkpoint
+from moqc.inputs import open_workspace, read_calibration
+from moqc.passes.base import PassContext
+
+DOMAINS = ("en_novels", "fr_novels", "math", "multi_misc")
+TASKS = ("arc_easy", "arc_challenge", "openbook_qa", "piqa", "winogrande")
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options that say what is evaluated."""
+    parser.add_argument("model")
+    parser.add_argument("--folder", required=True, help="texts, task files, unseen text")
+    parser.add_argument("--cache", required=True)
+    parser.add_argument("--unseen", nargs="*", default=["stdlib.txt", "wikitext2.test.txt"])
+    parser.add_argument("--tokens", type=int, default=32_768)
+    parser.add_argument("--calib-tokens", type=int, default=32_768)
+    parser.add_argument("--questions", type=int, default=200)
+    parser.add_argument("--workers", type=int, default=os.cpu_count())
+
+
+def processes(options: argparse.Namespace) -> ProcessPoolExecutor:
+    """A pool whose processes have the model open."""
+    return ProcessPoolExecutor(
+        options.workers, get_context("spawn"), initializer=_start, initargs=(vars(options),)
+    )
+
+
+_OPTIONS: dict[str, Any] = {}
+
+
+def _start(options: dict[str, Any]) -> None:
+    log.be_quiet()
+    torch.set_num_threads(1)
+    _OPTIONS.update(options)
+
+
+@contextmanager
+def on_cores() -> Iterator[None]:
+    """Compute on the CPU meanwhile."""
+    with mock.patch("torch.cuda.is_available", return_value=False):
+        yield
+
+
+@lru_cache
+def bench() -> Bench:
+    """The model with all probes."""
+    checkpoint = Checkpoint.open(Path(_OPTIONS["model"]))
+    return Bench.open(checkpoint, open_workspace(_OPTIONS["cache"]), _probes(checkpoint))
+
+
+def _probes(checkpoint: Checkpoint) -> dict[str, Probe]:
+    folder, tokenizer = Path(_OPTIONS["folder"]), checkpoint.path / "tokenizer.json"
+    count, questions = _OPTIONS["tokens"], _OPTIONS["questions"]
+    texts = [folder / f"{name}.test.txt" for name in DOMAINS]
+    unseen = [folder / name for name in _OPTIONS["unseen"]]
+    tasks = [folder / f"{name}.jsonl" for name in TASKS]
+    return {
+        "text": TextProbe(evaluation_windows(texts, tokenizer, tokens=count)),
+        "unseen": TextProbe(evaluation_windows(unseen, tokenizer, tokens=count)),
+        "choices": ChoiceProbe(multiple_choice(tasks, tokenizer, questions)),
+        "exact": ExactProbe(worked_problems(folder / "math.test.txt", tokenizer, questions)),
+    }
+
+
+@lru_cache
+def context(seed: int) -> PassContext:
+    """What passes see, with the calibration text that `seed` draws."""
+    opened, folder = bench(), Path(_OPTIONS["folder"])
+    files = [folder / f"{name}.calib.txt" for name in DOMAINS]
+    calibration = read_calibration(opened.checkpoint, files, _OPTIONS["calib_tokens"], seed)
+    return PassContext(
+        checkpoint=opened.checkpoint, calibration=calibration, workspace=opened.workspace, seed=seed
+    )
