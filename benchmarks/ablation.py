@@ -22,7 +22,7 @@ TRELLIS = "tcq1-g128+tcq2-g128+tcq3-g128+int4-g128-s8"
 MANY = "int1-g128+int1-g64+int2-g128+int2-g64+int3-g128+int3-g64+int4-g128+int4-g64"
 
 
-def analyses(options: str = "", curvature: str = "curvature=token prior=0.25") -> str:
+def analyses(options: str = "", curvature: str = "curvature=token prior=0.5") -> str:
     """The default ones with other options of measure-costs."""
     return f"profile-channels,measure-gradients,measure-costs{{{f'{curvature} {options}'.strip()}}}"
 
@@ -32,12 +32,12 @@ VARIANTS = {
     "prior 0": (analyses(curvature="curvature=token"), "", "gptq"),
     "prior 0.05": (analyses(curvature="curvature=token prior=0.05"), "", "gptq"),
     "prior 0.1": (analyses(curvature="curvature=token prior=0.1"), "", "gptq"),
-    "prior 0.5": (analyses(curvature="curvature=token prior=0.5"), "", "gptq"),
+    "prior 0.25": (analyses(curvature="curvature=token prior=0.25"), "", "gptq"),
     "prior 1": (analyses(curvature="curvature=token prior=1.0"), "", "gptq"),
     "curvature by block": (
-        "profile-channels,measure-sensitivity,measure-costs{prior=0.25}", "", "gptq",
+        "profile-channels,measure-sensitivity,measure-costs{prior=0.5}", "", "gptq",
     ),
-    "no curvature": ("profile-channels,measure-costs{prior=0.25}", "", "gptq"),
+    "no curvature": ("profile-channels,measure-costs{prior=0.5}", "", "gptq"),
     "costs of round-to-nearest": (analyses("quantizer=rtn"), "", "gptq"),
     "mean + 0.5 std over datasets": (analyses("robustness=0.5"), "", "gptq"),
     "mean + 1 std over datasets": (analyses("robustness=1.0"), "", "gptq"),

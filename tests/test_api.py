@@ -281,12 +281,14 @@ def test_compare_prints_comparable_rows(model, tmp_path):
         "unseen": [model.text],
         "tasks": [tmp_path / "task.jsonl"],
         "problems": tmp_path / "problems.txt",
+        "output": tmp_path / "out.json",
     }
     question = {"query": "Il était", "choices": ["une fois", "un roi", "dix"]}
     options["tasks"][0].write_text(json.dumps(question))
     options["problems"].write_text("Problem: a?\nSolution: b")
     result = moqc.compare(model.folder, [model.text], **options)
-    content = json.loads(json.dumps(result.to_dict()))
+    content = json.loads(options["output"].read_text())
+    assert content == json.loads(json.dumps(result.to_dict()))
     assert [row["seed"] for row in content["rows"]] == [0, 0, 1, 1]
     assert (content["questions"], content["problems"]) == (1, 1)
     content["rows"] = content["rows"][:2]
@@ -299,6 +301,7 @@ def test_compare_prints_comparable_rows(model, tmp_path):
         assert row["model_file_bits_per_weight"] > row["expert_file_bits_per_weight"]
         assert row["loss_increase"] == pytest.approx(row["loss"] - content["reference_loss"])
         assert row["unseen_increase"] == pytest.approx(row["loss_increase"])  # the same text here
+        assert row["increases"] == {model.text.stem: pytest.approx(row["loss_increase"])}
         assert row["flips"] in (0, 1)
         assert row["exact"] in (0, 1)
         assert not row["simulated"]
@@ -309,6 +312,23 @@ def test_compare_prints_comparable_rows(model, tmp_path):
     assert lines[0][header.index("increase")] == pytest.approx(sum(increases) / 2)
     assert f"| uniform:rtn | {result.rows[0].target_bits:g} |" in markdown(result)
     assert moqc.compare(model.folder, [model.text], **options) == result
+
+
+def test_an_interrupted_comparison_leaves_its_rows(model, tmp_path, monkeypatch):
+    from moqc.evaluate import compare
+
+    def interrupted(*arguments):
+        if len(json.loads(output.read_text())["rows"]) == 1:
+            raise KeyboardInterrupt
+        return one_row(*arguments)
+
+    one_row, output = compare._row, tmp_path / "out.json"
+    monkeypatch.setattr(compare, "_row", interrupted)
+    options = {"calibration": [model.text], "calibration_tokens": 512, "cache": model.cache, "window": 64}
+    plans = ["uniform:rtn", "global:rtn"]
+    with pytest.raises(KeyboardInterrupt):
+        moqc.compare(model.folder, [model.text], bits=[3.0], plans=plans, tokens=64, output=output, **options)
+    assert [row["plan"] for row in json.loads(output.read_text())["rows"]] == ["uniform:rtn"]
 
 
 def test_compare_without_a_plan_in_reach_says_why(model, caplog):

@@ -34,7 +34,7 @@ from moqc.quant.problem import MCMOE_BITS
 from moqc.quant.quantizers import STORABLE
 from moqc.quant.versions import QUANTIZER_VERSIONS
 
-VERSION = 2
+VERSION = 3
 """Of what is measured here; part of every cache key, as are the versions of the quantizers."""
 
 NOISE = 0.1

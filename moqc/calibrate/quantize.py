@@ -30,7 +30,7 @@ from moqc.quant.reference import Activations
 from moqc.quant.tensor import Quantized
 from moqc.quant.versions import QUANTIZER_VERSIONS
 
-VERSION = 1
+VERSION = 2
 """Of the procedure around the quantizers; part of every cache key, as are the versions of the quantizers."""
 
 QUANTIZERS = {

@@ -131,16 +131,23 @@ class SiteStatistics:
         """Tokens routed to each expert over all datasets, int64 [E]."""
         return self.pairs.sum(0)
 
+<<<<<<< HEAD
     def hessians(self, projection: str, *, rotated: bool = False) -> Hessians:
         """Hessians of the input of `projection`, starved experts shrunk; of down's `rotated` input."""
         if projection != "down":
             return shrink(self.input_moments, self.counts)
         return shrink(rotate_moments(self.hidden_moments) if rotated else self.hidden_moments, self.counts)
+=======
+    def hessians(self, projection: str) -> Hessians:
+        """Hessians of the input of `projection`."""
+        moments = self.hidden_moments if projection == "down" else self.input_moments
+        return shrink(moments, self.counts)
+>>>>>>> 0fbcea5 (Every expert's Hessian leans on its layer's; a problem's result ends with the blank line it has in the file)
 
 
 @dataclass(frozen=True)
 class Hessians:
-    """`matrices` float32 [E, K, K], symmetric; `starved`: experts that saw fewer tokens than K."""
+    """`matrices` float32 [E, K, K], symmetric; `starved`: experts that saw fewer tokens than columns K."""
 
     matrices: Tensor
     starved: list[int]
@@ -262,18 +269,15 @@ def _moment(x: Tensor, gates: Tensor, exponent: int) -> Tensor:
 
 
 def shrink(moments: Tensor, counts: Tensor) -> Hessians:
-    """Hessians of all experts; those that saw fewer tokens than columns lean on their layer's.
+    """Hessians of all experts, each leaning on its layer's as far as its own tokens leave it open.
 
-    A starved expert's matrix has not full rank and fits its few tokens only. With n_e tokens, K columns and
-    ``a = K / (K + n_e)`` it becomes ``(1 - a) H_e + a H̄``, where H̄ is the mean over all routed tokens of the
-    layer, scaled to n_e tokens (to one for an expert that saw none).
+    With n_e tokens, K columns and ``a = K / (K + n_e)``, the matrix of an expert becomes
+    ``(1 - a) H_e + a H̄``, where H̄ is the mean over all routed tokens of the layer, scaled to n_e tokens (to
+    one for an expert that saw none): the mean of the posterior for a prior worth K tokens of the layer.
     """
     columns = moments.shape[-1]
     per_pair = moments.sum(0) / counts.sum().clamp(min=1)
+    share = (columns / (columns + counts)).to(moments).view(-1, 1, 1)
+    tokens = counts.clamp(min=1).to(moments).view(-1, 1, 1)
     starved = torch.nonzero(counts < columns).flatten().tolist()
-    matrices = moments.clone() if starved else moments
-    for expert in starved:
-        count = int(counts[expert])
-        share = columns / (columns + count)
-        matrices[expert] = (1 - share) * moments[expert] + share * max(count, 1) * per_pair
-    return Hessians(matrices, starved)
+    return Hessians(torch.lerp(moments, tokens * per_pair, share), starved)

@@ -6,7 +6,8 @@ context after which the continuation is likeliest. Other keys, such as "gold", a
 is the answer of the quantized model with the original's.
 
 A file of worked problems is text of blocks ``Problem: ...`` and ``Solution: ...`` between blank lines. Asked
-is what follows the last ``=`` of the solution, the result; of a solution without one, all of it.
+is what follows the last ``=`` of the solution, the result, and the blank line that ends it; of a solution
+without one, all of it.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ def worked_problems(file: Path | str, tokenizer: Path | str, count: int) -> list
         if len(found) == count or not mark or not problem.startswith("Problem:") or not solution.strip():
             continue
         worked, equals, result = solution.rstrip().rpartition("=")
-        sequence = _sequence(encode, f"{problem}\nSolution:{worked}{equals}", f"{result}\n", len(found))
+        sequence = _sequence(encode, f"{problem}\nSolution:{worked}{equals}", f"{result}\n\n", len(found))
         found += [] if sequence is None else [sequence]
     if not found:
         raise UserError(f"{file}: no block 'Problem: ...', 'Solution: ...' of at most {LONGEST} tokens")

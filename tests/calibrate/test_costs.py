@@ -62,9 +62,9 @@ def test_cost_is_the_output_error_of_one_unit_alone(
             changed = block.substitute(**{projection: matrices}).apply(x, ids, weights)
             expected = float((changed - exact).square().sum())
             # The samples hold every routed token of this small set, so nothing is estimated.
-            costs = total(found[site][projection][str(fmt)], calibration)
+            costs = total(found[site][projection][str(fmt)]["datasets"], calibration)
             assert costs[expert] == pytest.approx(expected, rel=1e-2)
-    coarse, fine = (total(found[site][projection][str(fmt)], calibration) for fmt in FORMATS)
+    coarse, fine = (total(found[site][projection][str(fmt)]["datasets"], calibration) for fmt in FORMATS)
     assert sum(coarse) > 2 * sum(fine)
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from moqc.calibrate.layers import LayeredModel
-from moqc.calibrate.statistics import SAMPLE, collect_statistics, shrink
+from moqc.calibrate.statistics import PRIOR_PAIRS, SAMPLE, Sample, collect_statistics, shrink
 from moqc.calibrate.text import CalibrationSet
 from moqc.calibrate.workspace import Workspace
 from moqc.quant import reference
@@ -139,16 +139,48 @@ def test_starved_experts_lean_on_their_layer() -> None:
     moments = torch.stack([x.T @ x for x in samples])
     found = shrink(moments, torch.tensor([6, 2, 0]))
     assert found.starved == [1, 2]
-    assert torch.equal(found.matrices[0], moments[0])
     per_pair = moments.sum(0) / 8
+    share = columns / (columns + 6)
+    torch.testing.assert_close(found.matrices[0], (1 - share) * moments[0] + share * 6 * per_pair)
     share = columns / (columns + 2)
     torch.testing.assert_close(found.matrices[1], (1 - share) * moments[1] + share * 2 * per_pair)
     torch.testing.assert_close(found.matrices[2], per_pair)
     assert float(torch.linalg.eigvalsh(found.matrices).min()) > 0
 
 
-def test_without_starved_experts_nothing_changes() -> None:
-    moments = torch.eye(3).repeat(2, 1, 1)
-    found = shrink(moments, torch.tensor([3, 5]))
+def test_an_expert_leans_on_its_layer_the_less_the_more_it_saw() -> None:
+    moments = torch.eye(3) * torch.tensor([30.0, 600.0]).view(2, 1, 1)
+    found = shrink(moments, torch.tensor([3, 297]))
     assert found.starved == []
-    assert torch.equal(found.matrices, moments)
+    # 2.1 a token in the layer, 10 and 2.02 of the experts' own; shares 3 / 6 and 3 / 300
+    expected = torch.tensor([0.5 * 30 + 0.5 * 3 * 2.1, 0.99 * 600 + 0.01 * 297 * 2.1])
+    torch.testing.assert_close(found.matrices, torch.eye(3) * expected.view(2, 1, 1))
+
+
+def test_even_routing_gives_every_expert_its_share_at_the_mean_weight() -> None:
+    """Two experts, four tokens, one choice each: three went to the first."""
+    sample = Sample(
+        x=torch.zeros(2, 3, 1),
+        weights=torch.tensor([[0.5, 0.5, 0.5], [1.0, 0.0, 0.0]]),
+        datasets=torch.zeros(2, 3, dtype=torch.int64),
+        pairs=torch.tensor([[3, 1]]),
+        tokens=4,
+    )
+    errors = torch.tensor([[1.0, 2.0, 3.0], [8.0, 99.0, 99.0]])
+    square, overall = (3 * 0.25 + 1) / 4, 14 / 4
+    means = [(6 + PRIOR_PAIRS * overall) / (3 + PRIOR_PAIRS), (8 + PRIOR_PAIRS * overall) / (1 + PRIOR_PAIRS)]
+    expected = torch.tensor([mean * square / 2 for mean in means]).double()
+    torch.testing.assert_close(sample.even(errors), expected)
+
+
+def test_costs_under_even_routing_are_the_measured_ones_where_routing_is_even() -> None:
+    """Same pairs, weights and errors everywhere: both sums are the same."""
+    sample = Sample(
+        x=torch.zeros(4, 5, 1),
+        weights=torch.full((4, 5), 0.5),
+        datasets=torch.zeros(4, 5, dtype=torch.int64),
+        pairs=torch.full((1, 4), 5),
+        tokens=10,
+    )
+    errors = torch.full((4, 5), 3.0)
+    torch.testing.assert_close(sample.even(errors), sample.totals(errors * sample.weights.square())[0])

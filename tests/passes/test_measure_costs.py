@@ -24,21 +24,24 @@ FORMATS = ("int1-g32", "int3-g32")
 
 
 def measured(calibrated: Any) -> dict[str, costs.SiteCosts]:
-    """site -> projection -> format -> [dataset][expert]."""
+    """site -> projection -> format -> costs."""
     collected = collect_statistics(calibrated.checkpoint, calibrated.calibration, calibrated.workspace)
     formats = [Format.parse(name) for name in FORMATS]
     return costs.measure_costs(calibrated.checkpoint, collected, formats)
 
 
-@pytest.mark.parametrize("robustness", [0.0, 2.0])
-def test_costs_are_scaled_to_the_largest(moe: IRModule, calibrated: Any, robustness: float) -> None:
+@pytest.mark.parametrize(("robustness", "prior"), [(0.0, 0.0), (2.0, 0.0), (0.5, 0.3)])
+def test_costs_are_scaled_to_the_largest(
+    moe: IRModule, calibrated: Any, robustness: float, prior: float
+) -> None:
     mod = ProfileChannels()(moe, calibrated)
-    found = COSTS.of(MeasureCosts(formats=FORMATS, robustness=robustness)(mod, calibrated))
+    found = COSTS.of(MeasureCosts(formats=FORMATS, robustness=robustness, prior=prior)(mod, calibrated))
     expected = {
         site: {
             projection: {
                 name: [
-                    statistics.fmean(c) + robustness * statistics.pstdev(c) for c in zip(*rows, strict=True)
+                    (1 - prior) * (statistics.fmean(c) + robustness * statistics.pstdev(c)) + prior * even
+                    for *c, even in zip(*rows["datasets"], rows["even"], strict=True)
                 ]
                 for name, rows in by_format.items()
             }
@@ -62,7 +65,7 @@ def test_sensitivity_turns_costs_into_nats(moe: IRModule, calibrated: Any) -> No
     found = COSTS.of(MeasureCosts(formats=FORMATS)(mod, calibrated))
     expected = measured(calibrated)
     for site, nats in ((FIRST, 0.005), (SECOND, 0.02)):
-        error = statistics.fmean(rows[4] for rows in expected[site]["up"]["int1-g32"])
+        error = statistics.fmean(rows[4] for rows in expected[site]["up"]["int1-g32"]["datasets"])
         assert found[site]["up"]["int1-g32"][4] == pytest.approx(error * nats * 1e15, rel=1e-9)
 
 
@@ -73,6 +76,7 @@ def test_sensitivity_turns_costs_into_nats(moe: IRModule, calibrated: Any) -> No
         ({"formats": ()}, "formats= is empty"),
         ({"curvature": "layer"}, "curvature=layer is not one of block, token"),
         ({"robustness": -1.0}, "robustness=-1 must not be negative"),
+        ({"prior": 1.5}, "prior=1.5 must be from 0 to 1"),
     ],
 )
 def test_bad_options(moe: IRModule, calibrated: Any, options: dict[str, Any], message: str) -> None:
