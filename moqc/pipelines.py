@@ -49,11 +49,7 @@ ANALYSES = {
         "profile-activation",
         "profile-channels",
         "measure-gradients",
-<<<<<<< HEAD
         "measure-costs{{quantizer={quantizer} formats={formats} curvature=token prior=0.5{rotate}}}",
-=======
-        "measure-costs{{quantizer={quantizer} formats={formats} curvature=token prior=0.5}}",
->>>>>>> 0fbcea5 (Every expert's Hessian leans on its layer's; a problem's result ends with the blank line it has in the file)
     ),
 }
 """What an allocator reads is measured by these passes; any other allocator gets all of them."""

@@ -131,18 +131,11 @@ class SiteStatistics:
         """Tokens routed to each expert over all datasets, int64 [E]."""
         return self.pairs.sum(0)
 
-<<<<<<< HEAD
     def hessians(self, projection: str, *, rotated: bool = False) -> Hessians:
-        """Hessians of the input of `projection`, starved experts shrunk; of down's `rotated` input."""
+        """Hessians of the input of `projection`; of down's `rotated` input."""
         if projection != "down":
             return shrink(self.input_moments, self.counts)
         return shrink(rotate_moments(self.hidden_moments) if rotated else self.hidden_moments, self.counts)
-=======
-    def hessians(self, projection: str) -> Hessians:
-        """Hessians of the input of `projection`."""
-        moments = self.hidden_moments if projection == "down" else self.input_moments
-        return shrink(moments, self.counts)
->>>>>>> 0fbcea5 (Every expert's Hessian leans on its layer's; a problem's result ends with the blank line it has in the file)
 
 
 @dataclass(frozen=True)
