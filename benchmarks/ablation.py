@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 from concurrent.futures import as_completed
 
-from workers import add_options, bench, context, on_cores, processes
+from workers import add_options, bench, context, on_cores, prepare, processes
 
 from moqc.calibrate.quantize import quantize_experts
 from moqc.ir.annotations import BITS
@@ -22,22 +22,24 @@ TRELLIS = "tcq1-g128+tcq2-g128+tcq3-g128+int4-g128-s8"
 MANY = "int1-g128+int1-g64+int2-g128+int2-g64+int3-g128+int3-g64+int4-g128+int4-g64"
 
 
-def analyses(options: str = "", curvature: str = "curvature=token prior=0.5") -> str:
+def analyses(options: str = "", prior: str = "0.5", rotate: str = "true") -> str:
     """The default ones with other options of measure-costs."""
-    return f"profile-channels,measure-gradients,measure-costs{{{f'{curvature} {options}'.strip()}}}"
+    given = f"curvature=token prior={prior} rotate={rotate} {options}".strip()
+    return f"profile-channels,measure-gradients,measure-costs{{{given}}}"
 
 
 VARIANTS = {
     "default": (analyses(), "", "gptq"),
-    "prior 0": (analyses(curvature="curvature=token"), "", "gptq"),
-    "prior 0.05": (analyses(curvature="curvature=token prior=0.05"), "", "gptq"),
-    "prior 0.1": (analyses(curvature="curvature=token prior=0.1"), "", "gptq"),
-    "prior 0.25": (analyses(curvature="curvature=token prior=0.25"), "", "gptq"),
-    "prior 1": (analyses(curvature="curvature=token prior=1.0"), "", "gptq"),
+    "prior 0": (analyses(prior="0.0"), "", "gptq"),
+    "prior 0.05": (analyses(prior="0.05"), "", "gptq"),
+    "prior 0.1": (analyses(prior="0.1"), "", "gptq"),
+    "prior 0.25": (analyses(prior="0.25"), "", "gptq"),
+    "prior 1": (analyses(prior="1.0"), "", "gptq"),
+    "inputs of down not rotated": (analyses(rotate="false"), "", "gptq"),
     "curvature by block": (
-        "profile-channels,measure-sensitivity,measure-costs{prior=0.5}", "", "gptq",
+        "profile-channels,measure-sensitivity,measure-costs{prior=0.5 rotate=true}", "", "gptq",
     ),
-    "no curvature": ("profile-channels,measure-costs{prior=0.5}", "", "gptq"),
+    "no curvature": ("profile-channels,measure-costs{prior=0.5 rotate=true}", "", "gptq"),
     "costs of round-to-nearest": (analyses("quantizer=rtn"), "", "gptq"),
     "mean + 0.5 std over datasets": (analyses("robustness=0.5"), "", "gptq"),
     "mean + 1 std over datasets": (analyses("robustness=1.0"), "", "gptq"),
@@ -65,7 +67,12 @@ def measure(name: str, bits: str, seed: int) -> list[float]:
     with on_cores():
         mod = run_passes(Pipeline.parse(f"allocate-bits{{bits={bits}{allocation}}}"), mod, ctx, Debug())
         store = quantize_experts(
-            opened.checkpoint, BITS.of(mod), quantizer, ctx.calibration, opened.workspace
+            opened.checkpoint,
+            BITS.of(mod),
+            quantizer,
+            ctx.calibration,
+            opened.workspace,
+            rotate=quantizer == "gptq" and "rotate=true" in passes,
         )
     found = opened.measure(store, {})
     size = opened.expert_bits(store) / opened.counts.expert_weights
@@ -88,8 +95,7 @@ def main() -> None:
     columns = ["variant", "bits", "expert file bits", "increase", *options.unseen]
     print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}", flush=True)
     with processes(options) as pool:
-        # The first measures what most of the others read.
-        pool.submit(measure, options.only[0], options.bits.split(",")[0], options.seed).result()
+        prepare(pool, [(Pipeline.parse(VARIANTS[name][0]), options.seed) for name in options.only])
         jobs = {
             pool.submit(measure, name, bits, options.seed): (name, bits)
             for bits in options.bits.split(",")

@@ -15,27 +15,24 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Iterable
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from contextlib import suppress
+from concurrent.futures import as_completed
 from dataclasses import dataclass, replace
 
-from workers import add_options, bench, context, on_cores, processes
+from workers import add_options, bench, context, on_cores, prepare, processes
 
 from moqc.calibrate.quantize import quantize_experts
 from moqc.errors import BudgetError
 from moqc.evaluate.compare import Budget, Comparison, compare_plans, keep
 from moqc.evaluate.summary import markdown
 from moqc.ir.annotations import BITS
-from moqc.pipelines import Debug, Plan, allocation_pipeline, run_passes
+from moqc.passes.pipeline import Pipeline
+from moqc.pipelines import DEFAULT_CANDIDATES, Debug, Plan, allocation_pipeline, run_passes
 
 ALL = (
     "global,pmq:mcmoe,pmq,moqa,uniform:gptq,uniform:rtn,frequency,mxmoe,gemq,block-importance,outlier-score,"
     "ewq,moqa:rtn"
 )
 MAIN = "global,pmq:mcmoe,pmq,moqa,uniform:gptq"
-MEASURED = ("global", "mxmoe", "pmq", "gemq", "moqa")
-"""Allocators whose analyses take long: made once for all budgets, on the GPU where there is one."""
 
 
 @dataclass(frozen=True)
@@ -45,23 +42,15 @@ class Job:
     plan: str
     budget: Budget
     seed: int
+    formats: str = DEFAULT_CANDIDATES
 
     @property
-    def analysis(self) -> tuple[str, bool, int]:
-        """What has to be measured before."""
-        return Plan.parse(self.plan).allocator, self.budget.whole, self.seed
-
-    def allocate(self) -> object:
-        """The module with its bits chosen."""
+    def pipeline(self) -> Pipeline:
+        """The passes up to the choice of bits."""
         whole = self.budget.bits if self.budget.whole else None
-        passes = allocation_pipeline(Plan.parse(self.plan), self.budget.bits, model_bits=whole)
-        return run_passes(passes, bench().mod, context(self.seed), Debug())
-
-
-def analyse(job: Job) -> None:
-    """Measure what the allocator of `job` reads."""
-    with suppress(BudgetError):  # all is measured by then
-        job.allocate()
+        return allocation_pipeline(
+            Plan.parse(self.plan), self.budget.bits, model_bits=whole, formats=self.formats
+        )
 
 
 def evaluate(job: Job) -> Comparison | None:
@@ -69,27 +58,19 @@ def evaluate(job: Job) -> Comparison | None:
     ctx, plan = context(job.seed), Plan.parse(job.plan)
     try:
         with on_cores():
-            chosen = BITS.of(job.allocate())
-            quantize_experts(bench().checkpoint, chosen, plan.quantizer, ctx.calibration, bench().workspace)
-        return compare_plans({job.seed: ctx}, bench(), [(job.plan, plan)], [job.budget])
+            chosen = BITS.of(run_passes(job.pipeline, bench().mod, ctx, Debug()))
+            quantize_experts(
+                bench().checkpoint,
+                chosen,
+                plan.quantizer,
+                ctx.calibration,
+                bench().workspace,
+                rotate=plan.rotates,
+            )
+        return compare_plans({job.seed: ctx}, bench(), [(job.plan, plan)], [job.budget], formats=job.formats)
     except BudgetError as error:
         print(f"{job.plan} at {job.budget}: {error}", file=sys.stderr, flush=True)
         return None
-
-
-def submit(pool: ProcessPoolExecutor, jobs: Iterable[Job]) -> Iterable[Future[Comparison | None]]:
-    """Jobs under way: those that need long analyses after these."""
-    waiting: dict[tuple[str, bool, int], list[Job]] = {}
-    free = []
-    for job in jobs:
-        slow = job.analysis[0] in MEASURED
-        (waiting.setdefault(job.analysis, []) if slow else free).append(job)
-    analyses = {pool.submit(analyse, group[0]): group for group in waiting.values()}
-    running = [pool.submit(evaluate, job) for job in free]
-    for done in as_completed(analyses):
-        done.result()
-        running += [pool.submit(evaluate, job) for job in analyses[done]]
-    return as_completed(running)
 
 
 def jobs_of(options: argparse.Namespace) -> list[Job]:
@@ -97,7 +78,7 @@ def jobs_of(options: argparse.Namespace) -> list[Job]:
     seeds = [int(seed) for seed in options.seeds.split(",")]
     budgets = [Budget(float(bits)) for bits in options.bits.split(",") if bits]
     found = [
-        Job(plan, budget, seed)
+        Job(plan, budget, seed, options.formats)
         for seed in seeds
         for budget in budgets
         for plan in (options.plans if seed == seeds[0] else options.main_plans).split(",")
@@ -113,6 +94,7 @@ def main() -> None:
     parser.add_argument("-o", "--output", required=True)
     parser.add_argument("--bits", default="2.0,2.5,3.25")
     parser.add_argument("--model-bits", default="3.0")
+    parser.add_argument("--formats", default=DEFAULT_CANDIDATES)
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--plans", default=ALL, help="of the first seed")
     parser.add_argument("--main-plans", default=MAIN, help="of the other seeds")
@@ -120,7 +102,9 @@ def main() -> None:
     jobs, write, start = jobs_of(options), keep(options.output), time.monotonic()
     merged: Comparison | None = None
     with processes(options) as pool:
-        for done in submit(pool, jobs):
+        prepare(pool, [(job.pipeline, job.seed) for job in jobs])
+        print(f"{time.monotonic() - start:.0f} s: prepared", file=sys.stderr, flush=True)
+        for done in as_completed([pool.submit(evaluate, job) for job in jobs]):
             part = done.result()
             if part is None:
                 continue

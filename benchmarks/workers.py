@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from functools import lru_cache
-from multiprocessing import get_context
+from multiprocessing import current_process, get_context
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -27,7 +28,13 @@ from moqc.evaluate.probes import ChoiceProbe, ExactProbe, Probe, TextProbe
 from moqc.evaluate.tasks import multiple_choice, worked_problems
 from moqc.frontend.checkpoint import Checkpoint
 from moqc.inputs import open_workspace, read_calibration
-from moqc.passes.base import PassContext
+from moqc.passes.allocate_bits import AllocateBits
+from moqc.passes.base import Pass, PassContext
+from moqc.passes.measure_costs import MeasureCosts
+from moqc.passes.measure_linears import MeasureLinears
+from moqc.passes.pipeline import Pipeline
+from moqc.passes.profile_activation import ProfileActivation
+from moqc.pipelines import Debug, run_passes
 
 DOMAINS = ("en_novels", "fr_novels", "math", "multi_misc")
 TASKS = ("arc_easy", "arc_challenge", "openbook_qa", "piqa", "winogrande")
@@ -48,7 +55,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def processes(options: argparse.Namespace) -> ProcessPoolExecutor:
     """A pool whose processes have the model open."""
     return ProcessPoolExecutor(
-        options.workers, get_context("spawn"), initializer=_start, initargs=(vars(options),)
+        options.workers,
+        get_context("spawn"),
+        initializer=_start,
+        initargs=(vars(options) | {"gpus": torch.cuda.device_count()},),
     )
 
 
@@ -56,9 +66,44 @@ _OPTIONS: dict[str, Any] = {}
 
 
 def _start(options: dict[str, Any]) -> None:
+    """Each process computes on one of the GPUs, in turn."""
+    if options["gpus"]:
+        (number,) = current_process()._identity  # type: ignore[attr-defined]
+        os.environ["CUDA_VISIBLE_DEVICES"] = str(number % options["gpus"])
     log.be_quiet()
     torch.set_num_threads(1)
     _OPTIONS.update(options)
+
+
+def prepare(pool: ProcessPoolExecutor, wanted: Iterable[tuple[Pipeline, int]]) -> None:
+    """Measure what the passes of all pipelines (each with its seed) read, every thing once.
+
+    First what needs nothing, a pass at a time; then costs, a format at a time.
+    """
+    first, second = {}, {}
+    for pipeline, seed in wanted:
+        before: tuple[Pass, ...] = ()
+        for item in pipeline.passes:
+            if isinstance(item, MeasureCosts):
+                for name in item.formats:  # what is made of the errors afterwards needs no time
+                    one = replace(item, formats=(name,), prior=0.0, robustness=0.0)
+                    second[str(Pipeline((*before, one))), seed] = None
+            elif isinstance(item, MeasureLinears):
+                first[str(Pipeline((item,))), seed] = None
+            elif not isinstance(item, AllocateBits):
+                before += (item,)
+                if not isinstance(item, ProfileActivation):  # reads what profile-channels does
+                    first[str(Pipeline((item,))), seed] = None
+    trellis_first = sorted(second, key=lambda key: "tcq" not in key[0])
+    for wave in (list(first), trellis_first):
+        for done in as_completed([pool.submit(_measure, text, seed) for text, seed in wave]):
+            done.result()
+
+
+def _measure(text: str, seed: int) -> None:
+    pipeline = Pipeline.parse(text)
+    with on_cores() if isinstance(pipeline.passes[-1], MeasureCosts) else nullcontext():
+        run_passes(pipeline, bench().mod, context(seed), Debug())
 
 
 @contextmanager
