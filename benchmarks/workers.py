@@ -69,7 +69,7 @@ def _start(options: dict[str, Any]) -> None:
     """Each process computes on one of the GPUs, in turn."""
     if options["gpus"]:
         (number,) = current_process()._identity  # type: ignore[attr-defined]
-        os.environ["CUDA_VISIBLE_DEVICES"] = str(number % options["gpus"])
+        torch.cuda.set_device(number % options["gpus"])
     log.be_quiet()
     torch.set_num_threads(1)
     _OPTIONS.update(options)
@@ -78,9 +78,11 @@ def _start(options: dict[str, Any]) -> None:
 def prepare(pool: ProcessPoolExecutor, wanted: Iterable[tuple[Pipeline, int]]) -> None:
     """Measure what the passes of all pipelines (each with its seed) read, every thing once.
 
-    First what needs nothing, a pass at a time; then costs, a format at a time.
+    First what needs nothing, a pass at a time, and the unquantized model; then costs, a format at a time.
     """
-    first, second = {}, {}
+    first: dict[tuple[str, int], None] = {}
+    second: dict[tuple[str, int], None] = {}
+    reference = pool.submit(_reference)
     for pipeline, seed in wanted:
         before: tuple[Pass, ...] = ()
         for item in pipeline.passes:
@@ -98,6 +100,11 @@ def prepare(pool: ProcessPoolExecutor, wanted: Iterable[tuple[Pipeline, int]]) -
     for wave in (list(first), trellis_first):
         for done in as_completed([pool.submit(_measure, text, seed) for text, seed in wave]):
             done.result()
+    reference.result()
+
+
+def _reference() -> None:
+    bench().measure(None, {})
 
 
 def _measure(text: str, seed: int) -> None:
