@@ -31,6 +31,7 @@ BUILTIN: dict[str, str] = {
     "profile-weights": "moqc.passes.profile_weights:ProfileWeights",
     "measure-similarity": "moqc.passes.measure_similarity:MeasureSimilarity",
     "profile-coactivation": "moqc.passes.profile_coactivation:ProfileCoactivation",
+    "profile-margins": "moqc.passes.profile_margins:ProfileMargins",
     "score-experts": "moqc.passes.score_experts:ScoreExperts",
     "measure-linears": "moqc.passes.measure_linears:MeasureLinears",
     "protect-channels": "moqc.passes.protect_channels:ProtectChannels",

@@ -77,7 +77,7 @@ def recalibrate_routers(
 
 
 @dataclass
-class _Probe:
+class RouterProbe:
     """An experts function that notes the routing of its calls, and a hook that notes a router's input."""
 
     experts: ExpertsFunction
@@ -85,11 +85,32 @@ class _Probe:
     inputs: list[Tensor] = field(default_factory=list)
 
     def __call__(self, call: ExpertsCall) -> Tensor:
+        """Note the experts chosen, int64 [T, k], and compute their output."""
         self.ids.append(call.ids)
         return self.experts(call)
 
     def hook(self, _module: nn.Module, args: tuple[Any, ...]) -> None:
+        """Note the router's input, float32 [T, H]."""
         self.inputs.append(args[0].reshape(-1, args[0].shape[-1]).float())
+
+
+def observe(layer: LoadedLayer, router: nn.Module, stream: Stream, experts: ExpertsFunction) -> RouterProbe:
+    """What the layer routes, without moving `stream` on."""
+    probe = RouterProbe(experts)
+    handle = router.register_forward_pre_hook(probe.hook)
+    try:
+        layer.run(stream, probe, keep=False)
+    finally:
+        handle.remove()
+    return probe
+
+
+def router_weight(layer: LoadedLayer, name: str, user: str) -> Tensor:
+    """The weight [E, H] of the router `name`; PipelineError, in the name of the pass `user`, without one."""
+    weight = getattr(layer.submodule(name), "weight", None)
+    if not isinstance(weight, Tensor) or weight.dim() != 2:
+        raise PipelineError(f"{user}: {name} has no weight [experts, hidden]")
+    return weight
 
 
 @dataclass
@@ -129,31 +150,16 @@ class _Walk:
         original: ExpertsFunction,
         experts: ExpertsFunction,
     ) -> RouterUpdate:
-        module = layer.submodule(name)
-        weight = getattr(module, "weight", None)
-        if not isinstance(weight, Tensor) or weight.dim() != 2:
-            raise PipelineError(f"recalibrate-router: {name} has no weight [experts, hidden]")
-        right = self._observe(layer, module, clean, original)
-        before = self._observe(layer, module, quantized, experts)
+        module, weight = layer.submodule(name), router_weight(layer, name, "recalibrate-router")
+        right = observe(layer, module, clean, original)
+        before = observe(layer, module, quantized, experts)
         wanted = torch.cat(right.inputs) @ weight.T
         shares = boundary_shares(wanted, right.ids[0].shape[1])
         new = ridge_update(weight, torch.cat(before.inputs), wanted, shares, self.damping).half()
         module.weight = nn.Parameter(new.float(), requires_grad=False)
-        after = self._observe(layer, module, quantized, experts)
+        after = observe(layer, module, quantized, experts)
         agreements = [_agreement(right.ids, found.ids) for found in (before, after)]
         return RouterUpdate(new.cpu(), *agreements)
-
-    def _observe(
-        self, layer: LoadedLayer, module: nn.Module, stream: Stream, experts: ExpertsFunction
-    ) -> _Probe:
-        """What the layer routes, without moving `stream` on."""
-        probe = _Probe(experts)
-        handle = module.register_forward_pre_hook(probe.hook)
-        try:
-            layer.run(stream, probe, keep=False)
-        finally:
-            handle.remove()
-        return probe
 
 
 def _agreement(right: list[Tensor], found: list[Tensor]) -> float:

@@ -125,6 +125,11 @@ COACTIVATION: Key[dict[str, Any]] = Key(
     "profile-coactivation",
     "site -> experts that fire together, and how their errors correlate",
 )
+MARGINS: Key[dict[str, Any]] = Key(
+    "moqc.margins",
+    "profile-margins",
+    "router -> how far the last expert chosen is from the first that is not, and what noise would change",
+)
 SCORES: Key[dict[str, Any]] = Key(
     "moqc.scores", "score-experts", "site -> importance of each expert, super, starved and drifting ones"
 )
@@ -176,6 +181,7 @@ KEYS: dict[str, Key[Any]] = {
         SIMILARITY,
         PRUNING,
         COACTIVATION,
+        MARGINS,
         SCORES,
         PROTECTION,
         LINEAR_COSTS,
