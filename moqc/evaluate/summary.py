@@ -17,7 +17,7 @@ def table(comparison: Comparison) -> tuple[tuple[str, ...], list[tuple[object, .
     several = any(len(rows) > 1 for rows in groups.values())
     header = ["plan", "bits", "expert file bits", "model file bits", "loss", "increase"]
     header += ["seeds", "std"] if several else []
-    header += ["unseen increase"] if comparison.unseen else []
+    header += [f"{name} (unseen)" for name in comparison.unseen]
     header += ["flips"] if comparison.questions else []
     header += ["exact"] if comparison.problems else []
     lines: list[tuple[object, ...]] = []
@@ -31,7 +31,7 @@ def table(comparison: Comparison) -> tuple[tuple[str, ...], list[tuple[object, .
             fmean(row.loss_increase for row in rows),
         ]
         line += [len(rows), pstdev(row.loss_increase for row in rows)] if several else []
-        line += [_mean([row.unseen_increase for row in rows])] if comparison.unseen else []
+        line += [fmean(row.increases[name] for row in rows) for name in comparison.unseen]
         line += [_mean([row.flips for row in rows])] if comparison.questions else []
         line += [_mean([row.exact for row in rows])] if comparison.problems else []
         lines.append(tuple(line))
