@@ -10,7 +10,7 @@ from tvm import IRModule
 
 from moqc.card import model_card
 from moqc.certificate import certify
-from moqc.codegen import build, export
+from moqc.codegen import write_code
 from moqc.describe import analysis, count_weights, describe
 from moqc.errors import InternalError
 from moqc.log import event
@@ -45,25 +45,20 @@ def assemble(
         mod, checkpoint, ctx.target, passes, chunk=chunk, recipe=recipe, calibration=ctx.calibration
     )
     event("stage", f"building for {ctx.target.name}", stage="build")
-    executable = build(mod, ctx.target)
 
     def load(name: str) -> StoredTensor:
         return StoredTensor.of(params.get(name)) if name in params else from_torch(checkpoint.load(name))
 
     # The certificate is of the very file that is shipped, and machine code is generated when it is written.
     with tempfile.TemporaryDirectory(prefix="moqc-") as folder:
-        library = Path(folder) / LIBRARY
-        export(executable, library, ctx.target)
-
-        def place(path: Path) -> None:
-            shutil.move(library, path)
-
+        code = Path(folder)
+        write_code(mod, ctx.target, code)
         event("stage", "certifying kernels", stage="certify")
-        numerics = certify(library, mod, ctx.target, load)
+        numerics = certify(code / LIBRARY, mod, ctx.target, load)
         return write_artifact(
             out,
             draft.model_copy(update={"numerics": numerics}),
-            export_library=place,
+            write_code=lambda place: _move_files(code, place),
             load=load,
             counts=count_weights(mod, checkpoint),
             source=checkpoint.path,
@@ -71,5 +66,11 @@ def assemble(
                 ANALYSIS: analysis(mod, checkpoint),
                 **({} if recipe is None else {CARD: model_card(sized, recipe)}),
             },
+            shard_bytes=ctx.target.shard_bytes,
             force=force,
         )
+
+
+def _move_files(source: Path, place: Path) -> None:
+    for path in source.iterdir():
+        shutil.move(path, place / path.name)

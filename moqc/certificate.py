@@ -93,6 +93,7 @@ def certify(
     """
     kernels = [_Kernel(**entry) for entry in KERNELS.get(mod) or []]
     missing = [*missing_features(target)]
+    missing += [f"TVM's runtime for {target.device}"] if target.launched else []
     missing += [f"a GPU of {' or '.join(target.architectures)}"] if target.architectures else []
     if missing:
         reason = f"host lacks {', '.join(missing)}"

@@ -21,6 +21,10 @@ from tvm.relax.vm_build import VMExecutable
 from moqc.errors import TargetError
 from moqc.ir.annotations import CACHE
 from moqc.ir.sites import bindings, input_count
+from moqc.launch_plan import plan_launches
+from moqc.launches import FILE
+from moqc.manifest import LIBRARY
+from moqc.page import write_page
 from moqc.passes.base import PassContext
 from moqc.passes.legalize import Legalize
 from moqc.passes.plan_cache import PlanCache
@@ -143,6 +147,17 @@ def export(executable: VMExecutable, path: Path, target: Target) -> None:
     """
     program = linker(target.machine).require()
     executable.export_library(str(path), cc=str(program))
+
+
+def write_code(mod: IRModule, target: Target, folder: Path) -> None:
+    """Write the code of a module that went through legalize and schedule: a library, or launches."""
+    if not target.launched:
+        export(build(mod, target), folder / LIBRARY, target)
+        return
+    launches = plan_launches(mod, target)
+    (folder / FILE).write_text(launches.model_dump_json(), encoding="utf-8")
+    if launches.language == "webgpu":
+        write_page(folder)
 
 
 def compile_and_run(mod: IRModule, weights: Sequence[npt.NDArray[Any]], target: Target) -> Run:

@@ -64,18 +64,20 @@ def compile(model: str | Path, out: str | Path | None, options: CompileOptions) 
 def _compile_checkpoint(model: str | Path, out: str | Path | None, options: CompileOptions) -> Manifest | str:
     from moqc.assemble import assemble
     from moqc.frontend.checkpoint import Checkpoint
-    from moqc.frontend.hf import MAX_CHUNK
     from moqc.ir.text import print_module
+    from moqc.limits import check_bindings, check_kernels, longest_chunk
     from moqc.passes.base import PassContext
     from moqc.pipelines import check_lowering, needs_calibration, run_passes
     from moqc.toolchains import check_toolchain
 
     machine = find_target(options.target)
     check_toolchain(machine)
+    check_kernels(machine, options)
     check_lowering(options.linears, machine.mode(options.activations), options.max_batch)
     calibrating = needs_calibration(options)
     checkpoint = Checkpoint.open(resolve_model(model))
     length = context_length(checkpoint.config, options.context)
+    chunk = longest_chunk(checkpoint.config, machine, length, options.max_batch)
     passes = _passes(options, machine, length)
     finished = options.debug.stop_after is None
     start = None if options.start_from is None else Path(options.start_from)
@@ -90,8 +92,9 @@ def _compile_checkpoint(model: str | Path, out: str | Path | None, options: Comp
     check_architecture(checkpoint, workspace, machine)
     with param_store(workspace.root, options.debug.dump_ir, start) as params:
         ctx = PassContext(machine, checkpoint, texts, workspace, params, options.seed)
-        chunk = min(MAX_CHUNK, length)
         mod, rest = _input_module(ctx, passes, start, options.max_batch, chunk)
+        bits = options.bits if options.model_bits is None else options.model_bits
+        check_bindings(mod, machine, bits, options.linears)
         mod = run_passes(rest, mod, ctx, options.debug)
         if not finished:
             return print_module(mod)
@@ -109,7 +112,12 @@ def _passes(options: CompileOptions, machine: Target, context: int) -> Pipeline:
         return Pipeline.parse(options.pipeline)
     activations = machine.mode(options.activations)
     return default_pipeline(
-        options, activations=activations, context=context, layout=machine.layout, rotate=machine.rotates
+        options,
+        activations=activations,
+        context=context,
+        layout=machine.layout,
+        rotate=machine.rotates,
+        narrow=machine.launched,
     )
 
 

@@ -146,13 +146,13 @@ def _write(
         export(executable, library, machine)
 
         def place(path: Path) -> None:
-            shutil.move(library, path)
+            shutil.move(library, path / LIBRARY)
 
         logger.info("certifying kernels")
         return write_artifact(
             out,
             draft.model_copy(update={"numerics": certify(library, mod, machine, load)}),
-            export_library=place,
+            write_code=place,
             load=load,
             counts=_count(mod, graph),
             source=None,

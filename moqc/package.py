@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from moqc.errors import InternalError, ModelError, UserError
+from moqc.launches import FILE
 from moqc.log import track
 from moqc.manifest import (
     ANALYSIS,
@@ -26,6 +27,7 @@ from moqc.manifest import (
     record_files,
     write_manifest,
 )
+from moqc.page import PAGE
 from moqc.tensorfile import LINE_BYTES, StoredTensor, create_tensors
 
 SHARD_BYTES = 2 << 30
@@ -79,7 +81,7 @@ def check_output(out: Path, *, force: bool) -> None:
 
 def _is_ours(path: Path) -> bool:
     """Whether an artifact may have a file of this name."""
-    written = (MANIFEST, LIBRARY, ANALYSIS, CARD, "tokenizer.json", *COPIED)
+    written = (MANIFEST, LIBRARY, FILE, ANALYSIS, CARD, "tokenizer.json", *COPIED, *PAGE)
     known = path.name in written or path.match("params-*.safetensors")
     return known and path.is_file()
 
@@ -126,19 +128,20 @@ def write_artifact(
     out: Path,
     draft: Manifest,
     *,
-    export_library: Callable[[Path], None],
+    write_code: Callable[[Path], None],
     load: Callable[[str], StoredTensor],
     counts: WeightCounts,
     source: Path | None,
     documents: Callable[[Manifest], Mapping[str, str]] = lambda _: {},
+    shard_bytes: int = SHARD_BYTES,
     force: bool = False,
 ) -> Manifest:
     """Write the artifact folder `out` and return its manifest.
 
-    `draft` is the manifest without sizes and files; `export_library` writes the compiled library to a path;
+    `draft` is the manifest without sizes and files; `write_code` writes the compiled code into a folder;
     `load` gives the stored form of each of `draft.parameters`, one at a time; `source` is the checkpoint
     folder that tokenizer and configuration files are copied from, None for a graph; `documents` gives further
-    text files (name -> content) of the manifest without its files.
+    text files (name -> content) of the manifest without its files; a parameter file has up to `shard_bytes`.
 
     Raises UserError when `out` exists (see `check_output`) or cannot be written, ModelError when the
     checkpoint has no tokenizer.json.
@@ -146,8 +149,8 @@ def write_artifact(
     with staged_folder(out, force=force) as folder:
         if source is not None:
             copy_metadata(source, folder)
-        export_library(folder / LIBRARY)
-        stored = write_parameters(folder, draft.parameters, load)
+        write_code(folder)
+        stored = write_parameters(folder, draft.parameters, load, shard_bytes=shard_bytes)
         sized = draft.model_copy(update={"sizes": _sizes(stored, counts)})
         for name, text in documents(sized).items():
             (folder / name).write_text(text, encoding="utf-8")

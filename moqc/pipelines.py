@@ -184,13 +184,19 @@ def _rotation(plan: Plan, rotate: bool) -> str:
 
 
 def default_pipeline(
-    recipe: Recipe, *, activations: str, context: int, layout: str = DEFAULT_LAYOUT, rotate: bool = True
+    recipe: Recipe,
+    *,
+    activations: str,
+    context: int,
+    layout: str = DEFAULT_LAYOUT,
+    rotate: bool = True,
+    narrow: bool = False,
 ) -> Pipeline:
     """All passes of `moqc compile`, from the imported module to one that can be built.
 
     `activations` is "int8" or "float" and `context` a number of tokens: what the recipe's are on the target
-    and model at hand. `layout` is the target's, and `rotate` whether its kernels can rotate the inputs of
-    down. Raises UserError for a choice that cannot be.
+    and model at hand. `layout` is the target's, `rotate` whether its kernels can rotate the inputs of down,
+    `narrow` whether its integers have 32 bits. Raises UserError for a choice that cannot be.
     """
     plan = Plan.parse(f"{recipe.allocator}:{recipe.quantizer}")
     if plan.quantizer == "mcmoe":
@@ -204,7 +210,7 @@ def default_pipeline(
         + f"quantize-experts{{quantizer={plan.quantizer} activations={activations}{rotated}}},"
         f"quantize-linears{{linears={linears} embeddings={linears} activations={activations}}}"
     )
-    rest = lowering_pipeline(context, recipe.max_batch)
+    rest = lowering_pipeline(context, recipe.max_batch, narrow=narrow)
     allocation = allocation_pipeline(
         plan,
         recipe.bits,
@@ -232,9 +238,10 @@ def check_lowering(linears: str, activations: str, max_batch: int) -> str:
     return linears if linears == "none" else str(Format.parse(linears))
 
 
-def lowering_pipeline(context: int, max_batch: int) -> Pipeline:
-    """The passes after quantization: caches, kernels, schedules."""
-    return Pipeline.parse(f"plan-cache{{context={context} batch={max_batch}}},legalize,schedule")
+def lowering_pipeline(context: int, max_batch: int, *, narrow: bool = False) -> Pipeline:
+    """The passes after quantization: caches, kernels, schedules; `narrow` for devices of 32-bit integers."""
+    integers = "narrow-integers," if narrow else ""
+    return Pipeline.parse(f"plan-cache{{context={context} batch={max_batch}}},{integers}legalize,schedule")
 
 
 def run_passes(pipeline: Pipeline, mod: IRModule, ctx: PassContext, debug: Debug) -> IRModule:

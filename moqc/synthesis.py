@@ -16,7 +16,7 @@ from tvm import IRModule
 from moqc.assemble import assemble
 from moqc.errors import InternalError
 from moqc.frontend.checkpoint import Checkpoint
-from moqc.frontend.hf import MAX_CHUNK, import_model
+from moqc.frontend.hf import import_model
 from moqc.frontend.mapping import stored_tensors
 from moqc.frontend.skeleton import build_skeleton
 from moqc.frontend.synthetic import (
@@ -31,6 +31,7 @@ from moqc.inputs import check_architecture, context_length, open_workspace
 from moqc.ir.annotations import BITS, LINEAR_BITS
 from moqc.ir.packed import packed_names
 from moqc.keywords import keywords
+from moqc.limits import longest_chunk
 from moqc.log import logger, track
 from moqc.manifest import Manifest
 from moqc.options import Debug, SynthOptions
@@ -108,14 +109,15 @@ def synthesize_artifact(config: str | Path, out: Path, options: SynthOptions) ->
     with tempfile.TemporaryDirectory(prefix="moqc-") as folder:
         parsed = write_metadata(Path(folder), declared, str(config))
         checkpoint = SyntheticCheckpoint(Path(folder), parsed, str(config), seed)
-        check_architecture(checkpoint, workspace, machine)
         length = context_length(parsed, options.context)
-        chunk = min(MAX_CHUNK, length)
+        chunk = longest_chunk(parsed, machine, length, options.max_batch)
+        check_architecture(checkpoint, workspace, machine)
         ctx = PassContext(machine, checkpoint, workspace=workspace, seed=seed)
+        lowering = lowering_pipeline(length, options.max_batch, narrow=machine.launched)
         passes = Pipeline(
             (
                 SynthesizeWeights(experts=experts, linears=options.linears, activations=activations),
-                *lowering_pipeline(length, options.max_batch).passes,
+                *lowering.passes,
             )
         )
         logger.info("importing %s (%s)", config, parsed.model_type)

@@ -9,12 +9,14 @@ from pathlib import Path
 from moqc.errors import TargetError
 from moqc.machines.cpus import CPUS, find_cpu
 from moqc.machines.cuda import CUDA, find_cuda
+from moqc.machines.opencl import OPENCL
 from moqc.machines.target import Roofline, Target
 from moqc.machines.user import read_target
+from moqc.machines.webgpu import WEBGPU
 
 __all__ = ["TARGETS", "Roofline", "Target", "find_target", "host_features"]
 
-TARGETS: dict[str, Target] = {**CPUS, **{target.name: target for target in CUDA}}
+TARGETS: dict[str, Target] = {**CPUS, **{target.name: target for target in (*CUDA, *OPENCL, WEBGPU)}}
 
 _HWCAP, _HWCAP2 = 16, 26
 _ARM_FLAGS = {

@@ -69,7 +69,8 @@ def linker(machine: str) -> Tool:
 
 def tools(target: Target) -> tuple[Tool, ...]:
     """All that compiling for `target` takes here."""
-    return (*(TOOLS[name] for name in target.tools), linker(target.machine))
+    linkers = () if target.launched else (linker(target.machine),)
+    return (*(TOOLS[name] for name in target.tools), *linkers)
 
 
 def check_toolchain(target: Target) -> None:

@@ -22,6 +22,7 @@ from moqc.schedules.cpu.lower import lower_embedding, lower_linear, lower_mixed_
 from moqc.schedules.cpu.lower_recurrent import lower_causal_conv, lower_recurrent
 from moqc.schedules.cpu.prune import lower_prune_routing
 from moqc.schedules.cuda import lower as cuda
+from moqc.schedules.portable import lower as portable
 from moqc.targets import Target
 
 
@@ -70,6 +71,19 @@ LOWERINGS: dict[str, Lowerings] = {
         cuda.lower_rms_norm,
         cuda.lower_topk,
         fuses=True,
+    ),
+    "portable": Lowerings(
+        {
+            ops.EXPERTS: portable.refuse("run quantize-experts before legalize"),
+            ops.MIXED_EXPERTS: portable.lower_mixed_experts,
+            ops.LINEAR: portable.lower_linear,
+            ops.EMBEDDING: portable.lower_embedding,
+            ops.ATTENTION: portable.refuse("run plan-cache before legalize"),
+            ops.CACHED_ATTENTION: portable.lower_attention,
+        },
+        portable.lower_dense_linear,
+        portable.lower_rms_norm,
+        portable.lower_topk,
     ),
 }
 """Folder under schedules/ -> how it lowers."""

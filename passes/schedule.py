@@ -25,7 +25,7 @@ class Schedule(Pass):
     def run(self, mod: IRModule, ctx: PassContext) -> IRModule:
         """Lower main for `ctx.target`. Raises TargetError when there are no schedules for it."""
         target: Target = ctx.need("target", self.name)
-        if target.schedules not in ("cpu", "cuda"):
+        if target.schedules not in ("cpu", "cuda", "portable"):
             raise TargetError(f"schedule: none for target {target.name} (schedules {target.schedules})")
         fuse = tvm.transform.Sequential(
             [
@@ -44,6 +44,6 @@ class Schedule(Pass):
         with tvm.target.Target(target.tvm):
             # The rules change the module they are given; it must not be the caller's.
             fused = fuse(mod).clone()
-            if target.schedules == "cuda":
-                return schedule_for_gpu(fused, target.warp_groups)
+            if target.schedules != "cpu":
+                return schedule_for_gpu(fused, target.warp_groups or target.launched)
             return guard_parallel(dlight.ApplyDefaultSchedule(CpuDefault(target.vector_lanes))(fused))

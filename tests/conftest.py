@@ -169,7 +169,7 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Toy:
     write_artifact(
         folder,
         toy_manifest(vocabulary, eos),
-        export_library=lambda path: build_library(vocabulary).export_library(str(path)),
+        write_code=lambda folder: build_library(vocabulary).export_library(str(folder / "model.so")),
         load=stored.__getitem__,
         counts=WeightCounts(frozenset({"table"}), expert_weights=table.size, model_weights=2 * table.size),
         source=source,

@@ -32,8 +32,10 @@ class Target:
     packed weight layout its kernels read (`moqc.quant.layouts`). `activations` are the modes its kernels
     have, the default first; `cache` is the dtype of its key-value caches. `architectures` are those of the
     GPUs that the library has machine code for; empty for CPUs. `machine` is the host's CPU as
-    `platform.machine` says; `tools` are entries of `moqc.toolchains.TOOLS` beside its linker. `verified` says
-    how its code was checked. `roofline` is None where nothing is known.
+    `platform.machine` says, "any" where no code is made for it; `tools` are entries of
+    `moqc.toolchains.TOOLS` beside its linker. `verified` says how its code was checked. `largest_binding` is
+    the most bytes of a buffer that kernels read, None where there is no limit; `shard_bytes` those of a file
+    of parameters, unless one tensor is larger. `roofline` is None where nothing is known.
     """
 
     name: str
@@ -48,11 +50,13 @@ class Target:
     tools: tuple[str, ...] = ()
     doc: str = ""
     verified: str = ""
+    largest_binding: int | None = None
+    shard_bytes: int = 2 << 30
     roofline: Roofline | None = None
 
     @property
     def device(self) -> str:
-        """What runs the model: ``cpu``, or TVM's kind of GPU (``cuda``)."""
+        """What runs the model: ``cpu``, or TVM's kind of GPU (``cuda``, ``opencl``, ``webgpu``)."""
         return "cpu" if self.tvm["kind"] == "llvm" else str(self.tvm["kind"])
 
     def mode(self, activations: str | None) -> str:
@@ -65,7 +69,12 @@ class Target:
     @property
     def rotates(self) -> bool:
         """Whether its kernels can rotate the inputs of down (`moqc.quant.hadamard`)."""
-        return self.schedules == "cpu"
+        return self.schedules in ("cpu", "portable")
+
+    @property
+    def launched(self) -> bool:
+        """Whether it runs launches (`moqc.launches`), for want of TVM's virtual machine there."""
+        return self.schedules == "portable"
 
     @property
     def warp_groups(self) -> bool:

@@ -5,25 +5,23 @@ from __future__ import annotations
 import importlib.metadata
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import ModuleType
-from typing import Any, TypeVar, cast, overload
+from typing import TypeVar, cast, overload
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from moqc.errors import ArtifactError, TargetError, UserError
+from moqc.launches import FILE
 from moqc.log import logger
-from moqc.manifest import LIBRARY, Manifest, check_hash, check_sizes, read_manifest
+from moqc.manifest import Manifest, check_hash, check_sizes, read_manifest
 from moqc.runtime.batch import Row, check_prompts, run_rows
 from moqc.runtime.chat import ChatTemplate, Message
-from moqc.runtime.device import Device, open_device
+from moqc.runtime.engine import open_engine
 from moqc.runtime.generate import TextBuilder, answer_length, generate_text, generate_tokens
 from moqc.runtime.sampling import Sampler, Sampling
 from moqc.runtime.session import Session
 from moqc.runtime.tokenizer import Tokenizer
-from moqc.runtime.tvm_runtime import import_runtime
 from moqc.targets import host_features
-from moqc.tensorfile import StoredTensor, open_tensors
 
 HASHED_AT_LOAD = 1 << 30
 """An artifact of up to this many bytes is hashed whenever it is loaded (under a second)."""
@@ -35,18 +33,12 @@ class Artifact:
     `manifest` says what it is, `tokenizer` is the model's own, `path` the folder.
     """
 
-    def __init__(self, path: Path, manifest: Manifest, tvm: ModuleType) -> None:
-        """Load the library and the weights of a checked folder; use `load` instead."""
+    def __init__(self, path: Path, manifest: Manifest) -> None:
+        """Load the code and the weights of a checked folder; use `load` instead."""
         self.path = path
         self.manifest = manifest
         self.tokenizer = Tokenizer(path / "tokenizer.json")
-        self._device = open_device(tvm, manifest.target.architectures)
-        library = tvm.runtime.load_module(str((path / LIBRARY).resolve()))
-        # The machine owns the memory pools of `main`: it must live as long as the function.
-        self._machine = tvm.runtime.vm.VirtualMachine(library, self._device.handle)
-        self._main = self._machine["main"]
-        self._advance = self._machine["advance"] if manifest.target.architectures else None
-        self._weights = load_weights(self._device, path, manifest)
+        self._engine = open_engine(path, manifest)
 
     def sampling(
         self,
@@ -69,7 +61,8 @@ class Artifact:
 
     def session(self) -> Session:
         """A new, empty key/value state to run tokens with."""
-        return Session(self._main, self._weights, self.manifest, self._device, self._advance)
+        engine = self._engine
+        return Session(engine.main, engine.weights, self.manifest, engine.device, engine.advance)
 
     def forward(self, ids: ArrayLike) -> NDArray[np.float32]:
         """Logits of every position: ids [S] -> [S, V], or ids [B, S] -> [B, S, V]; float32.
@@ -232,11 +225,13 @@ def load(path: str | Path, *, verify: bool = False, kind: type[Artifact] = Artif
     check_machine(folder, manifest)
     check_files(folder, manifest, everything=verify)
     logger.debug("loading %s (%s)", folder, manifest.target.name)
-    return kind(folder, manifest, import_runtime())
+    return kind(folder, manifest)
 
 
 def check_machine(folder: Path, manifest: Manifest) -> None:
     """Raise where this process cannot run the library: another TVM, or a CPU without its instructions."""
+    if FILE in manifest.files:
+        return  # launches need neither
     for package, built in (
         ("apache-tvm", manifest.versions.tvm),
         ("apache-tvm-ffi", manifest.versions.tvm_ffi),
@@ -262,24 +257,3 @@ def check_files(folder: Path, manifest: Manifest, *, everything: bool) -> None:
     for name, record in manifest.files.items():
         if everything or total <= HASHED_AT_LOAD or not name.endswith(".safetensors"):
             check_hash(folder, name, record)
-
-
-def load_weights(device: Device, folder: Path, manifest: Manifest) -> Any:
-    """The weights tuple of ``main``: TVM tensors in the function's order and types, 64-byte aligned."""
-    stored: dict[str, StoredTensor] = {}
-    for name in manifest.files:
-        if name.endswith(".safetensors"):
-            stored |= open_tensors(folder / name)
-    weights = []
-    for parameter in manifest.parameters:
-        if parameter.name not in stored:
-            raise ArtifactError(
-                f"{folder}: no tensor {parameter.name!r} in its files; compile the model again"
-            )
-        source = stored.pop(parameter.name)
-        if source.data.shape != parameter.shape:
-            raise ArtifactError(
-                f"{folder}: {parameter.name} is {source.data.shape}, not {parameter.shape}; compile again"
-            )
-        weights.append(device.stored(source, parameter.dtype))
-    return device.group(weights)

@@ -12,8 +12,9 @@ from numpy.typing import ArrayLike, NDArray
 
 from moqc.errors import ArtifactError, UserError
 from moqc.manifest import LIBRARY, GraphSpec, Manifest, read_manifest
-from moqc.runtime.artifact import check_files, check_machine, load_weights
+from moqc.runtime.artifact import check_files, check_machine
 from moqc.runtime.device import open_device
+from moqc.runtime.engine import load_weights
 from moqc.runtime.tvm_runtime import import_runtime
 
 

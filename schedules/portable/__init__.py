@@ -1,0 +1,1 @@
+"""Kernels of plain work-groups, for OpenCL and WebGPU."""
