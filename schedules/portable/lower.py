@@ -34,6 +34,8 @@ def lower_mixed_experts(bb: relax.BlockBuilder, call: relax.Call, target: Target
     """``R.moqc.mixed_experts``: one function, whatever the number of tokens."""
     named, attrs, classes = operands(call), attributes(call), bit_classes(call)
     _check_float(call, attrs, target)
+    if "hidden" in attrs:
+        raise TargetError(f"{describe(call)}: {target.name} has no protected channels: no protect-channels")
     x, ids, activation = named["x"].ty, named["ids"].ty, parse_activation(attrs["activation"])
     shape = ExpertsShape(
         experts=int(named["table"].ty.shape[1]),

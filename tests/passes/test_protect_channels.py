@@ -8,18 +8,18 @@ import numpy as np
 import pytest
 import torch
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from tvm import IRModule
+from tvm import IRModule, relax
 
 import moqc
 from moqc.calibrate.quantize import quantize_experts, reference_forward
 from moqc.calibrate.statistics import collect_statistics
 from moqc.calibrate.workspace import ParamStore, Workspace
-from moqc.errors import BudgetError, ModelError, PipelineError
+from moqc.errors import BudgetError, ModelError, PipelineError, TargetError
 from moqc.frontend.checkpoint import Checkpoint
 from moqc.frontend.gate import random_model
 from moqc.frontend.hf import import_model
 from moqc.ir.annotations import CHANNELS, PROTECTION
-from moqc.ir.ops import MIXED_EXPERTS, attributes, is_call
+from moqc.ir.ops import MIXED_EXPERTS, attributes, is_call, mixed_experts
 from moqc.ir.sites import bindings, find_experts
 from moqc.ir.verify import verify
 from moqc.onnx_export import export_onnx
@@ -27,6 +27,8 @@ from moqc.passes.pipeline import Pipeline
 from moqc.passes.profile_channels import ProfileChannels
 from moqc.passes.protect_channels import ProtectChannels
 from moqc.quant.protection import Protection, swing
+from moqc.schedules.portable.lower import lower_mixed_experts
+from moqc.targets import find_target
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +81,23 @@ def test_sizes_and_operators_follow(profiled, calibrated, tmp_path):
         assert attributes(call)["hidden"] == site.hidden
         assert int(call.args[0].ty.shape[1]) == site.hidden + 32
         assert int(call.ty.shape[1]) == site.hidden
+
+
+def test_targets_without_such_kernels_refuse():
+    """CUDA's own refusal is tested with its kernels."""
+    arguments = [relax.Var(name, relax.TensorType([1, 1], "float32")) for name in ("x", "ids", "w", "table")]
+    call = mixed_experts(
+        *arguments,
+        site="s",
+        activation="silu",
+        activations="float",
+        operands=["table"],
+        classes=["up:int4-g64", "down:int4-g64"],
+        intermediate=64,
+        hidden=32,
+    )
+    with pytest.raises(TargetError, match="webgpu has no protected channels"):
+        lower_mixed_experts(relax.BlockBuilder(), call, find_target("webgpu"))
 
 
 CONFIG = {

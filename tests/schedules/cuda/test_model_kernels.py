@@ -59,10 +59,14 @@ def test_refuses_what_it_has_no_kernels_for():
 
 
 @pytest.mark.parametrize(
-    ("activation", "mode", "says"),
-    [("silu", "int8", "take float activations"), ("silu|hadamard32", "float", "no CUDA kernel rotates")],
+    ("activation", "mode", "options", "says"),
+    [
+        ("silu", "int8", {}, "take float activations"),
+        ("silu|hadamard32", "float", {}, "no CUDA kernel rotates"),
+        ("silu", "float", {"hidden": 32}, "no CUDA kernel has protected channels"),
+    ],
 )
-def test_refuses_modes_it_has_no_kernels_for(activation, mode, says):
+def test_refuses_modes_it_has_no_kernels_for(activation, mode, options, says):
     arguments = [relax.Var(name, relax.TensorType([1, 1], "float32")) for name in ("x", "ids", "w", "table")]
     call = ops.mixed_experts(
         *arguments,
@@ -72,6 +76,7 @@ def test_refuses_modes_it_has_no_kernels_for(activation, mode, says):
         operands=["table"],
         classes=["up:int4-g64", "down:int4-g64"],
         intermediate=64,
+        **options,
     )
     with pytest.raises(TargetError, match=says):
         lower_mixed_experts(relax.BlockBuilder(), call, find_target("cuda"))
