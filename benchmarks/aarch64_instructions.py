@@ -25,10 +25,9 @@ from moqc.schedules.cpu.tiles import Activations, Weights, row_product
 from moqc.targets import Target, find_target
 
 GROUPS = 8
-BASES = [f"int{bits}-g{group}" for bits in (1, 2, 3, 4, 8) for group in (32, 64, 128)]
 FORMATS = [
-    *(base + suffix for base in BASES for suffix in ("", "-sym", "-s8", "-sym-s8")),
-    *(f"tcq{bits}-g{group}" for bits in (1, 2, 3) for group in (32, 64, 128)),
+    *(f"int{bits}-g64{suffix}" for bits in (1, 2, 3, 4, 8) for suffix in ("", "-sym", "-s8")),
+    *(f"tcq{bits}-g64" for bits in (1, 2, 3)),
 ]
 TARGETS = ("aarch64", "aarch64-i8mm", "aarch64-neon")
 DOTS = re.compile(r"(su?dot|usdot|smlal2?|smull2?)$")
