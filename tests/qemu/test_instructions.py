@@ -1,0 +1,33 @@
+"""What a weight costs in the inner loop of aarch64's decoding, counted in the disassembly."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+RECORD = ROOT / "benchmarks" / "results" / "aarch64-instructions.json"
+FORMATS = ["int2-g64", "int4-g64", "tcq2-g64"]
+
+
+@pytest.mark.qemu
+def test_the_record_is_what_is_compiled(tmp_path: Path) -> None:
+    program = ROOT / "benchmarks" / "aarch64_instructions.py"
+    options = ["--formats", ",".join(FORMATS), "-o", tmp_path / "counts.json"]
+    subprocess.run([sys.executable, program, *options], check=True, capture_output=True)
+    counts = json.loads((tmp_path / "counts.json").read_text())["targets"]
+    recorded = json.loads(RECORD.read_text())["targets"]
+    for target, formats in counts.items():
+        assert formats == {name: recorded[target][name] for name in FORMATS}
+
+
+def test_two_bits_take_few_more_instructions_than_four() -> None:
+    """At half the bytes: where memory is the limit they are twice as fast, elsewhere hardly slower."""
+    for target, counts in json.loads(RECORD.read_text())["targets"].items():
+        for suffix in ("", "-sym", "-s8"):
+            two, four = (counts[f"int{bits}-g64{suffix}"]["per_weight"] for bits in (2, 4))
+            assert two <= 1.15 * four, (target, suffix)
