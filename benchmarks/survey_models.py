@@ -27,6 +27,12 @@ def render(table: survey.Survey) -> str:
         "others are refused with the reason below. Made by `python benchmarks/survey_models.py`;",
         "`moqc models --verify TYPE` runs the gate again.",
         "",
+        "Models that attend a selection of the tokens before (`index_topk`: DeepSeek-V3.2, GLM-DSA, A.X K2,",
+        "Hy4) are exact for contexts of up to so many tokens, and compiled for no longer ones. Of a",
+        "multimodal checkpoint the language model is taken out where transformers has a class for it: llama4",
+        "and qwen3_5_moe are tested",
+        "(`tests/frontend/test_wrappers.py`); what is around it is named and ignored.",
+        "",
         "| model type | status | reason |",
         "|---|---|---|",
         *(

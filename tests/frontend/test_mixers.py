@@ -7,13 +7,14 @@ import pytest
 import torch
 import transformers
 
-from moqc.errors import ModelError
+from moqc.errors import ModelError, UserError
 from moqc.frontend.gate import random_model
 from moqc.frontend.hooks import hook
 from moqc.frontend.shrink import shrink
 from moqc.frontend.skeleton import build_skeleton
 from moqc.frontend.survey import example_config
 from moqc.frontend.trace import outline
+from moqc.inputs import context_length
 
 TOLERANCE = 1e-5
 
@@ -75,3 +76,10 @@ def attention() -> Callable[..., Any]:
 def test_selected_tokens_are_refused_where_they_are_real(attention: Callable[..., Any]) -> None:
     with pytest.raises(ModelError, match="uses indices, which moqc does not model"):
         attention(torch.zeros(1, 5, 2, dtype=torch.int32))
+
+
+def test_contexts_end_where_tokens_would_be_selected() -> None:
+    config = transformers.AutoConfig.for_model("deepseek_v32")
+    assert context_length(config, None) == config.index_topk == 2048
+    with pytest.raises(UserError, match="context 4096: this model does 1 to 2048 tokens"):
+        context_length(config, 4096)
