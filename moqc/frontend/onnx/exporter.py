@@ -121,11 +121,16 @@ def _attention(
     scale: float = 1.0,
     window: int = 0,
     chunk: int = 0,
+    most: int = 0,
     softcap: float = 0.0,
     causal: bool = True,
+    latent: bool = False,
 ) -> Any:
     """``moqc::attention`` (see `moqc.frontend.hooks`) with groups of heads as an axis of their own."""
+    if most:
+        raise ModelError(f"{site}: attention that selects {most} tokens has no form in ONNX")
     heads, shared, width = q.shape[1], k.shape[1], v.shape[3]
+    k = op.Concat(k, v, axis=-1) if latent else k
     grouped = op.Reshape(q, _ints(0, shared, heads // shared, -1, q.shape[3]))
     turned = op.Unsqueeze(op.Transpose(k, perm=[0, 1, 3, 2]), _ints(2))
     scores = op.Mul(op.MatMul(grouped, turned), op.Constant(value_float=scale))
