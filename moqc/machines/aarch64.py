@@ -70,5 +70,22 @@ def find_core(name: str) -> Target:
     raise TargetError(f"target {name!r}: unknown core {core!r}: known are {known}")
 
 
-ROOFLINES: dict[str, Roofline] = {}
-"""Core -> what a machine with it reaches at best."""
+_INSTRUCTIONS = 0.2354
+"""Instructions a 2-bit weight takes (benchmarks/results/aarch64-instructions.json)."""
+
+
+def _data_sheet(machine: str, bandwidth: float, cores: int, clock: float, pipes: int) -> Roofline:
+    """What a machine with `cores` cores of `pipes` vector pipes each reaches at best."""
+    source = (
+        f"{machine}: data sheet's memory bandwidth; {cores} cores of {clock / 1e9:g} GHz with {pipes} vector "
+        "pipes, kept full by the counted instructions; nothing else is counted: upper bounds, not measured"
+    )
+    return Roofline(bandwidth, cores * clock * pipes / _INSTRUCTIONS, 0.0, source)
+
+
+ROOFLINES: dict[str, Roofline] = {
+    "cortex-a72": _data_sheet("Raspberry Pi 4, LPDDR4-3200 x32", 12.8e9, 4, 1.5e9, 2),
+    "cortex-a76": _data_sheet("Raspberry Pi 5, LPDDR4X-4267 x32", 17.1e9, 4, 2.4e9, 2),
+    "apple-m1": _data_sheet("Apple M1, LPDDR4X-4266 x128, performance cores", 68.3e9, 4, 3.2e9, 4),
+}
+"""Core -> the machine it is best known from."""

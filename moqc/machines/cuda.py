@@ -67,6 +67,13 @@ CUDA = (
     replace(
         find_cuda("cuda:sm_87@aarch64:cortex-a78ae"),
         name="jetson-orin",
+        roofline=Roofline(
+            bandwidth=2.048e11,
+            weight_rate=8.0e11,
+            layer_seconds=5.6e-6,
+            source="Jetson AGX Orin 64GB: data sheet's LPDDR5 bandwidth; the H200's rate of weights scaled "
+            "by multiprocessors and clock (16 x 1.3 GHz to 132 x 1.98 GHz): upper bounds, not measured",
+        ),
         doc="NVIDIA Jetson Orin (AGX, NX, Nano) with JetPack 7",
         verified="compiled to machine code for sm_87; not run on a board",
     ),
