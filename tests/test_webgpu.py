@@ -27,7 +27,9 @@ PROMPT = "The history of the city begins"
 LOGITS = """async (parts) => {
   moqc.model.reset();
   const found = [];
-  for (const part of parts) found.push(...await moqc.model.extend(part, true));
+  for (const part of parts) {
+    for (const value of await moqc.model.extend(part, true)) found.push(value);
+  }
   moqc.model.reset();
   return found;
 }"""
