@@ -4,7 +4,7 @@ Two ways, chosen at run time by the number of tokens:
 
 * few: codes are unpacked in registers for each token (`row_product`); memory is the limit.
 * `PANEL_TOKENS` or more, and always for float activations: the block is unpacked once into a panel that stays
-  in the cache, and multiplied with several tokens at a time; up to 32 with AMX.
+  in the cache, and multiplied with several tokens at a time; 16 with AMX.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from tvm import tirx
 from tvm.tirx.script import builder as T
 
 from moqc.quant.formats import ROW_TILE
-from moqc.schedules.cpu.amx import BLOCK_TOKENS, TileProducts, allow_tiles
+from moqc.schedules.cpu.amx import TILE_TOKENS, TileProducts, allow_tiles
 from moqc.schedules.cpu.dot import DotFamily
 from moqc.schedules.cpu.emit import Index, bind, int64, load, loop, scratch, store, when
 from moqc.schedules.cpu.panel import Panel, fill_panel, panel_product
@@ -132,14 +132,14 @@ def _by_panel(
 
 
 def _by_tiles(panel: Panel, count: int, x: Activations, rows: tuple[Any, Any], epilogue: Epilogue) -> None:
-    """Multiply up to `BLOCK_TOKENS` rows at a time with all `count` slots of the panel."""
+    """Multiply `TILE_TOKENS` rows at a time with all `count` slots of the panel."""
     begin, end = rows
     products = TileProducts(panel, count, x)
     products.configure()
-    with loop(0, bind(T.truncdiv(end - begin + (BLOCK_TOKENS - 1), int64(BLOCK_TOKENS)))) as step:
-        row = bind(begin + step * BLOCK_TOKENS)
-        tokens = bind(tirx.min(end - row, int64(BLOCK_TOKENS)))
-        products.multiply(row, tokens)
+    with loop(0, bind(T.truncdiv(end - begin + (TILE_TOKENS - 1), int64(TILE_TOKENS)))) as step:
+        row = bind(begin + step * TILE_TOKENS)
+        tokens = bind(tirx.min(end - row, int64(TILE_TOKENS)))
+        products.multiply(row)
         with loop(0, tokens) as m:
             epilogue(row + m, 0, [bind(products.result(slot, m)) for slot in range(count)])
     products.release()
