@@ -2,8 +2,8 @@
 
 The lines of a panel are what ``tdpbsud`` takes as its second operand: line v of a tile holds, for each of 16
 matrix rows, the columns 4v..4v+3. A product stops after a span, because the next one has other scales; its
-int32 counts go through memory to be scaled. Every slot of a panel is multiplied with a tile of tokens while it
-is loaded; two tiles of tokens at a time were not faster and took longer to compile.
+int32 counts go through memory to be scaled. Every slot of a panel is multiplied with a tile of tokens while
+it is loaded; two tiles of tokens at a time were not faster and took longer to compile.
 """
 
 from __future__ import annotations
