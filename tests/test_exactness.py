@@ -25,6 +25,7 @@ from moqc.manifest import read_manifest
 from moqc.quant.formats import Format
 from moqc.quant.hadamard import rotate
 from moqc.quant.pack import Packed, unpack
+from moqc.quant.protection import Protection
 from moqc.quant.tensor import Quantized
 from moqc.tensorfile import open_tensors
 
@@ -96,6 +97,10 @@ class _Experts:
     @property
     def rotated(self) -> bool:
         return read_manifest(self.stored.folder).rotated
+
+    @property
+    def protections(self) -> dict[str, Protection]:
+        return {}
 
     def site(self, site: str) -> dict[str, ProjectionResult]:
         inner, hidden = self.config.moe_intermediate_size, self.config.hidden_size

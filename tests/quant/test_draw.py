@@ -19,7 +19,7 @@ def test_drawn_parts_are_packed_matrices(layout, name, rows, monkeypatch):
     """What is drawn unpacks to weights of the promised size, and padding has no scales."""
     monkeypatch.setattr(draw, "SLAB", 48)  # 100 rows: two slabs and a rest
     format, shape = Format.parse(name), (3, rows, 200)
-    if format.byte_scales and layout.name != "interleaved16":
+    if format.trellis and layout.name != "interleaved16":
         with pytest.raises(UserError, match="has no format"):
             random_packed(layout, format, shape, "codes", 5)
         return
