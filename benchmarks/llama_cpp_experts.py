@@ -114,7 +114,18 @@ def moqc_product(
 
     target, fmt, top_k = find_target("native"), Format(bits), ids.shape[1]
     family = FAMILIES[target.dot]
-    shape = ExpertsShape(experts, top_k, columns, rows, (), (fmt,), (fmt,), "relu2", "int8")
+    shape = ExpertsShape(
+        experts,
+        top_k,
+        inputs=columns,
+        hidden=columns,
+        intermediate=rows,
+        gate=(),
+        up=(fmt,),
+        down=(fmt,),
+        activation="relu2",
+        mode="int8",
+    )
     tokens = tirx.Var("t", "int64")
     types = packed_types(fmt, rows, columns, (experts,))
     parameters = {
