@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 from tvm import relax, tirx
 from tvm.tirx.script import builder as T
 
-from moqc.ir.ops import attributes, operands
+from moqc.ir.ops import operands
 from moqc.schedules.cpu.emit import bind, int64, kernel, load, loop, scratch, store, symbol
 from moqc.schedules.cpu.vector import (
     PARALLEL_WORK,
@@ -18,6 +17,7 @@ from moqc.schedules.cpu.vector import (
     spread,
     vector_type,
 )
+from moqc.schedules.pruning import PruneShape
 from moqc.targets import Target
 
 DROPPED = -1
@@ -25,24 +25,8 @@ TINY = 1.1754943508222875e-38
 """The smallest normal float32."""
 
 
-@dataclass(frozen=True)
-class PruneShape:
-    """What the kernel depends on; the fields are those of `R.moqc.prune_routing`."""
-
-    experts: int
-    top_k: int
-    hidden: int
-    ids: str
-    rule: str
-    exponent: float
-    renormalize: bool
-    first: int
-    lanes: int
-    slopes: bool
-
-
-def prune_kernel(shape: PruneShape) -> tirx.PrimFunc:
-    """Build the kernel.
+def prune_kernel(shape: PruneShape, lanes: int) -> tirx.PrimFunc:
+    """Build the kernel, with vectors of up to `lanes` float32.
 
     Parameters of the PrimFunc: x float32 [T, H], ids [T, k] of type `shape.ids`, weights float32 [T, k],
     positions int64 [T], strength float32 [E], limits float32 [3] (limit, peak, margin), with `shape.slopes`
@@ -65,11 +49,13 @@ def prune_kernel(shape: PruneShape) -> tirx.PrimFunc:
         def token(t: Any) -> None:
             position = bind(load(positions, [t]))
             margin = _margin(count, weights, t)
-            unsure = tirx.any(_largest_input(shape, x, t) > load(limits, [1]), margin < load(limits, [2]))
+            unsure = tirx.any(
+                _largest_input(x, shape.hidden, lanes, t) > load(limits, [1]), margin < load(limits, [2])
+            )
             protected = bind(tirx.any(position < int64(shape.first), unsure))
             scores = _scores(shape, (ids, weights, strength), t)
             if slopes is not None:
-                _apply_slopes(shape, scores, (x, ids, slopes), t)
+                _apply_slopes(shape, scores, (x, ids, slopes), lanes, t)
             bound = _bound(shape, scores, load(limits, [0]))
             totals = scratch(2)  # of all weights, and of those that are left
             _fill(totals, 2, 0.0)
@@ -122,10 +108,10 @@ def _scores(shape: PruneShape, tensors: tuple[Any, Any, Any], t: Any) -> Any:
     return scores
 
 
-def _apply_slopes(shape: PruneShape, scores: Any, tensors: tuple[Any, Any, Any], t: Any) -> None:
+def _apply_slopes(shape: PruneShape, scores: Any, tensors: tuple[Any, Any, Any], lanes: int, t: Any) -> None:
     """Multiply each score by ``exp(slopes[expert] @ x)``."""
     x, ids, slopes = tensors
-    lanes = common_lanes(shape.lanes, shape.hidden)
+    lanes = common_lanes(lanes, shape.hidden)
     kind = vector_type(lanes)
     total = scratch(lanes)
     with loop(0, shape.top_k) as j:
@@ -148,12 +134,12 @@ def _bound(shape: PruneShape, scores: Any, limit: Any) -> Any:
     return bind(tirx.min(limit, largest) if shape.rule == "mass" else limit * largest)
 
 
-def _largest_input(shape: PruneShape, x: Any, row: Any) -> Any:
-    lanes = common_lanes(shape.lanes, shape.hidden)
+def _largest_input(x: Any, hidden: int, lanes: int, row: Any) -> Any:
+    lanes = common_lanes(lanes, hidden)
     kind = vector_type(lanes)
     largest = scratch(lanes)
     store(largest, [0], spread(0.0, lanes))
-    with loop(0, shape.hidden // lanes) as step:
+    with loop(0, hidden // lanes) as step:
         value = bind(load(x, [row, step * lanes], kind))
         store(largest, [0], tirx.max(load(largest, [0], kind), tirx.max(value, -value)))
     return bind(reduce_lanes(largest, lanes, tirx.max))
@@ -183,18 +169,5 @@ def _rescale(count: int, kept: Any, t: Any, totals: Any) -> None:
 
 def lower_prune_routing(bb: relax.BlockBuilder, call: relax.Call, target: Target) -> relax.Expr:
     """``R.moqc.prune_routing``: one kernel."""
-    named, attrs = operands(call), attributes(call)
-    shape = PruneShape(
-        experts=int(named["strength"].ty.shape[0]),
-        top_k=int(named["ids"].ty.shape[1]),
-        hidden=int(named["x"].ty.shape[1]),
-        ids=str(named["ids"].ty.dtype),
-        rule=attrs["rule"],
-        exponent=float(attrs["exponent"]),
-        renormalize=bool(attrs["renormalize"]),
-        first=attrs["first"],
-        lanes=target.vector_lanes,
-        slopes="slopes" in named,
-    )
-    function = bb.add_func(prune_kernel(shape), "moqc_prune_routing")
-    return relax.call_tir(function, list(named.values()), list(call.ty.fields))
+    function = bb.add_func(prune_kernel(PruneShape.of(call), target.vector_lanes), "moqc_prune_routing")
+    return relax.call_tir(function, list(operands(call).values()), list(call.ty.fields))

@@ -24,8 +24,9 @@ from moqc.schedules.cuda.dense import (
     top_k_function,
 )
 from moqc.schedules.cuda.plan import ExpertsShape
-from moqc.schedules.cuda.prune import PruneShape, prune_function
+from moqc.schedules.cuda.prune import prune_function
 from moqc.schedules.cuda.workspace import workspace_bytes
+from moqc.schedules.pruning import PruneShape
 from moqc.targets import Target
 
 
@@ -153,19 +154,8 @@ def lower_dense_experts(bb: relax.BlockBuilder, call: relax.Call, target: Target
 
 def lower_prune_routing(bb: relax.BlockBuilder, call: relax.Call, _target: Target) -> relax.Expr:
     """``R.moqc.prune_routing``: one kernel."""
-    named, attrs = operands(call), attributes(call)
-    shape = PruneShape(
-        experts=int(named["strength"].ty.shape[0]),
-        top_k=int(named["ids"].ty.shape[1]),
-        hidden=int(named["x"].ty.shape[1]),
-        ids=str(named["ids"].ty.dtype),
-        rule=attrs["rule"],
-        exponent=float(attrs["exponent"]),
-        renormalize=bool(attrs["renormalize"]),
-        first=attrs["first"],
-    )
-    function = bb.add_func(prune_function(shape), "moqc_prune_routing")
-    return relax.call_tir(function, list(named.values()), list(call.ty.fields))
+    function = bb.add_func(prune_function(PruneShape.of(call)), "moqc_prune_routing")
+    return relax.call_tir(function, list(operands(call).values()), list(call.ty.fields))
 
 
 def lower_dense_linear(

@@ -6,12 +6,11 @@ nothing for.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from tvm import tirx
 
 from moqc.errors import UserError
 from moqc.schedules.cuda.emit import kernel
+from moqc.schedules.pruning import PruneShape
 
 MOST_PAIRS = 32
 """Experts a token; a lane keeps one."""
@@ -19,34 +18,19 @@ WARPS = 4
 """Tokens a block."""
 
 
-@dataclass(frozen=True)
-class PruneShape:
-    """What the kernel depends on; the fields are those of `R.moqc.prune_routing`."""
-
-    experts: int
-    top_k: int
-    hidden: int
-    ids: str
-    rule: str
-    exponent: float
-    renormalize: bool
-    first: int
-
-    def __post_init__(self) -> None:
-        if self.top_k > MOST_PAIRS:
-            raise UserError(f"{self.top_k} experts a token: the CUDA kernel prunes up to {MOST_PAIRS}")
-
-
 def prune_function(shape: PruneShape) -> tirx.PrimFunc:
     """Build the kernel.
 
     Parameters of the PrimFunc: x float32 [T, H], ids [T, k] of type `shape.ids`, weights float32 [T, k],
-    positions int64 [T], strength float32 [E], limits float32 [3] (limit, peak, margin), and the outputs ids
-    and weights.
+    positions int64 [T], strength float32 [E], limits float32 [3] (limit, peak, margin), with `shape.slopes`
+    slopes float32 [E, H], and the outputs ids and weights. Raises UserError for more than `MOST_PAIRS`
+    experts a token.
     """
     count = shape.top_k
+    if count > MOST_PAIRS:
+        raise UserError(f"{count} experts a token: the CUDA kernel prunes up to {MOST_PAIRS}")
     with kernel("prune_routing", rule=shape.rule, experts=shape.experts, top_k=count) as k:
-        tokens = tirx.Var("t", "int64")
+        tokens, size = tirx.Var("t", "int64"), [shape.experts, shape.hidden]
         arguments = [
             k.parameter("x", [tokens, shape.hidden], "float32"),
             k.parameter("ids", [tokens, count], shape.ids),
@@ -54,6 +38,7 @@ def prune_function(shape: PruneShape) -> tirx.PrimFunc:
             k.parameter("positions", [tokens], "int64"),
             k.parameter("strength", [shape.experts], "float32"),
             k.parameter("limits", [3], "float32"),
+            *([k.parameter("slopes", size, "float32")] if shape.slopes else []),
             k.parameter("kept_ids", [tokens, count], shape.ids),
             k.parameter("kept_weights", [tokens, count], "float32"),
         ]

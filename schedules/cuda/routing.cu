@@ -98,10 +98,10 @@ __device__ __forceinline__ void route(const Id* ids, const float* weights, int t
 }
 
 // Keeps of each token's experts those that are worth their work, see moqc/quant/routing.py: a warp a token, a lane a pair.
-// What is dropped gets the id -1 and the weight 0. limits: limit, peak, margin.
+// What is dropped gets the id -1 and the weight 0. limits: limit, peak, margin; slopes [EXPERTS][H] or null.
 template <int EXPERTS, int TOP, int H, bool MASS, bool RENORMALIZE, class Id>
 __device__ __forceinline__ void prune(int tokens, float exponent, long long first, const float* x, const Id* ids, const float* weights, const void* positions,
-                                      const float* strength, const float* limits, Id* kept_ids, float* kept_weights) {
+                                      const float* strength, const float* limits, const float* slopes, Id* kept_ids, float* kept_weights) {
   static_assert(TOP <= 32, "a lane a pair");
   wait_for_previous_kernel();
   start_next_kernel();
@@ -119,24 +119,42 @@ __device__ __forceinline__ void prune(int tokens, float exponent, long long firs
     score = fabsf(share) * strength[(int)id];
     score = exponent == 2.0f ? score * score : exponent == 1.0f ? score : powf(score, exponent);
   }
-  float bound = 0.0f, before = 0.0f, highest = 0.0f, second = 0.0f, total = 0.0f;
+  if (slopes != nullptr) {
+#pragma unroll
+    for (int i = 0; i < TOP; ++i) {
+      const Id expert = __shfl_sync(0xffffffffu, id, i);
+      if (expert < 0 || expert >= EXPERTS) continue;  // the same for all lanes
+      float gain = 0.0f;
+      for (int k = lane; k < H; k += 32) gain += x[(long long)token * H + k] * slopes[(long long)expert * H + k];
+#pragma unroll
+      for (int other = 16; other > 0; other /= 2) gain += __shfl_xor_sync(0xffffffffu, gain, other);
+      if (lane == i) score *= expf(gain);
+    }
+  }
+  float largest = 0.0f, highest = 0.0f, second = 0.0f, total = 0.0f;
 #pragma unroll
   for (int i = 0; i < TOP; ++i) {
-    const float other = __shfl_sync(0xffffffffu, score, i), weight = __shfl_sync(0xffffffffu, share, i), size = fabsf(weight);
-    bound = MASS ? bound + other : fmaxf(bound, other);
-    if (other > score || (other == score && i < lane)) before += other;
+    const float weight = __shfl_sync(0xffffffffu, share, i), size = fabsf(weight);
+    largest = fmaxf(largest, __shfl_sync(0xffffffffu, score, i));
     second = fmaxf(second, fminf(highest, size)), highest = fmaxf(highest, size);
     total += weight;
   }
   const float margin = TOP == 1 ? 1.0f : (highest - second) / fmaxf(highest + second, 1.1754943508222875e-38f);
-  bound *= limits[0];
-  const bool safe = position < first || peak > limits[1] || margin < limits[2], worth = MASS ? before < bound : score >= bound;
+  const float bound = MASS ? fminf(limits[0], largest) : limits[0] * largest;
+  const bool safe = position < first || peak > limits[1] || margin < limits[2], worth = score >= bound;
   const bool stays = position >= 0 && score > 0.0f && (safe || worth);
   float left = stays ? share : 0.0f, sum = 0.0f;
 #pragma unroll
   for (int i = 0; i < TOP; ++i) sum += __shfl_sync(0xffffffffu, left, i);
   if (RENORMALIZE && sum != 0.0f) left *= total / sum;
   if (lane < TOP) kept_ids[at] = stays ? id : (Id)-1, kept_weights[at] = left;
+}
+
+template <int EXPERTS, int TOP, int H, bool MASS, bool RENORMALIZE, class Id>
+__device__ __forceinline__ void prune(int tokens, float exponent, long long first, const float* x, const Id* ids, const float* weights, const void* positions,
+                                      const float* strength, const float* limits, Id* kept_ids, float* kept_weights) {
+  const float* none = nullptr;
+  prune<EXPERTS, TOP, H, MASS, RENORMALIZE>(tokens, exponent, first, x, ids, weights, positions, strength, limits, none, kept_ids, kept_weights);
 }
 
 }  // namespace moqc

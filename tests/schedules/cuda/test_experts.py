@@ -21,7 +21,9 @@ from moqc.quant.tensor import Quantized
 from moqc.schedules.cuda.experts import down_kernel, gate_up_kernel, route_kernel
 from moqc.schedules.cuda.layer import experts_function
 from moqc.schedules.cuda.plan import ExpertsShape, Plan, many_down_plan, shared_bytes
+from moqc.schedules.cuda.prune import prune_function
 from moqc.schedules.cuda.workspace import workspace_bytes
+from moqc.schedules.pruning import PruneShape
 
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="compiles CUDA code: needs nvcc")
 
@@ -363,3 +365,11 @@ def test_compiles_for_gpus_without_warp_groups(tmp_path, build):
     path = tmp_path / "kernels.so"
     build({"layer": layer}, "sm_89").export_library(str(path))
     assert b"sm_89" in path.read_bytes()
+
+
+@needs_nvcc
+def test_pruning_by_predicted_contributions_compiles(build):
+    """The rule `mass` as it is calibrated: with slopes, an operand more."""
+    function = prune_function(PruneShape(7, 4, 24, "int64", "mass", 2.0, False, 2, slopes=True))
+    assert "slopes" in function.script()
+    build({"prune": function})

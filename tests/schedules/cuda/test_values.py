@@ -16,18 +16,21 @@ from moqc.quant.routing import SitePruning, prune
 from moqc.quant.tensor import Quantized
 from moqc.schedules.cuda.dense import embedding_function
 from moqc.schedules.cuda.linear import LinearShape, linear_function, workspace_bytes
-from moqc.schedules.cuda.prune import PruneShape, prune_function
+from moqc.schedules.cuda.prune import prune_function
+from moqc.schedules.pruning import PruneShape
 
 FORMATS = ("int1-g64", "int1-g128-sym-s8", "int2-g128", "int3-g32-s8", "int4-g64-sym-s8", "int8-g64-sym")
 ROWS, COLUMNS = 104, 520
 TOKENS = (1, 3, 8, 9, 70)
 STRENGTH = torch.tensor([0.5, 2.0, 1.0, 0.0, 1.5, 0.7, 1.1])
+TOP_K, HIDDEN = 4, 24
+SLOPES = torch.randn(7, HIDDEN, generator=torch.Generator().manual_seed(6)) / 5
 RULES = {
     "mass": SitePruning("mass", 0.8, STRENGTH, True, 2.0, first=2, peak=2.5, margin=0.02),
     "plain": SitePruning("mass", 0.9, torch.ones(7), False, 1.0),
+    "slopes": SitePruning("mass", 0.3, STRENGTH, False, 2.0, first=2, slopes=SLOPES),
     "ratio": SitePruning("ratio", 0.4, STRENGTH, True, first=1, margin=0.1),
 }
-TOP_K, HIDDEN = 4, 24
 
 
 def kernels() -> dict[str, Any]:
@@ -39,7 +42,8 @@ def kernels() -> dict[str, Any]:
         functions[f"rows_{key}"] = embedding_function(fmt, COLUMNS, dtype="int64", lead=1)
     for name, rule in RULES.items():
         facts = (rule.kind, rule.exponent, rule.renormalize, rule.first)
-        functions[f"prune_{name}"] = prune_function(PruneShape(7, TOP_K, HIDDEN, "int64", *facts))
+        shape = PruneShape(7, TOP_K, HIDDEN, "int64", *facts, slopes=rule.slopes is not None)
+        functions[f"prune_{name}"] = prune_function(shape)
     return functions
 
 
@@ -79,10 +83,11 @@ def differing_pairs(function: Callable[[str], Any]) -> dict[str, float]:
         x = torch.randn(300, HIDDEN, generator=generator)
         positions = torch.randint(-1, 9, (300,), generator=generator)
         limits = torch.tensor([rule.limit, rule.peak, rule.margin])
-        given = [each.cuda() for each in (x, ids, weights, positions, rule.strength, limits)]
+        given = [x, ids, weights, positions, rule.strength, limits]
+        given += [] if rule.slopes is None else [rule.slopes]
         kept, left = torch.full_like(ids, 99).cuda(), torch.full_like(weights, float("nan")).cuda()
         with tvm_ffi.use_torch_stream():
-            function(f"prune_{name}")(*given, kept, left)
+            function(f"prune_{name}")(*(each.cuda() for each in given), kept, left)
         expected_ids, expected = prune(rule, x, ids, weights, positions)
         found[f"{name} pairs"] = float((kept.cpu() != expected_ids).sum())
         found[f"{name} weights"] = float((left.cpu() - expected).abs().nan_to_num(1e9).max())
