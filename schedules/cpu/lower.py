@@ -12,10 +12,8 @@ from typing import Any
 
 from tvm import relax, tirx
 
-from moqc.ir.ops import PROJECTIONS, attributes, bit_classes, operands
-from moqc.quant.activations import parse_activation
+from moqc.ir.ops import attributes, operands
 from moqc.quant.formats import Format
-from moqc.quant.hadamard import BLOCK
 from moqc.schedules.cpu.dot import DotFamily
 from moqc.schedules.cpu.families import FAMILIES
 from moqc.schedules.cpu.packed_embedding import embedding_kernel
@@ -24,6 +22,7 @@ from moqc.schedules.cpu.packed_linear import linear_kernel
 from moqc.schedules.cpu.quantize_activations import activations_kernel
 from moqc.schedules.cpu.route import lower_route
 from moqc.schedules.cpu.tiles import Activations
+from moqc.schedules.experts import class_operands, experts_facts, rotated_blocks
 from moqc.targets import Target
 
 Types = Sequence[tuple[Sequence[Any], str]]
@@ -34,7 +33,12 @@ def lower_mixed_experts(bb: relax.BlockBuilder, call: relax.Call, target: Target
     """``R.moqc.mixed_experts``: route, prepare x, gate and up, prepare the hidden tensor, down."""
     family, named = FAMILIES[target.dot], operands(call)
     x, ids, weights = (named[name] for name in ("x", "ids", "weights"))
-    shape = _experts_shape(call)
+    shape = ExpertsShape(
+        **experts_facts(call),
+        inputs=int(x.ty.shape[1]),
+        mode=attributes(call)["activations"],
+        rotated=rotated_blocks(call),
+    )
     tokens, pairs = x.ty.shape[0], x.ty.shape[0] * shape.top_k
     order, starts, active = lower_route(bb, ids, shape.experts)
 
@@ -42,7 +46,7 @@ def lower_mixed_experts(bb: relax.BlockBuilder, call: relax.Call, target: Target
     inputs = _emit(
         bb, gather, "gather", [x, order], _activation_types(family, pairs, shape.inputs, shape.mode)
     )
-    first = [*_class_operands(named, "gate"), *_class_operands(named, "up")]
+    first = [*class_operands(call, "gate"), *class_operands(call, "up")]
     first += [named[name] for name in ("gate_bias", "up_bias") if name in shape.biases]
     routing = [starts, active, named["table"]]
     (hidden,) = _emit(
@@ -61,36 +65,10 @@ def lower_mixed_experts(bb: relax.BlockBuilder, call: relax.Call, target: Target
         prepared = _emit(bb, prepare, "activations", [hidden], types)
     else:
         prepared = [hidden]
-    last = _class_operands(named, "down")
+    last = class_operands(call, "down")
     last += [named["down_bias"]] if "down_bias" in shape.biases else []
     arguments = [*prepared, *routing, order, weights, *last]
     return _call(bb, down_kernel(family, shape), "down", arguments, [([tokens, shape.hidden], "float32")])
-
-
-def _experts_shape(call: relax.Call) -> ExpertsShape:
-    """Read the configuration of a mixed_experts call."""
-    attrs, named, classes = attributes(call), operands(call), bit_classes(call)
-    x, ids, table = (named[name].ty.shape for name in ("x", "ids", "table"))
-    activation = parse_activation(attrs["activation"])
-    return ExpertsShape(
-        experts=int(table[1]),
-        top_k=int(ids[1]),
-        inputs=int(x[1]),
-        hidden=attrs.get("hidden", int(x[1])),
-        intermediate=attrs["intermediate"],
-        gate=classes.get("gate", ()),
-        up=classes["up"],
-        down=classes["down"],
-        activation=str(activation.elementwise),
-        rotated=attrs["intermediate"] // BLOCK if activation.rotated else 0,
-        mode=attrs["activations"],
-        biases=frozenset(name for name in named if name in {f"{p}_bias" for p in PROJECTIONS}),
-    )
-
-
-def _class_operands(named: dict[str, relax.Expr], projection: str) -> list[relax.Expr]:
-    """The packed tensors of a projection's classes, in the order of the operands."""
-    return [value for name, value in named.items() if name.startswith(f"{projection}.")]
 
 
 def lower_linear(bb: relax.BlockBuilder, call: relax.Call, target: Target) -> relax.Expr:

@@ -59,7 +59,7 @@ class ExpertsShape:
     activation: str
     mode: str
     rotated: int = 0
-    biases: frozenset[str] = frozenset()
+    biases: tuple[str, ...] = ()
 
     @property
     def padded_intermediate(self) -> int:

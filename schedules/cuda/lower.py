@@ -13,8 +13,7 @@ from typing import Any
 from tvm import relax, tirx
 
 from moqc.errors import TargetError
-from moqc.ir.ops import PROJECTIONS, attributes, bit_classes, describe, operands
-from moqc.quant.activations import parse_activation
+from moqc.ir.ops import attributes, describe, operands
 from moqc.quant.formats import Format
 from moqc.schedules.cuda import attention, layer, linear
 from moqc.schedules.cuda.dense import (
@@ -26,32 +25,22 @@ from moqc.schedules.cuda.dense import (
 from moqc.schedules.cuda.plan import ExpertsShape
 from moqc.schedules.cuda.prune import prune_function
 from moqc.schedules.cuda.workspace import workspace_bytes
+from moqc.schedules.experts import experts_facts, rotated_blocks
 from moqc.schedules.pruning import PruneShape
 from moqc.targets import Target
 
 
 def lower_mixed_experts(bb: relax.BlockBuilder, call: relax.Call, target: Target) -> relax.Expr:
     """``R.moqc.mixed_experts``: one function, whatever the number of tokens."""
-    named, attrs, classes = operands(call), attributes(call), bit_classes(call)
+    named, attrs = operands(call), attributes(call)
     if attrs["activations"] != "float":
         raise TargetError(f"{describe(call)}: the CUDA kernels take float activations, not int8")
-    if parse_activation(attrs["activation"]).rotated:
+    if rotated_blocks(call):
         raise TargetError(f"{describe(call)}: no CUDA kernel rotates: quantize-experts{{rotate=false}}")
     if "hidden" in attrs:
         raise TargetError(f"{describe(call)}: no CUDA kernel has protected channels: no protect-channels")
-    x, ids = named["x"].ty, named["ids"].ty
-    shape = ExpertsShape(
-        experts=int(named["table"].ty.shape[1]),
-        top_k=int(ids.shape[1]),
-        hidden=int(x.shape[1]),
-        intermediate=attrs["intermediate"],
-        gate=classes.get("gate", ()),
-        up=classes["up"],
-        down=classes["down"],
-        activation=attrs["activation"],
-        biases=tuple(name for name in named if name in {f"{p}_bias" for p in PROJECTIONS}),
-    )
-    options: dict[str, Any] = {"id_dtype": str(ids.dtype), "grouped": layer.grouped_from(shape)}
+    x, shape = named["x"].ty, ExpertsShape(**experts_facts(call))
+    options: dict[str, Any] = {"id_dtype": str(named["ids"].ty.dtype), "grouped": layer.grouped_from(shape)}
     options |= {"warp_groups": target.warp_groups, "shared": int(target.tvm["max_shared_memory_per_block"])}
     function = layer.experts_function(shape, x_dtype="float32", **options)
     size = workspace_bytes(shape, x.shape[0])

@@ -14,10 +14,9 @@ import numpy as np
 from tvm import relax
 
 from moqc.errors import TargetError
-from moqc.ir.ops import PROJECTIONS, attributes, bit_classes, describe, operands
-from moqc.quant.activations import parse_activation
+from moqc.ir.ops import PROJECTIONS, attributes, describe, operands
 from moqc.quant.formats import Format
-from moqc.quant.hadamard import BLOCK
+from moqc.schedules.experts import class_operands, experts_facts, rotated_blocks
 from moqc.schedules.portable import attention
 from moqc.schedules.portable.dense import dense_linear_function, rms_norm_function, top_k_function
 from moqc.schedules.portable.experts import ExpertsShape, experts_function
@@ -32,27 +31,16 @@ _PACKED = ("codes", "scales", "zeros")
 
 def lower_mixed_experts(bb: relax.BlockBuilder, call: relax.Call, target: Target) -> relax.Expr:
     """``R.moqc.mixed_experts``: one function, whatever the number of tokens."""
-    named, attrs, classes = operands(call), attributes(call), bit_classes(call)
+    named, attrs = operands(call), attributes(call)
     _check_float(call, attrs, target)
     if "hidden" in attrs:
         raise TargetError(f"{describe(call)}: {target.name} has no protected channels: no protect-channels")
-    x, ids, activation = named["x"].ty, named["ids"].ty, parse_activation(attrs["activation"])
-    shape = ExpertsShape(
-        experts=int(named["table"].ty.shape[1]),
-        top_k=int(ids.shape[1]),
-        hidden=int(x.shape[1]),
-        intermediate=attrs["intermediate"],
-        gate=classes.get("gate", ()),
-        up=classes["up"],
-        down=classes["down"],
-        activation=str(activation.elementwise),
-        rotated=attrs["intermediate"] // BLOCK if activation.rotated else 0,
-        biases=tuple(name for name in named if name in {f"{p}_bias" for p in PROJECTIONS}),
-    )
+    x, ids = named["x"].ty, named["ids"].ty
+    shape = ExpertsShape(**experts_facts(call), rotated=rotated_blocks(call))
     arguments = [named[name] for name in ("x", "ids", "weights", "table")]
     counts: list[Any] = []
     for projection in PROJECTIONS:
-        tensors = [value for name, value in named.items() if name.startswith(f"{projection}.")]
+        tensors = class_operands(call, projection)
         if tensors:
             arguments.append(_words(bb, tensors))
             number = len(getattr(shape, projection))
