@@ -14,6 +14,8 @@ from moqc.keywords import like, option
 from moqc.recipe import Recipe
 from moqc.units import parse_bytes, parse_seconds, parse_share, split, split_integers, split_numbers
 
+DEFAULT_TOKENS = 128
+"""Produced where nobody says how many."""
 PRUNING_RULES = ("mass", "odp", "odp-literal", "topk-threshold")
 
 
@@ -83,6 +85,29 @@ class KernelOptions:
     )
     target: str = like(Recipe, "target")
     threads: int | None = option(None, "threads [default: all cores]", metavar="N")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateOptions:
+    """How a prompt is continued."""
+
+    max_tokens: int | None = option(
+        None,
+        f"tokens to produce at most [default: {DEFAULT_TOKENS}, or what fits]",
+        metavar="N",
+        flags=("--max-tokens", "-n"),
+    )
+    temperature: float | None = option(
+        None, "0 takes the most likely token [default: the model's own]", metavar="X"
+    )
+    top_p: float | None = option(
+        None, "draw from the fewest tokens of this probability [default: the model's own]", metavar="X"
+    )
+    top_k: int | None = option(
+        None, "draw from the N most likely tokens [default: the model's own]", metavar="N"
+    )
+    seed: int | None = option(None, "makes drawing repeatable", metavar="N")
+    stop: Sequence[str] = option((), "end before it; repeatable", metavar="TEXT")
 
 
 @dataclass(frozen=True, kw_only=True)

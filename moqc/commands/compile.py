@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from moqc import log
-from moqc.commands.options import ModelArgument, Quiet, options, pipeline_text
+from moqc.commands.options import ModelArgument, Quiet, note_sizes, options, pipeline_text
 from moqc.options import CompileOptions, Debug
 
 
@@ -46,11 +46,4 @@ def command(
     if isinstance(manifest, str):  # the IR after --stop-after
         typer.echo(manifest, nl=False)
         return
-    sizes = manifest.sizes
-    log.logger.info(
-        "%s: %s bytes, experts %.3f and model %.3f file bits per weight",
-        output,
-        f"{sizes.artifact_bytes:,}",
-        sizes.expert_file_bits_per_weight,
-        sizes.model_file_bits_per_weight,
-    )
+    note_sizes(output, manifest)

@@ -7,12 +7,16 @@ import inspect
 import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
+from moqc import log
 from moqc.errors import UserError
 from moqc.keywords import flags, spellings
+
+if TYPE_CHECKING:
+    from moqc.manifest import Manifest
 
 ArtifactArgument = Annotated[Path, typer.Argument(metavar="ARTIFACT", help="Folder that moqc compile wrote.")]
 ModelArgument = Annotated[
@@ -97,6 +101,18 @@ def pipeline_text(value: str | None) -> str | None:
         return Path(value[1:]).read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{value[1:]}: cannot read the pipeline ({error})") from error
+
+
+def note_sizes(output: Path | None, manifest: Manifest) -> None:
+    """What was written where, on stderr."""
+    sizes = manifest.sizes
+    log.logger.info(
+        "%s: %s bytes, experts %.3f and model %.3f file bits per weight",
+        output,
+        f"{sizes.artifact_bytes:,}",
+        sizes.expert_file_bits_per_weight,
+        sizes.model_file_bits_per_weight,
+    )
 
 
 def print_json(value: Any) -> None:

@@ -5,19 +5,18 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from moqc import log
-from moqc.commands.options import ArtifactArgument, Json, Quiet, print_json
+from moqc.commands.options import ArtifactArgument, Json, Quiet, options, print_json
 from moqc.commands.repl import Conversation, converse, prompt_session
 from moqc.errors import UserError
+from moqc.options import DEFAULT_TOKENS, GenerateOptions
 
 if TYPE_CHECKING:
     from moqc.runtime.artifact import Artifact
-
-DEFAULT_TOKENS = 128
 
 
 def conversation(prompt: str, system: str | None) -> list[dict[str, str]]:
@@ -43,9 +42,17 @@ def _piped() -> str:
         raise UserError(f"stdin: the prompt is not UTF-8 ({error.reason}); give text") from error
 
 
-def _converse(talk: Conversation) -> None:
+def _converse(model: Artifact, chosen: GenerateOptions, *, chat: bool, system: str | None) -> None:
     """The conversation on a terminal: answers on stdout, notes on stderr."""
-    manifest = talk.model.manifest
+    talk = Conversation(
+        model,
+        chat or has_template(model),
+        model.sampling(chosen.temperature, chosen.top_p, chosen.top_k, chosen.seed),
+        chosen.max_tokens or DEFAULT_TOKENS,
+        tuple(chosen.stop),
+        system,
+    )
+    manifest = model.manifest
     mode = "messages are answered" if talk.chat else "text is continued"
     typer.echo(
         f"{manifest.source.path}, {manifest.sizes.expert_file_bits_per_weight:.2f} bits, "
@@ -68,8 +75,41 @@ def _recorded(tokens: Iterable[int], record: list[int]) -> Iterator[int]:
         yield token
 
 
+def _answer(model: Artifact, prompt: str, ids: list[int], chosen: GenerateOptions, *, as_json: bool) -> None:
+    """The text after `ids`, as it comes, or with its numbers as JSON."""
+    from moqc.runtime.generate import generate_text
+
+    room = model.manifest.cache.context - len(ids)
+    limit = chosen.max_tokens if chosen.max_tokens is not None else max(1, min(DEFAULT_TOKENS, room))
+    produced: list[int] = []
+    start = time.perf_counter()
+    sampling = model.sampling(chosen.temperature, chosen.top_p, chosen.top_k, chosen.seed)
+    tokens = model.tokens(ids, sampling, max_tokens=limit)
+    pieces = []
+    for piece in generate_text(model.tokenizer, ids, _recorded(tokens, produced), chosen.stop):
+        pieces.append(piece)
+        if not as_json:
+            typer.echo(piece, nl=False)
+    seconds = time.perf_counter() - start
+    if not as_json:
+        typer.echo()
+        log.logger.info("%d + %d tokens in %.2f s", len(ids), len(produced), seconds)
+        return
+    print_json(
+        {
+            "prompt": prompt,
+            "text": "".join(pieces),
+            "prompt_tokens": len(ids),
+            "tokens": len(produced),
+            "seconds": seconds,
+        }
+    )
+
+
+@options(choices=GenerateOptions)
 def command(
     artifact: ArtifactArgument,
+    choices: dict[str, Any],
     prompt: Annotated[
         str | None,
         typer.Option(
@@ -79,37 +119,6 @@ def command(
             help="Text to continue. [default: what is piped in; on a terminal, a conversation]",
         ),
     ] = None,
-    max_tokens: Annotated[
-        int | None,
-        typer.Option(
-            "--max-tokens",
-            "-n",
-            metavar="N",
-            help=f"Tokens to produce at most. [default: {DEFAULT_TOKENS}, or what fits]",
-        ),
-    ] = None,
-    temperature: Annotated[
-        float | None,
-        typer.Option(metavar="X", help="0 takes the most likely token. [default: the model's own]"),
-    ] = None,
-    top_p: Annotated[
-        float | None,
-        typer.Option(
-            "--top-p",
-            metavar="X",
-            help="Draw from the fewest tokens of this probability. [default: the model's own]",
-        ),
-    ] = None,
-    top_k: Annotated[
-        int | None,
-        typer.Option(
-            "--top-k",
-            metavar="N",
-            help="Draw from the N most likely tokens. [default: the model's own]",
-        ),
-    ] = None,
-    seed: Annotated[int | None, typer.Option(metavar="N", help="Makes drawing repeatable.")] = None,
-    stop: Annotated[list[str] | None, typer.Option(metavar="TEXT", help="End before it; repeatable.")] = None,
     verify: Annotated[bool, typer.Option("--verify", help="Check the hash of every file first.")] = False,
     as_json: Json = False,
     chat: Annotated[
@@ -121,50 +130,18 @@ def command(
     quiet: Quiet = False,
 ) -> None:
     """Continue a prompt, or answer it with --chat; the text goes to stdout as it comes."""
+    from moqc.keywords import build
     from moqc.runtime.artifact import load
-    from moqc.runtime.generate import generate_text
 
     if quiet or as_json:
         log.be_quiet()
+    chosen = build(GenerateOptions, choices, "run")
     if prompt is None and sys.stdin.isatty():
-        model = load(artifact, verify=verify)
-        talk = Conversation(
-            model,
-            chat or has_template(model),
-            model.sampling(temperature, top_p, top_k, seed),
-            max_tokens or DEFAULT_TOKENS,
-            tuple(stop or ()),
-            system,
-        )
-        _converse(talk)
+        _converse(load(artifact, verify=verify), chosen, chat=chat, system=system)
         return
     if system is not None and not chat:
         raise UserError("--system has no meaning without --chat")
     prompt = _piped() if prompt is None else prompt
     model = load(artifact, verify=verify)
     ids = model.chat_prompt(conversation(prompt, system)) if chat else model.encode(prompt)
-    room = model.manifest.cache.context - len(ids)
-    limit = max_tokens if max_tokens is not None else max(1, min(DEFAULT_TOKENS, room))
-    produced: list[int] = []
-    start = time.perf_counter()
-    sampling = model.sampling(temperature, top_p, top_k, seed)
-    tokens = model.tokens(ids, sampling, max_tokens=limit)
-    pieces = []
-    for piece in generate_text(model.tokenizer, ids, _recorded(tokens, produced), stop or ()):
-        pieces.append(piece)
-        if not as_json:
-            typer.echo(piece, nl=False)
-    seconds = time.perf_counter() - start
-    if as_json:
-        print_json(
-            {
-                "prompt": prompt,
-                "text": "".join(pieces),
-                "prompt_tokens": len(ids),
-                "tokens": len(produced),
-                "seconds": seconds,
-            }
-        )
-        return
-    typer.echo()
-    log.logger.info("%d + %d tokens in %.2f s", len(ids), len(produced), seconds)
+    _answer(model, prompt, ids, chosen, as_json=as_json)

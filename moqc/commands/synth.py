@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from moqc import log
-from moqc.commands.options import Quiet, options
+from moqc.commands.options import Quiet, note_sizes, options
 from moqc.errors import UserError
 from moqc.options import SynthOptions
 
@@ -41,11 +41,4 @@ def command(
         synthesize_checkpoint(config, output, **{"layers": None, "seed": 0, **choices})
         return
     manifest = synthesize_artifact(config, output, **choices)
-    sizes = manifest.sizes
-    log.logger.info(
-        "%s: %s bytes, experts %.3f and model %.3f file bits per weight",
-        output,
-        f"{sizes.artifact_bytes:,}",
-        sizes.expert_file_bits_per_weight,
-        sizes.model_file_bits_per_weight,
-    )
+    note_sizes(output, manifest)
