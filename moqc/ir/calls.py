@@ -11,20 +11,34 @@ from tvm.ir import Op
 from moqc.errors import VerifyError
 from moqc.quant.formats import Format
 
+EXPERTS = "relax.moqc.experts"
+MIXED_EXPERTS = "relax.moqc.mixed_experts"
+LINEAR = "relax.moqc.linear"
+EMBEDDING = "relax.moqc.embedding"
+ATTENTION = "relax.moqc.attention"
+CACHED_ATTENTION = "relax.moqc.cached_attention"
+PRUNE_ROUTING = "relax.moqc.prune_routing"
+RECURRENT = "relax.moqc.recurrent"
+CACHED_RECURRENT = "relax.moqc.cached_recurrent"
+CAUSAL_CONV = "relax.moqc.causal_conv"
+CACHED_CAUSAL_CONV = "relax.moqc.cached_causal_conv"
+
 PROJECTIONS = ("gate", "up", "down")
+EXPERT_OPERANDS = ("gate", "up", "down", "gate_bias", "up_bias", "down_bias")
+"""Operands an experts call may have, in their order; up and down are always there."""
 
 FIXED_ARGUMENTS = {
-    "relax.moqc.experts": ("x", "ids", "weights"),
-    "relax.moqc.mixed_experts": ("x", "ids", "weights"),
-    "relax.moqc.linear": ("x",),
-    "relax.moqc.embedding": ("ids",),
-    "relax.moqc.attention": ("q", "k", "v", "positions"),
-    "relax.moqc.cached_attention": ("q", "k", "v", "positions", "k_cache", "v_cache"),
-    "relax.moqc.prune_routing": ("x", "ids", "weights", "positions"),
-    "relax.moqc.recurrent": ("q", "k", "v", "decay", "positions"),
-    "relax.moqc.cached_recurrent": ("q", "k", "v", "decay", "positions", "state"),
-    "relax.moqc.causal_conv": ("x", "weight", "positions"),
-    "relax.moqc.cached_causal_conv": ("x", "weight", "positions", "state"),
+    EXPERTS: ("x", "ids", "weights"),
+    MIXED_EXPERTS: ("x", "ids", "weights"),
+    LINEAR: ("x",),
+    EMBEDDING: ("ids",),
+    ATTENTION: ("q", "k", "v", "positions"),
+    CACHED_ATTENTION: ("q", "k", "v", "positions", "k_cache", "v_cache"),
+    PRUNE_ROUTING: ("x", "ids", "weights", "positions"),
+    RECURRENT: ("q", "k", "v", "decay", "positions"),
+    CACHED_RECURRENT: ("q", "k", "v", "decay", "positions", "state"),
+    CAUSAL_CONV: ("x", "weight", "positions"),
+    CACHED_CAUSAL_CONV: ("x", "weight", "positions", "state"),
 }
 """Operator name -> its leading arguments; the ones after them are named by the attribute `operands`."""
 
