@@ -22,7 +22,7 @@ from moqc.schedules.cpu.packed_linear import linear_kernel
 from moqc.schedules.cpu.quantize_activations import activations_kernel
 from moqc.schedules.cpu.route import lower_route
 from moqc.schedules.cpu.tiles import Activations
-from moqc.schedules.experts import class_operands, experts_facts, rotated_blocks
+from moqc.schedules.read_experts import class_operands, read_experts, rotated_blocks
 from moqc.targets import Target
 
 Types = Sequence[tuple[Sequence[Any], str]]
@@ -33,8 +33,9 @@ def lower_mixed_experts(bb: relax.BlockBuilder, call: relax.Call, target: Target
     """``R.moqc.mixed_experts``: route, prepare x, gate and up, prepare the hidden tensor, down."""
     family, named = FAMILIES[target.dot], operands(call)
     x, ids, weights = (named[name] for name in ("x", "ids", "weights"))
-    shape = ExpertsShape(
-        **experts_facts(call),
+    shape = read_experts(
+        call,
+        ExpertsShape,
         inputs=int(x.ty.shape[1]),
         mode=attributes(call)["activations"],
         rotated=rotated_blocks(call),

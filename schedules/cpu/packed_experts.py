@@ -8,7 +8,7 @@ as one stream.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from tvm import tirx
@@ -35,31 +35,22 @@ from moqc.schedules.cpu.emit import (
     when,
 )
 from moqc.schedules.cpu.tiles import Activations, Weights
+from moqc.schedules.experts import ExpertsLayer
 
 CHUNK = 4
 """Row blocks a thread takes at a time."""
 
 
 @dataclass(frozen=True)
-class ExpertsShape:
-    """What the kernels of one layer depend on; `gate` is empty for activations without one.
+class ExpertsShape(ExpertsLayer):
+    """A layer with `inputs` columns of gate and up, whose activations come in `mode`.
 
-    `inputs` are the columns of gate and up, `hidden` the rows of down. `rotated` blocks of 32 columns of the
-    hidden tensor are rotated between the two kernels.
+    `rotated` blocks of 32 columns of the hidden tensor are rotated between the two kernels.
     """
 
-    experts: int
-    top_k: int
-    inputs: int
-    hidden: int
-    intermediate: int
-    gate: tuple[Format, ...]
-    up: tuple[Format, ...]
-    down: tuple[Format, ...]
-    activation: str
-    mode: str
+    inputs: int = field(kw_only=True)
+    mode: str = field(kw_only=True)
     rotated: int = 0
-    biases: tuple[str, ...] = ()
 
     @property
     def padded_intermediate(self) -> int:

@@ -25,8 +25,8 @@ from moqc.schedules.cuda.dense import (
 from moqc.schedules.cuda.plan import ExpertsShape
 from moqc.schedules.cuda.prune import prune_function
 from moqc.schedules.cuda.workspace import workspace_bytes
-from moqc.schedules.experts import experts_facts, rotated_blocks
 from moqc.schedules.pruning import PruneShape
+from moqc.schedules.read_experts import read_experts, rotated_blocks
 from moqc.targets import Target
 
 
@@ -39,7 +39,7 @@ def lower_mixed_experts(bb: relax.BlockBuilder, call: relax.Call, target: Target
         raise TargetError(f"{describe(call)}: no CUDA kernel rotates: quantize-experts{{rotate=false}}")
     if "hidden" in attrs:
         raise TargetError(f"{describe(call)}: no CUDA kernel has protected channels: no protect-channels")
-    x, shape = named["x"].ty, ExpertsShape(**experts_facts(call))
+    x, shape = named["x"].ty, read_experts(call, ExpertsShape)
     options: dict[str, Any] = {"id_dtype": str(named["ids"].ty.dtype), "grouped": layer.grouped_from(shape)}
     options |= {"warp_groups": target.warp_groups, "shared": int(target.tvm["max_shared_memory_per_block"])}
     function = layer.experts_function(shape, x_dtype="float32", **options)

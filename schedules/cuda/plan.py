@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from moqc.errors import InternalError, UserError
 from moqc.quant.formats import Format
 from moqc.quant.pack_mma import COLUMNS, ROWS
+from moqc.schedules.experts import ExpertsLayer
 
 COLUMN_TOKENS = 8
 """Tokens of a slot: the columns of the tensor core's smallest product."""
@@ -21,22 +22,8 @@ SHARED_BYTES = 227 * 1024
 
 
 @dataclass(frozen=True)
-class ExpertsShape:
-    """What the kernels of one layer depend on; `gate` is empty for activations without one.
-
-    Each projection lists the formats of its classes, in the order of its tensors; `biases` names those there
-    are, of ``gate_bias``, ``up_bias`` and ``down_bias``.
-    """
-
-    experts: int
-    top_k: int
-    hidden: int
-    intermediate: int
-    gate: tuple[Format, ...]
-    up: tuple[Format, ...]
-    down: tuple[Format, ...]
-    activation: str = "silu_glu"
-    biases: tuple[str, ...] = ()
+class ExpertsShape(ExpertsLayer):
+    """A layer that there are kernels for; UserError otherwise."""
 
     def __post_init__(self) -> None:
         for fmt in (*self.gate, *self.up, *self.down):

@@ -13,10 +13,10 @@ from typing import Any
 from tvm import tirx
 from tvm.tirx.script import builder as T
 
-from moqc.quant.formats import Format
 from moqc.quant.hadamard import BLOCK
 from moqc.schedules.activations import activation_expr
 from moqc.schedules.cpu.emit import Kernel, bind, int64, kernel, load, loop, store, symbol, when
+from moqc.schedules.experts import ExpertsLayer
 from moqc.schedules.portable.emit import barrier, divide, each, groups, modulo, shared, strided
 from moqc.schedules.portable.multiply import TOKENS, Product, Rows, clamped
 from moqc.schedules.portable.weights import Choice, Stack, check_format
@@ -29,22 +29,10 @@ _PLACES = {"gate": 0, "up": 1, "down": 2}
 
 
 @dataclass(frozen=True)
-class ExpertsShape:
-    """What the kernels of one layer depend on; `gate` is empty for activations without one.
+class ExpertsShape(ExpertsLayer):
+    """`rotated` blocks of 32 hidden columns are rotated before down."""
 
-    `rotated` blocks of 32 hidden columns are rotated before down.
-    """
-
-    experts: int
-    top_k: int
-    hidden: int
-    intermediate: int
-    gate: tuple[Format, ...]
-    up: tuple[Format, ...]
-    down: tuple[Format, ...]
-    activation: str
     rotated: int = 0
-    biases: tuple[str, ...] = ()
 
     def tiles(self, pairs: Any) -> Any:
         """The most tiles that `pairs` pairs can take."""

@@ -16,11 +16,11 @@ from tvm import relax
 from moqc.errors import TargetError
 from moqc.ir.ops import PROJECTIONS, attributes, describe, operands
 from moqc.quant.formats import Format
-from moqc.schedules.experts import class_operands, experts_facts, rotated_blocks
 from moqc.schedules.portable import attention
 from moqc.schedules.portable.dense import dense_linear_function, rms_norm_function, top_k_function
 from moqc.schedules.portable.experts import ExpertsShape, experts_function
 from moqc.schedules.portable.linear import LinearShape, embedding_function, linear_function
+from moqc.schedules.read_experts import class_operands, read_experts, rotated_blocks
 from moqc.targets import Target
 
 WORDS = "moqc.words"
@@ -36,7 +36,7 @@ def lower_mixed_experts(bb: relax.BlockBuilder, call: relax.Call, target: Target
     if "hidden" in attrs:
         raise TargetError(f"{describe(call)}: {target.name} has no protected channels: no protect-channels")
     x, ids = named["x"].ty, named["ids"].ty
-    shape = ExpertsShape(**experts_facts(call), rotated=rotated_blocks(call))
+    shape = read_experts(call, ExpertsShape, rotated=rotated_blocks(call))
     arguments = [named[name] for name in ("x", "ids", "weights", "table")]
     counts: list[Any] = []
     for projection in PROJECTIONS:

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from small_models import make_config
 from torch import Tensor
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from moqc.calibrate.text import CalibrationSet
 from moqc.frontend.checkpoint import Checkpoint
@@ -20,40 +20,6 @@ from moqc.frontend.experts import is_experts
 from moqc.frontend.gate import random_model
 
 VOCABULARY, WINDOW = 64, 12
-
-_COMMON: dict[str, Any] = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "intermediate_size": 48,
-    "max_position_embeddings": 64,
-    "num_experts_per_tok": 2,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-_SPECIFIC: dict[str, dict[str, Any]] = {
-    "qwen3_moe": {"num_experts": 8, "moe_intermediate_size": 16, "head_dim": 8, "norm_topk_prob": True},
-    "olmoe": {"num_experts": 8, "num_key_value_heads": 4},
-    "mixtral": {"num_local_experts": 8, "sliding_window": 4},
-    "deepseek_v3": {
-        "n_routed_experts": 8,
-        "moe_intermediate_size": 16,
-        "num_key_value_heads": 4,
-        "q_lora_rank": 16,
-        "kv_lora_rank": 12,
-        "qk_nope_head_dim": 8,
-        "qk_rope_head_dim": 8,
-        "v_head_dim": 8,
-        "head_dim": 8,
-        "n_group": 2,
-        "topk_group": 1,
-        "first_k_dense_replace": 1,
-    },
-    "gpt_oss": {"num_local_experts": 8, "head_dim": 8, "sliding_window": 4},
-}
 
 
 @dataclass(frozen=True)
@@ -92,8 +58,7 @@ def small(tmp_path: Path) -> Callable[..., Small]:
     """``small(model_type, **changes)``: a small random model, saved and opened."""
 
     def make(model_type: str = "qwen3_moe", **changes: Any) -> Small:
-        config = CONFIG_MAPPING[model_type](**{**_COMMON, **_SPECIFIC[model_type], **changes})
-        model = random_model(config).eval()
+        model = random_model(make_config(model_type, **changes)).eval()
         model.set_experts_implementation("eager")
         model.save_pretrained(tmp_path / "model")
         return Small(Checkpoint.open(tmp_path / "model"), model)

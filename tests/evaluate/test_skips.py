@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from small_models import make_config
 
 from moqc.calibrate.text import CalibrationSet
 from moqc.calibrate.workspace import Workspace
@@ -20,22 +20,8 @@ EXPERTS, TOP_K, LAYERS, SHARE = 8, 4, 2, 0.25
 
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory):
-    config = CONFIG_MAPPING["qwen3_moe"](
-        vocab_size=64,
-        hidden_size=32,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        num_experts=EXPERTS,
-        num_experts_per_tok=TOP_K,
-        norm_topk_prob=True,
-        moe_intermediate_size=32,
-        max_position_embeddings=64,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
+    sizes = {"num_hidden_layers": LAYERS, "num_experts": EXPERTS, "num_experts_per_tok": TOP_K}
+    config = make_config("qwen3_moe", **sizes, moe_intermediate_size=32)
     folder = tmp_path_factory.mktemp("skips")
     random_model(config).save_pretrained(folder / "model")
     generator = np.random.default_rng(0)

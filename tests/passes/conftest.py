@@ -92,7 +92,7 @@ def checkpoint(moe: IRModule) -> Any:
 def calibrated(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A PassContext with a real random checkpoint (2 layers of 8 experts), two datasets and a workspace."""
     import numpy as np
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+    from small_models import make_config
 
     from moqc.calibrate.text import CalibrationSet
     from moqc.calibrate.workspace import Workspace
@@ -100,24 +100,8 @@ def calibrated(tmp_path_factory: pytest.TempPathFactory) -> Any:
     from moqc.frontend.gate import random_model
     from moqc.passes.base import PassContext
 
-    config = CONFIG_MAPPING["qwen3_moe"](
-        vocab_size=64,
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        num_experts=8,
-        num_experts_per_tok=2,
-        norm_topk_prob=True,
-        moe_intermediate_size=16,
-        max_position_embeddings=64,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
     folder = tmp_path_factory.mktemp("calibrated")
-    random_model(config).save_pretrained(folder / "model")
+    random_model(make_config("qwen3_moe")).save_pretrained(folder / "model")
     generator = np.random.default_rng(0)
     texts = {name: generator.integers(3, 64, (rows, 12)) for name, rows in (("prose", 5), ("code", 3))}
     return PassContext(

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import tvm
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from small_models import ARCHITECTURES, make_config
 from tvm import relax
 
 from moqc.calibrate.layers import LayeredModel
@@ -26,39 +26,6 @@ from moqc.passes.base import PassContext
 from moqc.passes.pipeline import Pipeline
 from moqc.targets import find_target
 
-COMMON = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "intermediate_size": 48,
-    "max_position_embeddings": 64,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "num_experts_per_tok": 3,
-}
-ARCHITECTURES: dict[str, dict[str, Any]] = {
-    "qwen3_moe": {"num_experts": 8, "moe_intermediate_size": 16, "head_dim": 8, "norm_topk_prob": True},
-    "olmoe": {"num_experts": 8, "num_key_value_heads": 4},
-    "mixtral": {"num_local_experts": 8, "sliding_window": 4},
-    "deepseek_v3": {
-        "n_routed_experts": 8,
-        "moe_intermediate_size": 16,
-        "num_key_value_heads": 4,
-        "q_lora_rank": 16,
-        "kv_lora_rank": 12,
-        "qk_nope_head_dim": 8,
-        "qk_rope_head_dim": 8,
-        "v_head_dim": 8,
-        "head_dim": 8,
-        "n_group": 2,
-        "topk_group": 1,
-        "first_k_dense_replace": 1,
-    },
-    "gpt_oss": {"num_local_experts": 8, "head_dim": 8, "sliding_window": 4},
-}
 RENORMALIZES = {"qwen3_moe": 0, "olmoe": 0, "mixtral": 1, "deepseek_v3": 1, "gpt_oss": 1}
 RULES = {
     "qwen3_moe": "mass",
@@ -111,7 +78,7 @@ def difference(found: np.ndarray, expected: np.ndarray) -> float:
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_the_compiled_rule_is_the_rule(tmp_path, architecture):
-    config = CONFIG_MAPPING[architecture](**{**COMMON, **ARCHITECTURES[architecture]})
+    config = make_config(architecture, num_experts_per_tok=3)
     random_model(config).save_pretrained(tmp_path / "model")
     generator = np.random.default_rng(0)
     ctx = PassContext(
