@@ -19,7 +19,7 @@ from tvm.relax.frontend.onnx.onnx_frontend import ONNXGraphImporter, _get_conver
 from moqc.errors import ModelError
 from moqc.frontend.hf import drop_unused
 from moqc.frontend.onnx.experts import OnnxExperts, Routing, is_experts_node, read_experts
-from moqc.frontend.onnx.plain import LOOKED_FOR, take_plain
+from moqc.frontend.onnx.plain import PlainBlock, take_plain
 from moqc.frontend.onnx.reader import OnnxModel, read_onnx
 from moqc.frontend.skeleton import first_line
 from moqc.ir import ops
@@ -28,6 +28,7 @@ from moqc.quant.formats import Format
 from moqc.quant.rtn import quantize_rtn
 from moqc.quant.tensor import Quantized
 
+_SHOWN = 3
 _EXPERTS = "com.microsoft::experts"
 _CONSTANTS = {
     "value_int": np.int64,
@@ -110,16 +111,15 @@ def _take_experts(model: OnnxModel) -> dict[str, OnnxExperts]:
                 )
             blocks[block.site] = block
             _put(node, block)
-    plain = take_plain(model)
-    for node, block in plain:
-        blocks[block.site] = block
-        node.domain = ""
-        del node.attribute[:]
-        _put(node, block)
+    plain, missing = take_plain(model)
+    for found in plain:
+        blocks[found.experts.site] = found.experts
+        _put_plain(model.graph, found)
     if not blocks:
         raise ModelError(
-            f"{model.path}: no experts: looked for com.microsoft MoE and QMoE nodes and for {LOOKED_FOR}, "
-            f"found {_summary(model.graph)}; export the model with one of them, or give moqc the checkpoint"
+            f"{model.path}: no experts: looked for com.microsoft MoE and QMoE nodes, and did not find "
+            f"{'; '.join(missing[:_SHOWN])} (of {_summary(model.graph)}); export the model with one of "
+            "them, or give moqc the checkpoint"
         )
     if plain:
         _drop_unused_nodes(model.graph)
@@ -138,24 +138,34 @@ def _put(node: onnx.NodeProto, block: OnnxExperts) -> None:
     node.input.extend(block.inputs)
 
 
+def _put_plain(graph: onnx.GraphProto, found: PlainBlock) -> None:
+    """Make the last node of a spelled-out block the one that stands for it."""
+    found.last.domain = ""
+    del found.last.attribute[:]
+    _put(found.last, found.experts)
+    if found.before is not None:
+        graph.node.insert(list(graph.node).index(found.last), found.before)
+
+
 def _drop_unused_nodes(graph: onnx.GraphProto) -> None:
     """Remove nodes whose results nothing reads."""
-    used = {entry.name for entry in graph.output} | set(_read_inside(graph))
+    used = {entry.name for entry in graph.output}
     kept = []
     for node in reversed(graph.node):
         if used & set(node.output):
             kept.append(node)
-            used |= set(node.input)
+            used |= {*node.input, *_read_inside(node)}
     del graph.node[:]
     graph.node.extend(reversed(kept))
 
 
-def _read_inside(graph: onnx.GraphProto) -> Iterator[str]:
-    """Names that the graphs in nodes read."""
-    for node in graph.node:
-        for attribute in node.attribute:
-            for inner in (attribute.g, *attribute.graphs):
-                yield from (name for part in inner.node for name in part.input)
+def _read_inside(node: onnx.NodeProto) -> Iterator[str]:
+    """Names that the graphs in a node read."""
+    for attribute in node.attribute:
+        for graph in (attribute.g, *attribute.graphs):
+            yield from (entry.name for entry in graph.output)
+            for inner in graph.node:
+                yield from inner.input
                 yield from _read_inside(inner)
 
 
@@ -190,10 +200,12 @@ class _Importer(ONNXGraphImporter):  # type: ignore[misc]
         return list(self._params)
 
     def _parse_array(self, tensor_proto: onnx.TensorProto) -> Any:
-        return tvm.runtime.tensor(np.ascontiguousarray(self._model.array(tensor_proto.name)))
+        return tvm.runtime.tensor(np.array(self._model.array(tensor_proto.name), order="C"))
 
     def _parse_graph_initializers(self, graph: onnx.GraphProto) -> None:
         super()._parse_graph_initializers(graph)
+        names = [tensor.name for tensor in graph.initializer]
+        self._params = {name: self._params[name.removeprefix("onnx::")] for name in names}  # TVM cuts it off
         nothing = tvm.runtime.tensor(np.zeros((), np.float32))  # TVM wants a value; ours come when packaging
         for site, block in self._blocks.items():
             shapes = {name: tuple(matrix.shape) for name, matrix in block.matrices.items()}
@@ -225,7 +237,7 @@ class _Importer(ONNXGraphImporter):  # type: ignore[misc]
         flat = emit(relax.op.astype(emit(relax.op.reshape(x, (-1, hidden))), "float32"))
         if block.routing is None:
             ids, weights = (
-                emit(relax.op.astype(each, dtype))
+                emit(relax.op.astype(emit(relax.op.reshape(each, (-1, each.ty.shape[-1]))), dtype))
                 for each, dtype in zip(router, ("int64", "float32"), strict=True)
             )
         else:

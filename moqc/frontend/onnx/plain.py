@@ -1,245 +1,209 @@
-"""Experts that an ONNX graph spells out: matrices gathered by the result of a TopK.
+"""Experts that an ONNX graph spells out behind a TopK, in whatever operators.
 
-torch.onnx writes a block of transformers so ("batched_mm"): the matrices [E, N, K] of the chosen experts are
-gathered, multiplied with every token's row, weighted and summed. What is looked for is only where such a
-block begins and ends. What it computes, and how its matrices lie, is then found out by running it beside
-moqc's reference: a block that equals none of the known forms is refused.
+A block is a part of the graph that three tensors determine, tokens [T, H], the TopK's indices [T, k] and
+their weights [T, k], and that has one result [T, H]. Where that is the case is found by following tensors;
+what happens inside does not matter: matrices gathered by the indices, all experts for all tokens with the
+result masked, tokens gathered for each expert and scattered back, also behind If. What the block computes is
+found out by running it beside moqc's reference (`moqc.frontend.onnx.forms`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import product
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 import onnx
 import torch
-from numpy.typing import NDArray
-from onnx import TensorProto, helper, numpy_helper, shape_inference
-from onnx.reference import ReferenceEvaluator
+from onnx import TensorProto, helper
 
 from moqc.errors import ModelError
 from moqc.frontend.onnx.experts import OnnxExperts
+from moqc.frontend.onnx.flow import Array, Flow, Step
+from moqc.frontend.onnx.forms import NONE_KNOWN, Form, identify
+from moqc.frontend.onnx.products import Product, find_products, read_mlps
 from moqc.frontend.onnx.reader import OnnxModel
-from moqc.quant import reference
+from moqc.log import logger
 from moqc.quant.tensor import Quantized
 
-LOOKED_FOR = "matrices [experts, rows, columns] that a TopK's indices gather"
-_SHAPING = frozenset({"Reshape", "Unsqueeze", "Squeeze", "Expand", "Flatten", "Cast", "Identity", "Tile"})
-_ONWARD = _SHAPING | {"Mul", "Add"}
-_GATED = ("silu_glu", "gelu_glu", "gelu_tanh_glu", "relu_glu")
-_UNGATED = ("silu", "gelu", "relu2")
 _ORDER = ("gate", "up", "down")
-_TOKENS = 5
-_TOLERANCE = 1e-5
+_DRAWS = 64
+_FEW, _MANY = 4, 32  # tokens that a block is tried with: gathered matrices are copied for each of them
+_JOINS = 8  # results that are tried behind a TopK: its block's comes before any other layer's
 
-Array = NDArray[Any]
+
+@dataclass(frozen=True)
+class PlainBlock:
+    """A block, the node whose result is the block's, and a node that has to come before it."""
+
+    experts: OnnxExperts
+    last: onnx.NodeProto
+    before: onnx.NodeProto | None = None
 
 
-def take_plain(model: OnnxModel) -> list[tuple[onnx.NodeProto, OnnxExperts]]:
-    """The spelled-out blocks of a graph, each with the last of its nodes, whose result is the block's.
+@dataclass(frozen=True)
+class _Bounds:
+    """A part of the graph: `steps` make `result` of x, and of ids and weights or of a table [T, E]."""
+
+    result: Step
+    x: str
+    ids: str
+    weights: str
+    steps: list[Step]
+    is_table: bool = False
+
+
+def take_plain(model: OnnxModel) -> tuple[list[PlainBlock], list[str]]:
+    """The spelled-out blocks of a graph; and for every TopK that has none, what was looked for and missed.
 
     Raises ModelError for a block that is recognized and is none that moqc computes.
     """
-    graph = _Graph(model)
-    return [graph.block(chosen, gathers) for chosen, gathers in graph.gathered().items()]
-
-
-class _Graph:
-    """The graph with who makes and who uses what."""
-
-    def __init__(self, model: OnnxModel) -> None:
-        self._model = model
-        self._makers = {name: node for node in model.graph.node for name in node.output if name}
-        self._users: dict[str, list[onnx.NodeProto]] = {}
-        for node in model.graph.node:
-            for name in node.input:
-                self._users.setdefault(name, []).append(node)
-        self._ranks: dict[str, int] = {}
-
-    def gathered(self) -> dict[str, list[onnx.NodeProto]]:
-        """Indices of a TopK -> the nodes that gather weights of at least two dimensions by them."""
-        found: dict[str, list[onnx.NodeProto]] = {}
-        for node in self._model.graph.node:
-            stored = node.op_type in ("Gather", "GatherND") and self._model.weights.get(node.input[0])
-            if stored and len(stored.dims) >= 2:
-                chosen = self._source(node.input[1])
-                maker = self._makers.get(chosen)
-                if maker is not None and maker.op_type == "TopK" and chosen == maker.output[1]:
-                    found.setdefault(chosen, []).append(node)
-        return {chosen: nodes for chosen, nodes in found.items() if any(map(self._is_matrix, nodes))}
-
-    def block(self, chosen: str, gathers: list[onnx.NodeProto]) -> tuple[onnx.NodeProto, OnnxExperts]:
-        """The block whose experts `chosen` gives, [T, k]."""
-        gathers = sorted(gathers, key=self._is_matrix, reverse=True)  # biases behind
-        matrices = [node for node in gathers if self._is_matrix(node)]
-        if len(matrices) != 2 or len(gathers) not in (2, 4):
-            raise self._refuse(chosen, f"gather {len(gathers)} stacked weights, not a block's two or four")
-        first, second = (self._product(node, chosen) for node in matrices)
-        x = self._flat(next(name for name in first.input if name != matrices[0].output[0]), chosen)
-        last, weights = self._end(second, chosen)
-        if self._rank(chosen) != 2 or self._rank(weights) != 2:
-            raise self._refuse(chosen, "or their weights are not of the shape [tokens, k]")
-        arrays = [self._model.array(node.input[0]).astype(np.float32) for node in gathers]
-        inputs = (x, chosen, weights)
-        activation, operands = self._identify(inputs, last.output[0], arrays)
-        stored: dict[str, torch.Tensor | Quantized] = {n: operands[n] for n in _ORDER if n in operands}
-        biases = {f"{n}_bias": operands[f"{n}_bias"] for n in stored if f"{n}_bias" in operands}
-        return last, OnnxExperts(last.output[0], inputs, activation, None, stored, biases)
-
-    def _is_matrix(self, node: onnx.NodeProto) -> bool:
-        return len(self._model.weights[node.input[0]].dims) == 3
-
-    def _refuse(self, chosen: str, what: str) -> ModelError:
-        return ModelError(
-            f"{self._model.path}: the indices {chosen} of a TopK look like those of experts, but {what}; "
-            "export the block as a com.microsoft MoE or QMoE node, or give moqc the checkpoint itself"
-        )
-
-    def _source(self, name: str) -> str:
-        """What `name` is another shape of."""
-        while (node := self._makers.get(name)) is not None and node.op_type in _SHAPING:
-            name = node.input[0]
-        return name
-
-    def _product(self, gather: onnx.NodeProto, chosen: str) -> onnx.NodeProto:
-        users = self._users.get(gather.output[0], [])
-        if len(users) != 1 or users[0].op_type != "MatMul":
-            raise self._refuse(chosen, f"{gather.input[0]} goes into {[node.op_type for node in users]}")
-        return users[0]
-
-    def _flat(self, name: str, chosen: str) -> str:
-        """The tensor [T, H] that `name` repeats."""
-        found = ""
-        while True:
-            found = name if self._rank(name) == 2 else found
-            node = self._makers.get(name)
-            if node is None or node.op_type not in _SHAPING:
-                break
-            name = node.input[0]
-        if not found:
-            raise self._refuse(chosen, "their input is not of the shape [tokens, hidden]")
-        return found
-
-    def _end(self, node: onnx.NodeProto, chosen: str) -> tuple[onnx.NodeProto, str]:
-        """The sum over the experts of a token, and the routing weights, from the last product on."""
-        weights = ""
-        while node.op_type != "ReduceSum":
-            users = self._users.get(node.output[0], [])
-            if len(users) != 1 or users[0].op_type not in _ONWARD | {"ReduceSum"}:
-                raise self._refuse(chosen, f"what they multiply goes into {[n.op_type for n in users]}")
-            if users[0].op_type == "Mul":
-                weights = next(name for name in users[0].input if name != node.output[0])
-            node = users[0]
-        return node, self._source(weights) if weights else weights
-
-    def _rank(self, name: str) -> int:
-        if not self._ranks:
-            whole = helper.make_model(
-                self._model.graph, opset_imports=[helper.make_opsetid("", self._model.opset)]
-            )
-            graph = shape_inference.infer_shapes(whole).graph
-            for value in (*graph.value_info, *graph.input, *graph.output):
-                if value.type.tensor_type.HasField("shape"):
-                    self._ranks[value.name] = len(value.type.tensor_type.shape.dim)
-        return self._ranks.get(name, -1)
-
-    def _identify(
-        self, inputs: tuple[str, str, str], result: str, arrays: list[Array]
-    ) -> tuple[str, dict[str, torch.Tensor]]:
-        """The activation and the canonical operands with which the reference gives what the nodes give."""
-        generator = np.random.default_rng(0)
-        experts, k = arrays[0].shape[0], self._top(inputs[1])
-        hidden = [size for size in arrays[1].shape[1:] if size in arrays[0].shape[1:]]
-        for width in dict.fromkeys(hidden):
-            x = generator.normal(size=(_TOKENS, width)).astype(np.float32)
-            ids = np.stack([generator.permutation(experts)[:k] for _ in range(_TOKENS)])
-            weights = generator.uniform(0.1, 1, ids.shape).astype(np.float32)
-            values = x, ids, weights
-            expected = self._run(inputs, result, values)
-            if expected is None or expected.shape != x.shape:
-                continue
-            for activation, operands in _forms(arrays, width):
-                found = reference.experts(
-                    *map(torch.from_numpy, values),
-                    **{"gate": None, **operands},  # type: ignore[arg-type]
-                    activation=activation,
-                ).numpy()
-                if np.linalg.norm(found - expected) <= _TOLERANCE * np.linalg.norm(expected):
-                    return activation, operands
-        raise self._refuse(inputs[1], "what their block computes is no activation and layout that moqc knows")
-
-    def _top(self, chosen: str) -> int:
-        """How many experts a token takes: the second input of the TopK."""
-        count = self._makers[chosen].input[1]
-        maker = self._makers.get(count)
-        if maker is not None and maker.op_type == "Constant":
-            stored = numpy_helper.to_array(maker.attribute[0].t)
-        elif count in self._model.weights:
-            stored = self._model.array(count)
+    if all(node.op_type != "TopK" for node in model.graph.node):
+        return [], ["a TopK: there is none"]
+    flow = Flow(model)
+    found, missing, routers = [], [], set[str]()
+    for top in reversed([step for step in flow.steps if step.kind == "TopK" and not step.inside]):
+        if routers & set(top.outputs):
+            continue  # chooses groups of experts, for the TopK behind it
+        search = _Search(flow, top)
+        block = search.block()
+        if block is None:
+            missing.append(f"behind the TopK {top.outputs[-1]} {search.missing}")
         else:
-            raise self._refuse(chosen, "their number is computed")
-        return int(stored.reshape(-1)[0])
+            found.append(block)
+            routers |= flow.above(top.inputs[0])
+    if found:
+        for what in missing:
+            logger.warning("%s: no experts %s", model.path, what)
+    return found[::-1], missing[::-1]
 
-    def _run(self, inputs: tuple[str, ...], result: str, values: tuple[Array, ...]) -> Array | None:
-        """`result` for `values` of `inputs`; None where it takes more than these."""
-        nodes = self._between(inputs, result)
-        if nodes is None:
+
+class _Search:
+    """Looks for the block behind one TopK. `missing` says what was not there."""
+
+    def __init__(self, flow: Flow, top: Step) -> None:
+        self._flow, self._top = flow, top
+        self._ids = top.outputs[-1]
+        self._rank = flow.rank(self._ids)
+        self._router = flow.above(self._ids)
+        self._count = 0
+        self.missing = "one tensor in which all that depends on it comes together"
+
+    def block(self) -> PlainBlock | None:
+        """The block. Raises ModelError where there is one that moqc does not compute."""
+        if self._top.inputs[1] not in self._flow.constant or len(self._top.outputs) != 2:
+            self.missing = "indices of a stored number of experts"
             return None
-        needed = {name for node in nodes for name in node.input} & self._model.weights.keys()
-        graph = helper.make_graph(
-            nodes,
-            "block",
-            [
-                helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(value.dtype), value.shape)
-                for name, value in zip(inputs, values, strict=True)
-            ],
-            [helper.make_tensor_value_info(result, TensorProto.FLOAT, None)],
-            [numpy_helper.from_array(self._model.array(name), name) for name in needed],
-        )
-        whole = helper.make_model(graph, opset_imports=[helper.make_opsetid("", self._model.opset)])
-        try:
-            found: Any = ReferenceEvaluator(whole).run(None, dict(zip(inputs, values, strict=True)))
-        except (RuntimeError, ValueError, TypeError, IndexError):
-            return None  # of another width
-        return np.asarray(found[0])
-
-    def _between(self, inputs: tuple[str, ...], result: str) -> list[onnx.NodeProto] | None:
-        """The nodes that make `result` of `inputs`, in order; None where they take something else."""
-        wanted, names = {result}, [result]
-        while names:
-            name = names.pop()
-            if name in inputs or name in self._model.weights or not name:
+        self._count = int(self._flow.value(self._top.inputs[1]).reshape(-1)[0])
+        if self._rank < 2:
+            self.missing = "indices of the shape [tokens, k]"
+            return None
+        refused = ""
+        for bounds in self._bounds():
+            self.missing = "products with stored matrices"
+            products = find_products(self._flow, bounds.steps)
+            if not products:
                 continue
-            if name not in self._makers:
-                return None
-            new = set(self._makers[name].input) - wanted
-            wanted |= new
-            names += new
-        made = wanted - set(inputs)
-        return [node for node in self._model.graph.node if made & set(node.output)]
+            form = self._form(bounds, products)
+            if isinstance(form, Form):
+                return self._made(bounds, form)
+            refused = refused or form
+        if refused:
+            raise ModelError(
+                f"{self._flow.model.path}: the indices {self._ids} of a TopK look like those of experts, but "
+                f"{refused}; export the block as a com.microsoft MoE or QMoE node, or give moqc the "
+                "checkpoint itself"
+            )
+        return None
 
+    def _bounds(self) -> Iterator[_Bounds]:
+        """Parts of the graph that may be the block: those nearest to the TopK first, and the smallest."""
+        flow = self._flow
+        joins = [
+            step
+            for step in flow.joins(self._top)
+            if flow.rank(step.outputs[0]) == self._rank and flow.is_float(step.outputs[0])
+        ]
+        for result in joins[:_JOINS]:
+            self.missing = "a part of the graph that tokens, experts and their weights determine"
+            before = {name for step in flow.steps[: flow.steps.index(result)] for name in step.outputs}
+            weights = [name for name in reversed(self._routed()) if name in before]
+            tables = [step.outputs[0] for step in joins if step.outputs[0] in before]
+            for name, is_table in [*((n, False) for n in weights), *((n, True) for n in reversed(tables))]:
+                given = [name] if is_table else [name, self._ids]
+                for x, steps in flow.cuts(result.outputs, given):
+                    if any(self._router.intersection(step.outputs) for step in steps):
+                        break  # what follows takes the router in as well
+                    if flow.rank(x) == self._rank and flow.is_float(x):
+                        yield _Bounds(result, x, self._ids, name, steps, is_table)
 
-def _forms(arrays: list[Array], hidden: int) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
-    """(activation, canonical operands) that two matrices, with biases or without, may stand for."""
-    first, second, *biases = map(torch.from_numpy, arrays)
-    for up, down in product((first, first.mT), (second, second.mT)):
-        if up.shape[2] != hidden or down.shape[1] != hidden:
-            continue
-        inner, rows = down.shape[2], up.shape[1]
-        parts = {"up": up, "down": down}
-        for name, bias in zip(("up_bias", "down_bias"), biases, strict=False):
-            parts[name] = bias
-        if rows == inner:
-            yield from ((name, {n: t.contiguous() for n, t in parts.items()}) for name in _UNGATED)
-        if rows == 2 * inner:
-            for halves in (
-                (slice(0, inner), slice(inner, None)),
-                (slice(0, None, 2), slice(1, None, 2)),
-            ):
-                split = {name: parts[name] for name in parts if not name.startswith("up")}
-                for name in [name for name in parts if name.startswith("up")]:
-                    for own, rows_of in zip(("gate", "up"), halves, strict=True):
-                        split[name.replace("up", own)] = parts[name][:, rows_of]
-                yield from ((name, {n: t.contiguous() for n, t in split.items()}) for name in _GATED)
+    def _routed(self) -> list[str]:
+        """Tensors that may hold the weights of the chosen experts: floats that depend on the TopK."""
+        flow, spread, found = self._flow, {self._ids}, list[str]()
+        for step in flow.steps:
+            if step is self._top or spread.intersection(step.inputs):
+                spread.update(step.outputs)
+                found += [] if step.inside else step.outputs
+        alike = [name for name in found if flow.is_float(name) and flow.rank(name) == self._rank]
+        return [name for name in alike if flow.columns(name) in (None, self._count)]
+
+    def _form(self, bounds: _Bounds, products: list[Product]) -> Form | str:
+        """What the block computes, or why it is none."""
+        flow = self._flow
+        mlps = read_mlps(flow, products)
+        if mlps is None:
+            return f"{len(products)} stored matrices behind them do not form equal MLPs of two or three"
+        if not flow.is_float(bounds.x, (TensorProto.FLOAT,)):
+            return f"{bounds.x} is not in float32, the precision that moqc compares blocks in"
+        if bounds.is_table and not self._is_sparse(bounds.weights, mlps.experts):
+            return f"{bounds.weights}, the weights of all experts, is not 0 for those that they do not choose"
+
+        def evaluate(x: Array, ids: Array, weights: Array) -> Array | None:
+            given = {bounds.x: x, bounds.ids: ids, bounds.weights: weights}
+            if bounds.is_table:
+                table = np.zeros((len(x), mlps.experts), np.float32)
+                np.put_along_axis(table, ids, weights, axis=1)
+                given = {bounds.x: x, bounds.weights: table}
+            return self._run(given, bounds.result.outputs[0])
+
+        tokens = flow.tokens(bounds.x, _FEW if mlps.stacked else max(_MANY, mlps.experts))
+        return identify(evaluate, mlps, tokens, self._count) or "what their block computes is " + NONE_KNOWN
+
+    def _run(self, given: dict[str, Array], result: str) -> Array | None:
+        """`result` [T, .] for values of T rows; None where it takes others."""
+        shaped = {
+            name: value.reshape(*self._flow.shape(name, len(value)), value.shape[-1])
+            for name, value in given.items()
+        }
+        try:
+            (found,) = self._flow.run(shaped, [result])
+        except (RuntimeError, ValueError, TypeError, IndexError, KeyError):
+            return None
+        return found.reshape(-1, found.shape[-1])
+
+    def _is_sparse(self, table: str, experts: int) -> bool:
+        """Whether a tensor [T, E] is 0 but for the chosen experts, on random scores."""
+        for scores, _ in self._flow.cuts((table, self._ids), ()):
+            if self._flow.rank(scores) != self._rank:
+                continue
+            rows = self._flow.tokens(scores, _DRAWS)
+            drawn = np.random.default_rng(0).normal(size=(rows, experts)).astype(np.float32)
+            shape = (*self._flow.shape(scores, rows), experts)
+            try:
+                values, ids = self._flow.run({scores: drawn.reshape(shape)}, [table, self._ids])
+                np.put_along_axis(values, ids, 0, axis=-1)
+            except (RuntimeError, ValueError, TypeError, IndexError, KeyError):
+                return False
+            return values.shape == shape and not values.any()
+        return False
+
+    def _made(self, bounds: _Bounds, form: Form) -> PlainBlock:
+        node, weights, before = bounds.result.node, bounds.weights, None
+        if bounds.is_table:
+            weights = f"{bounds.weights}_chosen"
+            before = helper.make_node("GatherElements", [bounds.weights, bounds.ids], [weights], axis=-1)
+        operands, inputs = form.operands, (bounds.x, bounds.ids, weights)
+        stored: dict[str, torch.Tensor | Quantized] = {n: operands[n] for n in _ORDER if n in operands}
+        biases = {bias: operands[bias] for name in stored if (bias := f"{name}_bias") in operands}
+        experts = OnnxExperts(node.output[0], inputs, form.activation, None, stored, biases)
+        return PlainBlock(experts, node, before)

@@ -153,15 +153,10 @@ def test_compiled_it_is_what_onnxruntime_computes(saved, tmp_path):
         assert difference < 1e-5 * np.linalg.norm(expected)
 
 
-@pytest.mark.parametrize(
-    ("nodes", "says"),
-    [
-        (block(cosine), "what their block computes is no activation and layout that moqc knows"),
-        (block(silu, weighted="odd"), r"what they multiply goes into \['Cos'\]"),
-    ],
-)
-def test_blocks_that_are_refused(saved, nodes, says):
-    with pytest.raises(ModelError, match=f"indices ids of a TopK look like those of experts, but {says}"):
+@pytest.mark.parametrize("nodes", [block(cosine), block(silu, weighted="odd")])
+def test_blocks_that_are_refused(saved, nodes):
+    says = "indices ids of a TopK look like those of experts, but what their block computes is no activation"
+    with pytest.raises(ModelError, match=f"{says} and layout that moqc knows"):
         import_onnx(saved(nodes, arrays()))
 
 
