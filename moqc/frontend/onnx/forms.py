@@ -92,7 +92,9 @@ def _placed(form: Form, x: torch.Tensor, alone: torch.Tensor) -> Form | None:
 
 def _equal(found: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
     """Which rows agree."""
-    return (found - expected).norm(dim=1) <= _TOLERANCE * expected.norm(dim=1)
+    return torch.linalg.vector_norm(found - expected, dim=1) <= _TOLERANCE * torch.linalg.vector_norm(
+        expected, dim=1
+    )
 
 
 def _forms(mlps: Mlps, hidden: int) -> Iterator[Form]:

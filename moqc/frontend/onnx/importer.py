@@ -189,6 +189,8 @@ def _summary(graph: onnx.GraphProto) -> str:
 class _Importer(ONNXGraphImporter):  # type: ignore[misc]
     """TVM's importer with operands of experts as further parameters of main."""
 
+    _params: dict[str, Any]
+
     def __init__(self, model: OnnxModel, blocks: dict[str, OnnxExperts]) -> None:
         super().__init__({}, {}, keep_params_in_input=True, sanitize=True)
         self._model, self._blocks = model, blocks
@@ -205,7 +207,8 @@ class _Importer(ONNXGraphImporter):  # type: ignore[misc]
     def _parse_graph_initializers(self, graph: onnx.GraphProto) -> None:
         super()._parse_graph_initializers(graph)
         names = [tensor.name for tensor in graph.initializer]
-        self._params = {name: self._params[name.removeprefix("onnx::")] for name in names}  # TVM cuts it off
+        # TVM cuts this prefix off.
+        self._params = {name: self._params[name.removeprefix("onnx::")] for name in names}
         nothing = tvm.runtime.tensor(np.zeros((), np.float32))  # TVM wants a value; ours come when packaging
         for site, block in self._blocks.items():
             shapes = {name: tuple(matrix.shape) for name, matrix in block.matrices.items()}

@@ -127,7 +127,7 @@ def test_external_data_that_is_not_there(saved, tmp_path):
 
 
 def test_models_without_experts_say_what_was_looked_for(saved):
-    with pytest.raises(ModelError, match=r"looked for .*MoE and QMoE nodes .*TopK.*found 1 nodes: MatMul"):
+    with pytest.raises(ModelError, match=r"looked for .*MoE and QMoE nodes.*TopK.*of 1 nodes: MatMul"):
         import_onnx(saved(make()))
 
 

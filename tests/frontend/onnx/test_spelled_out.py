@@ -1,4 +1,4 @@
-"""MLPs of every expert's own, for masked tokens, for tokens gathered and scattered, behind If; other graphs."""
+"""MLPs of every expert's own: for masked tokens, for tokens gathered and scattered, behind If."""
 
 import numpy as np
 import onnx
