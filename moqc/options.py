@@ -12,7 +12,7 @@ from pathlib import Path
 
 from moqc.keywords import like, option
 from moqc.recipe import Recipe
-from moqc.units import parse_bytes, parse_seconds, parse_share, split, split_integers, split_numbers
+from moqc.units import parse_bytes, parse_seconds, split, split_integers, split_numbers, split_shares
 
 DEFAULT_TOKENS = 128
 """Produced where nobody says how many."""
@@ -244,8 +244,12 @@ class CompareOptions(ScoringOptions):
 class RuleOptions:
     """Rules of expert pruning."""
 
-    prune: float = option(
-        0.2, "compare rules that skip this share of the experts' work", metavar="SHARE", parse=parse_share
+    prune: Sequence[float] = option(
+        (0.2,),
+        "compare rules that skip these shares of the experts' work, such as 10%,20%",
+        metavar="SHARE,...",
+        parse=split_shares,
+        joined=True,
     )
     rules: Sequence[str] = option(
         PRUNING_RULES,
@@ -255,6 +259,7 @@ class RuleOptions:
         parse=split,
         joined=True,
     )
+    target: str = option("native", "with --prune: predict speed for this machine", metavar="NAME")
 
 
 @dataclass(frozen=True, kw_only=True)

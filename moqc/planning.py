@@ -35,6 +35,7 @@ def plan(model: str | Path, options: PlanOptions) -> Plan:
     from moqc.predict.speed import with_bandwidth
     from moqc.quant.allocators.table import find_allocator
     from moqc.quant.formats import Format
+    from moqc.schedules.kernel_times import kernel_times
 
     find_allocator(options.allocator)
     if options.max_batch < 1:
@@ -47,7 +48,7 @@ def plan(model: str | Path, options: PlanOptions) -> Plan:
         context=context_length(config, options.context),
         batch=options.max_batch,
         copied_bytes=copied_bytes(folder),
-        machine=with_bandwidth(machine.roofline, options.bandwidth),
+        times=with_bandwidth(kernel_times(machine), options.bandwidth),
         cache=machine.cache,
     )
     return make_plan(

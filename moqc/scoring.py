@@ -10,6 +10,7 @@ from moqc.errors import UserError
 from moqc.inputs import open_workspace, read_calibration, require_compiler, resolve_model
 from moqc.keywords import keywords
 from moqc.options import CompareOptions, EvalOptions, PruningOptions, ScoringOptions
+from moqc.targets import find_target
 
 if TYPE_CHECKING:
     from moqc.calibrate.workspace import Workspace
@@ -90,7 +91,7 @@ def compare(model: str | Path, texts: Sequence[Path | str], options: CompareOpti
 def compare_pruning(
     model: str | Path, texts: Sequence[Path | str], options: PruningOptions
 ) -> SkipComparison:
-    """Evaluate rules that skip `prune` of the experts' work, on every plan; see `moqc.evaluate.skips`.
+    """Evaluate rules that skip shares of the experts' work, on every plan; see `moqc.evaluate.skips`.
 
     Args:
         model: a checkpoint folder, or an id of the Hugging Face hub.
@@ -100,21 +101,29 @@ def compare_pruning(
     require_compiler()
     from moqc.evaluate.bench import Bench
     from moqc.evaluate.metrics import evaluation_windows
-    from moqc.evaluate.skips import check_rules, compare_skips
+    from moqc.evaluate.skips import SkipChoices, compare_skips
     from moqc.frontend.checkpoint import Checkpoint
+    from moqc.frontend.trace import outline
     from moqc.pipelines import Plan
 
-    check_rules(options.rules)
+    target = find_target(options.target)
     parsed = [(text, Plan.parse(text)) for text in options.plans]
     checkpoint = Checkpoint.open(resolve_model(model))
+    choices = SkipChoices(
+        plans=parsed,
+        bits=options.bits,
+        shares=options.prune,
+        rules=options.rules,
+        linears=options.linears,
+        target=target,
+        model=outline(checkpoint.config, latent=target.latent_attention),
+    )
+    choices.check()
     workspace = open_workspace(options.cache)
     tokenizer = checkpoint.path / "tokenizer.json"
     windows = evaluation_windows(texts, tokenizer, tokens=options.tokens, window=options.window)
     ctx = _context(checkpoint, workspace, options, options.seed)
-    bench = Bench.open(checkpoint, workspace, {})
-    return compare_skips(
-        ctx, bench, windows, parsed, options.bits, options.prune, options.rules, linears=options.linears
-    )
+    return compare_skips(ctx, Bench.open(checkpoint, workspace, {}), windows, choices)
 
 
 def _context(checkpoint: Checkpoint, workspace: Workspace, options: ScoringOptions, seed: int) -> PassContext:

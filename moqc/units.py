@@ -35,6 +35,11 @@ def parse_share(text: str) -> float:
     return share
 
 
+def split_shares(value: str) -> tuple[float, ...]:
+    """Shares of a comma-separated list, each as `parse_share` reads it."""
+    return tuple(parse_share(item) for item in split(value))
+
+
 def split(value: str) -> tuple[str, ...]:
     """Items of a comma-separated list; UserError when one is empty."""
     items = tuple(item.strip() for item in value.split(",")) if value.strip() else ()

@@ -18,6 +18,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from moqc.errors import TargetError
 from moqc.quant.formats import Format
 from moqc.targets import Roofline, Target
@@ -32,6 +34,8 @@ class KernelTimes:
 
     machine: Roofline | None
     measured: Mapping[tuple[int, int, str, int], float]
+    source: str = ""
+    """Of `measured`."""
 
     def microseconds(self, rows: int, columns: int, fmt: Format, tokens: int = 1) -> float:
         """Time of one matrix. Raises TargetError where neither a measurement nor a roofline is known."""
@@ -45,6 +49,21 @@ class KernelTimes:
             )
         memory = fmt.stored_bits(rows, columns) / 8 / self.machine.bandwidth
         return 1e6 * max(memory, rows * columns / self.machine.weight_rate)
+
+    def between(self, rows: int, columns: int, bits: float, tokens: int = 1) -> float | None:
+        """Microseconds of a matrix of `bits` file bits a weight, interpolated between measured formats.
+
+        A format is as fast as any measured one of more bits. None where `bits` are out of their range.
+        """
+        points = sorted(
+            (Format.parse(name).stored_bits(rows, columns) / (rows * columns), microseconds)
+            for (*shape, name, count), microseconds in self.measured.items()
+            if (*shape, count) == (rows, columns, tokens)
+        )
+        if not points or not points[0][0] <= bits <= points[-1][0]:
+            return None
+        sizes, found = np.array(points).T
+        return float(np.interp(bits, sizes, np.minimum.accumulate(found[::-1])[::-1]))
 
 
 def kernel_times(target: Target, folder: Path = FOLDER) -> KernelTimes:
@@ -64,4 +83,4 @@ def kernel_times(target: Target, folder: Path = FOLDER) -> KernelTimes:
             rows[key] = float(row["microseconds"])
     except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
         raise TargetError(f"{path}: not a table of kernel times ({type(error).__name__}: {error})") from error
-    return KernelTimes(target.roofline, rows)
+    return KernelTimes(target.roofline, rows, str(content["source"]))

@@ -48,7 +48,7 @@ LAYERS = {
     "moqc.runtime": 8,
     "moqc.evaluate": 9,
     "moqc.bench": 9,
-    "moqc.predict": 9,
+    "moqc.predict": 8.5,
     "moqc.report": 9,
     "moqc.inputs": 10,
     "moqc.artifact": 10.2,

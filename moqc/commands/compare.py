@@ -77,7 +77,8 @@ def _compare_pruning(
     from moqc.api import compare_pruning
 
     if "prune" not in pruning:
-        raise UserError("--prune-rules without --prune: give the share of the experts' work to skip")
+        given = " and ".join("--prune-rules" if name == "rules" else f"--{name}" for name in sorted(pruning))
+        raise UserError(f"{given} without --prune: give the share of the experts' work to skip")
     seeds = split_integers(choices.pop("seeds", "0"))
     others = set(choices) - PRUNED_ONLY
     if others or len(seeds) != 1:
@@ -90,20 +91,26 @@ def _compare_pruning(
 
 
 def _print_skips(result: SkipComparison) -> None:
-    typer.echo(f"{result.share:.1%} of the experts' work to skip, on {result.tokens} predictions\n")
+    shares = ", ".join(f"{share:.1%}" for share in result.shares)
+    typer.echo(f"{shares} of the experts' work to skip, on {result.tokens} predictions\n")
+    header = ("plan", "bits", "rule", "share", "skipped", "loss", "increase", "+-", "KLD", "bytes a token")
     print_table(
-        ("plan", "bits", "rule", "skipped", "loss", "increase", "KLD", "bytes a token"),
+        (*header, "tokens/s (predicted)"),
         [
             (
                 row.plan,
                 row.target_bits,
                 row.rule,
+                row.share,
                 row.skipped_fraction,
                 row.loss,
                 row.loss_increase,
+                row.standard_error,
                 row.kld,
                 row.active_bytes_per_token,
+                None if row.decode_tokens_per_s is None else f"{row.decode_tokens_per_s:.4g}",
             )
             for row in result.rows
         ],
     )
+    typer.echo(f"\ntokens/s on {result.target}: {result.speed_source}")

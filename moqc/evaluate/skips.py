@@ -1,29 +1,26 @@
 """Rules of expert pruning side by side: what skipping costs, and what a token still reads.
 
-All rules skip the same share of the experts' work on the calibration text. They are evaluated on the same
-windows as plans are (`moqc.evaluate.compare`), by the reference forward, with and without quantized experts.
+With a share, all rules skip as much of the experts' work on the calibration text. They are evaluated on the
+same windows as plans are (`moqc.evaluate.compare`), by the reference forward, with and without quantized
+experts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor
+from numpy.typing import NDArray
 
-from moqc.calibrate.layers import ExpertsFunction, LayeredModel, Stream, split_batches
-from moqc.calibrate.quantize import experts_function, overridden, quantize_experts
-from moqc.calibrate.routing import PrunedExperts
+from moqc.calibrate.quantize import quantize_experts
 from moqc.calibrate.skipping import VERSION as SKIPPING_VERSION
 from moqc.calibrate.skipping import Skipping
-from moqc.calibrate.store import ExpertStore
 from moqc.calibrate.workspace import digest
 from moqc.errors import UserError
 from moqc.evaluate.bench import Bench, Linears
-from moqc.evaluate.metrics import Accumulator, Scores, mean_scores
+from moqc.evaluate.skip_scores import Outcome, SkipBench
+from moqc.frontend.trace import Outline
 from moqc.ir.annotations import BITS
 from moqc.ir.sites import find_linears
 from moqc.log import logger
@@ -31,44 +28,59 @@ from moqc.options import Debug
 from moqc.passes.base import PassContext
 from moqc.passes.quantize_linears import QuantizeLinears
 from moqc.pipelines import Plan, allocation_pipeline, check_bits, run_passes
+from moqc.predict.sizes import FLOAT_BYTES, Storage, footprint
+from moqc.predict.speed import Speed, limited, other_speed
 from moqc.quant.formats import Format
-from moqc.quant.routing import Pruning
 from moqc.quant.skips import RULES
-
-VERSION = 1
-"""Of the evaluation; part of the key of cached scores."""
+from moqc.schedules.kernel_times import KernelTimes, kernel_times
+from moqc.targets import Target
 
 UNPRUNED = "none"
 """`rule` of a row without pruning, `plan` of one without quantization."""
+
+SPEED = (
+    "not measured: bytes of the experts a token keeps and of all other weights, each over what the target's "
+    "kernels reach; one sequence, cache empty"
+)
+"""Where `decode_tokens_per_s` is from, beside the target's own numbers."""
 
 
 @dataclass(frozen=True)
 class SkipRow:
     """One rule on one plan. Losses are in nats.
 
-    `loss_increase` is over the same weights without pruning, `kld` the mean KL divergence from the model
-    unquantized and unpruned. `skipped_fraction` is the share of (token, expert) pairs skipped on the text.
+    `share` of the (token, expert) pairs was to be skipped, `skipped_fraction` was on the text.
+    `loss_increase` is over the same weights without pruning, `standard_error` that of this mean over the
+    predictions, `kld` the mean KL divergence from the model unquantized and unpruned.
     `active_bytes_per_token`: stored bytes of all weights that decoding a token reads, with the experts that
-    it keeps.
+    it keeps. `decode_tokens_per_s` is predicted (`SPEED`), None where nothing is known of the target.
     """
 
     plan: str
     target_bits: float | None
     rule: str
+    share: float
     skipped_fraction: float
     loss: float
     loss_increase: float
+    standard_error: float
     kld: float
     active_bytes_per_token: int
+    decode_tokens_per_s: float | None
 
 
 @dataclass(frozen=True)
 class SkipComparison:
-    """All rows; `share` is what was asked for, `tokens` the predictions scored in `files`."""
+    """All rows; `shares` is what was asked for, `tokens` the predictions scored in `files`.
 
-    share: float
+    `target` and `speed_source` say what the predicted speed is of.
+    """
+
+    shares: tuple[float, ...]
     tokens: int
     files: tuple[str, ...]
+    target: str
+    speed_source: str
     rows: tuple[SkipRow, ...]
 
     def to_dict(self) -> dict[str, Any]:
@@ -76,205 +88,176 @@ class SkipComparison:
         return asdict(self)
 
 
-def check_rules(rules: Sequence[str]) -> None:
-    """Raise UserError for an unknown rule, or none at all."""
-    unknown = [rule for rule in rules if rule not in RULES]
-    if unknown or not rules:
-        raise UserError(f"pruning rules {', '.join(unknown) or '(none)'}: known are {', '.join(RULES)}")
+@dataclass(frozen=True)
+class SkipChoices:
+    """What is compared: `rules`, each at all `shares`, on `plans` (text and plan) at all `bits`.
+
+    `linears` as for `compare_plans`; speeds are predicted for `target`, a token as in `model`.
+    """
+
+    plans: Sequence[tuple[str, Plan]]
+    bits: Sequence[float]
+    shares: Sequence[float]
+    rules: Sequence[str]
+    linears: str
+    target: Target
+    model: Outline
+
+    def check(self) -> None:
+        """Raise UserError for an unknown rule, or for nothing to compare."""
+        unknown = [rule for rule in self.rules if rule not in RULES]
+        if unknown or not self.rules:
+            raise UserError(f"pruning rules {', '.join(unknown) or '(none)'}: known are {', '.join(RULES)}")
+        if not self.shares:
+            raise UserError("no share of the experts' work to skip: give one, such as 20%")
+        for bits in self.bits:
+            check_bits(bits)
 
 
 def compare_skips(
-    ctx: PassContext,
-    bench: Bench,
-    windows: Mapping[str, Any],
-    plans: Sequence[tuple[str, Plan]],
-    bits: Sequence[float],
-    share: float,
-    rules: Sequence[str],
-    *,
-    linears: str = "none",
+    ctx: PassContext, bench: Bench, windows: Mapping[str, NDArray[Any]], choices: SkipChoices
 ) -> SkipComparison:
-    """Evaluate each of `rules` on the unquantized model and on each plan at each number of bits.
+    """Evaluate each rule and share on the unquantized model and on each plan at each number of bits.
 
-    `windows`: file name -> int64 [n, window]; `linears` as for `compare_plans`. Raises BudgetError for a plan
-    out of reach.
+    `windows`: file name -> int64 [n, window]. Raises BudgetError for a plan out of reach.
     """
-    check_rules(rules)
-    for target in bits:
-        check_bits(target)
-    others = QuantizeLinears(linears=linears, embeddings=linears).plan(bench.mod)
+    choices.check()
+    others = QuantizeLinears(linears=choices.linears, embeddings=choices.linears).plan(bench.mod)
     calibration = ctx.need("calibration", "compare")
     skipping = Skipping.of(bench.checkpoint, calibration, bench.workspace)
-    prunings = {rule: skipping.prunings(rule, share) for rule in rules}
+    settings = [(rule, share) for share in choices.shares for rule in choices.rules]
+    prunings = [skipping.prunings(rule, share) for rule, share in settings]
+    key = digest("skips", SKIPPING_VERSION, skipping.key, [list(setting) for setting in settings])
+    skips = SkipBench(bench, windows, prunings, key)
     planned = [
-        (text, plan, target, BITS.of(run_passes(allocation_pipeline(plan, target), bench.mod, ctx, Debug())))
-        for target in bits
-        for text, plan in plans
+        (text, plan, bits, BITS.of(run_passes(allocation_pipeline(plan, bits), bench.mod, ctx, Debug())))
+        for bits in choices.bits
+        for text, plan in choices.plans
     ]
-    task = _Task(bench, skipping, windows, prunings, share)
-    rows = _rows(_Group(task, None, {}), UNPRUNED, None, _stored_bytes(bench))
-    for text, plan, target, formats in planned:
-        logger.info("evaluating %s at %g bits", text, target)
+    reading = _Reading.of_stored(bench, choices)
+    tokens = sum(array.size for array in windows.values())
+    rows = _rows(UNPRUNED, None, settings, skips.measure(None, {}), reading, tokens)
+    for text, plan, bits, formats in planned:
+        logger.info("evaluating %s at %g bits", text, bits)
         store = quantize_experts(
             bench.checkpoint, formats, plan.quantizer, calibration, bench.workspace, rotate=plan.rotates
         )
-        rows += _rows(_Group(task, store, others), text, target, _planned_bytes(bench, formats))
-    tokens = sum(array.shape[0] * (array.shape[1] - 1) for array in windows.values())
-    return SkipComparison(share, tokens, tuple(windows), tuple(rows))
+        reading = _Reading.of_plan(bench, choices, formats, others)
+        rows += _rows(text, bits, settings, skips.measure(store, others), reading, tokens)
+    predictions = tokens - sum(len(array) for array in windows.values())
+    source = f"{SPEED}; {_source(kernel_times(choices.target))}"
+    return SkipComparison(
+        tuple(choices.shares), predictions, tuple(windows), choices.target.name, source, tuple(rows)
+    )
 
 
-ExpertBytes = Mapping[str, Sequence[float]]
-"""site -> stored bytes of each expert."""
-
-
-def _stored_bytes(bench: Bench) -> ExpertBytes:
-    """As the checkpoint has them."""
-    found = {}
-    for layout in bench.checkpoint.layouts:
-        total = 0.0
-        for projection in layout.projections:
-            _, rows, columns = layout.shape(projection)
-            total += rows * columns * bench.checkpoint.load(layout.source(projection), 0).element_size()
-        found[layout.site] = [total] * layout.experts
-    return found
-
-
-def _planned_bytes(bench: Bench, formats: Mapping[str, Mapping[str, Sequence[str]]]) -> ExpertBytes:
-    found = {}
-    for layout in bench.checkpoint.layouts:
-        shapes = {name: layout.shape(name)[1:] for name in layout.projections}
-        found[layout.site] = [
-            sum(Format.parse(formats[layout.site][name][e]).stored_bits(*shapes[name]) / 8 for name in shapes)
-            for e in range(layout.experts)
-        ]
-    return found
+def _source(times: KernelTimes) -> str:
+    machine = "no roofline is known" if times.machine is None else times.machine.source
+    return f"measured matrices: {times.source}; others: {machine}" if times.source else machine
 
 
 @dataclass(frozen=True)
-class _Task:
-    """What all groups of rows have in common: the text, and the prunings of each rule."""
+class _Reading:
+    """What decoding a token reads of one set of weights.
 
-    bench: Bench
-    skipping: Skipping
-    windows: Mapping[str, Any]
-    prunings: Mapping[str, Mapping[str, Pruning]]
-    share: float
+    `stored`: site -> stored bytes of each expert; `seconds`: site -> time of each. `other_bytes` are stored,
+    `other` is the time of all that is no routed expert; None where nothing is known of the target.
+    """
 
+    stored: Mapping[str, Sequence[float]]
+    seconds: Mapping[str, Sequence[float]]
+    other_bytes: float
+    other: Speed | None
 
-@dataclass(frozen=True)
-class _Group:
-    """All rules on one set of weights: experts of `store` (None: as stored), other matrices in `linears`."""
+    @classmethod
+    def of_stored(cls, bench: Bench, choices: SkipChoices) -> _Reading:
+        """As the checkpoint has them; in memory floats are float32."""
+        machine = choices.target.roofline
+        stored, seconds = {}, {}
+        for layout in bench.checkpoint.layouts:
+            weights, total = 0, 0.0
+            for projection in layout.projections:
+                _, rows, columns = layout.shape(projection)
+                weights += rows * columns
+                total += rows * columns * bench.checkpoint.load(layout.source(projection), 0).element_size()
+            time = limited(machine, FLOAT_BYTES * weights, weights).seconds if machine else 0.0
+            stored[layout.site], seconds[layout.site] = [total] * layout.experts, [time] * layout.experts
+        return cls(stored, seconds, _other_bytes(bench, {}), _other_speed(choices, "none"))
 
-    task: _Task
-    store: ExpertStore | None
-    linears: Linears
+    @classmethod
+    def of_plan(
+        cls,
+        bench: Bench,
+        choices: SkipChoices,
+        formats: Mapping[str, Mapping[str, Sequence[str]]],
+        linears: Linears,
+    ) -> _Reading:
+        """With experts in `formats` and other matrices in `linears`."""
+        times = kernel_times(choices.target)
+        stored, seconds = {}, {}
+        for layout in bench.checkpoint.layouts:
+            units = [
+                [
+                    (*layout.shape(name)[1:], Format.parse(formats[layout.site][name][e]))
+                    for name in layout.projections
+                ]
+                for e in range(layout.experts)
+            ]
+            stored[layout.site] = [
+                sum(fmt.stored_bits(rows, columns) / 8 for rows, columns, fmt in unit) for unit in units
+            ]
+            seconds[layout.site] = [
+                sum(1e-6 * times.microseconds(*one) for one in unit) if times.machine else 0.0
+                for unit in units
+            ]
+        return cls(stored, seconds, _other_bytes(bench, linears), _other_speed(choices, choices.linears))
 
-    def measure(self) -> dict[str, Any]:
-        """Scores, and kept pairs by expert, of each rule and of none; cached."""
-        task, workspace = self.task, self.task.bench.workspace
-        formats = {site: str(fmt) for site, fmt in self.linears.items()}
-        keys = [] if self.store is None else list(self.store.keys.values())
-        key = digest(
-            "skips",
-            [VERSION, SKIPPING_VERSION],
-            task.skipping.key,
-            [keys, formats, list(task.prunings), task.share],
-            list(task.windows),
-            list(task.windows.values()),
-        )
-        if not workspace.has(key):
-            workspace.save_json(key, self._run())
-        found: dict[str, Any] = workspace.load_json(key)
-        return found
-
-    def _run(self) -> dict[str, Any]:
-        arrays = list(self.task.windows.values())
-        tokens = np.concatenate(arrays)
-        owners = np.concatenate([np.full(len(windows), number) for number, windows in enumerate(arrays)])
-        rules: dict[str, Mapping[str, Pruning]] = {UNPRUNED: {}, **self.task.prunings}
-        counters = {rule: PrunedExperts(prunings, tokens.shape[1]) for rule, prunings in rules.items()}
-        scores = {rule: [Accumulator() for _ in arrays] for rule in counters}
-        start = 0
-        for reference, outputs in self._logits(torch.from_numpy(tokens), counters):
-            rows = slice(start, start + len(reference))
-            for rule, logits in zip(counters, outputs, strict=True):
-                for number in np.unique(owners[rows]):
-                    mine = owners[rows] == number
-                    parts = (tokens[rows][mine], logits.cpu().numpy()[mine], reference.cpu().numpy()[mine])
-                    scores[rule][number].add(*parts)
-            start += len(reference)
+    def row(self, kept: Mapping[str, Sequence[int]], tokens: int) -> dict[str, Any]:
+        """The fields of `SkipRow` for pairs `kept` of each expert by so many tokens."""
+        active = sum(n * self.stored[site][e] for site, pairs in kept.items() for e, n in enumerate(pairs))
+        time = sum(n * self.seconds[site][e] for site, pairs in kept.items() for e, n in enumerate(pairs))
+        rate = None if self.other is None else 1 / (time / tokens + self.other.seconds)
         return {
-            rule: {
-                "scores": asdict(mean_scores([accumulator.scores() for accumulator in scores[rule]])),
-                "skipped": counter.skipped,
-                "kept": {site: counts.tolist() for site, counts in counter.kept.items()},
-            }
-            for rule, counter in counters.items()
+            "active_bytes_per_token": round(active / tokens + self.other_bytes),
+            "decode_tokens_per_s": rate,
         }
 
-    def _logits(
-        self, tokens: Tensor, counters: Mapping[str, PrunedExperts]
-    ) -> Iterator[tuple[Tensor, Iterator[Tensor]]]:
-        """For each batch: logits of the unquantized model, and those of each of `counters`, one at a time."""
-        bench, batches = self.task.bench, split_batches(tokens)
-        model = overridden(bench.checkpoint, bench.quantized(self.linears))
-        streams = _forward(model, batches, list(counters.values()), self.store)
-        if self.store is None:
-            plain, reference = model, streams[0]
-        else:
-            plain = LayeredModel(bench.checkpoint)
-            reference = _forward(plain, batches, [PrunedExperts({}, tokens.shape[1])], None)[0]
-        for number, batch in enumerate(batches):
-            one = Stream([batch], [reference.hidden[number]], [reference.arguments[number]])
-            joint = Stream(
-                [batch] * len(streams),
-                [stream.hidden[number] for stream in streams],
-                [streams[0].arguments[number]] * len(streams),
-            )
-            (wanted,) = plain.logits(one)
-            yield wanted, model.logits(joint)
 
-
-def _forward(
-    model: LayeredModel, batches: list[Tensor], counters: Sequence[PrunedExperts], store: ExpertStore | None
-) -> list[Stream]:
-    """The final hidden states of each of `counters`, in one pass over the weights."""
-    first = model.start(batches)
-    streams = [first.fork() for _ in counters]
-    for index in range(model.layer_count):
-        experts: ExpertsFunction = experts_function(model, index, store, "float")
-        with model.layer(index) as layer:
-            for stream, counter in zip(streams, counters, strict=True):
-                layer.run(stream, counter.around(experts))
-    return streams
-
-
-def _rows(group: _Group, plan: str, target: float | None, expert_bytes: ExpertBytes) -> list[SkipRow]:
-    measured = group.measure()
-    base = Scores(**measured[UNPRUNED]["scores"]).loss
-    others = _other_bytes(group.task.bench, group.linears)
-    tokens = sum(array.size for array in group.task.windows.values())
-    rows = []
-    for rule, found in measured.items():
-        scores = Scores(**found["scores"])
-        active = sum(
-            pairs * expert_bytes[site][expert]
-            for site, counts in found["kept"].items()
-            for expert, pairs in enumerate(counts)
+def _rows(
+    plan: str,
+    bits: float | None,
+    settings: Sequence[tuple[str, float]],
+    outcomes: Sequence[Outcome],
+    reading: _Reading,
+    tokens: int,
+) -> list[SkipRow]:
+    """One row for no pruning, then one for each of `settings`; `tokens` were run."""
+    return [
+        SkipRow(
+            plan=plan,
+            target_bits=bits,
+            rule=rule,
+            share=share,
+            skipped_fraction=outcome.skipped,
+            loss=outcome.loss,
+            loss_increase=outcome.increase,
+            standard_error=outcome.standard_error,
+            kld=outcome.kld,
+            **reading.row(outcome.kept, tokens),
         )
-        rows.append(
-            SkipRow(
-                plan=plan,
-                target_bits=target,
-                rule=rule,
-                skipped_fraction=found["skipped"],
-                loss=scores.loss,
-                loss_increase=scores.loss - base,
-                kld=scores.kld_mean or 0.0,
-                active_bytes_per_token=round(active / tokens + others),
-            )
-        )
-    return rows
+        for (rule, share), outcome in zip([(UNPRUNED, 0.0), *settings], outcomes, strict=True)
+    ]
+
+
+def _other_speed(choices: SkipChoices, linears: str) -> Speed | None:
+    """Time of all that is no routed expert."""
+    machine = choices.target.roofline
+    if machine is None:
+        return None
+    storage = Storage(0.0, False, None if linears == "none" else Format.parse(linears))
+    return other_speed(
+        choices.model, footprint(choices.model, storage, choices.target.cache), machine, context=0
+    )
 
 
 def _other_bytes(bench: Bench, linears: Linears) -> float:

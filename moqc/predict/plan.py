@@ -20,10 +20,10 @@ from moqc.predict.sizes import (
     uniform_bits,
     work_bytes,
 )
-from moqc.predict.speed import Speed, decode_speed
+from moqc.predict.speed import Speed, decode_speed, speed_source
 from moqc.quant.formats import Format
 from moqc.quant.problem import SPENT_SHARE
-from moqc.targets import Roofline
+from moqc.schedules.kernel_times import KernelTimes
 
 ALTERNATIVES = (2.0, 2.5, 3.0, 4.0)
 """Expert file bits shown beside the plan."""
@@ -39,8 +39,8 @@ class Deployment:
     """What does not depend on the budget.
 
     `linears` is a format or None, `context` and `batch` size the cache, `copied_bytes` is the size of the
-    tokenizer files that go into the artifact, `machine` None where nothing is known about speed, `cache` the
-    dtype of the key-value cache.
+    tokenizer files that go into the artifact, `times` what is known about speed, `cache` the dtype of the
+    key-value cache.
     """
 
     linears: Format | None
@@ -48,7 +48,7 @@ class Deployment:
     context: int
     batch: int
     copied_bytes: int
-    machine: Roofline | None
+    times: KernelTimes
     cache: str = "float32"
 
 
@@ -100,8 +100,7 @@ class Plan:
     @property
     def speed_source(self) -> str:
         """Where the numbers behind the speed are from."""
-        machine = self.deployment.machine
-        return "no roofline is known for this target" if machine is None else machine.source
+        return speed_source(self.model, self.chosen.stored, self.deployment.times)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -146,7 +145,7 @@ def make_plan(
         chosen = predict(_affordable(model, deployment, bits))
     elif size is not None:
         chosen = _largest(model, predict, lambda item: item.file_bytes, size, "bytes")
-    elif deployment.machine is None:
+    elif deployment.times.machine is None:
         raise UserError("no roofline is known for this target: give --bandwidth, or another budget")
     else:
         chosen = _largest(model, predict, _milliseconds, 1e3 * (latency or 0), "ms a token")
@@ -167,8 +166,7 @@ def _predictor(model: Outline, deployment: Deployment) -> Callable[[float], Pred
     def predict(bits: float) -> Prediction:
         storage = Storage(bits, deployment.uniform, deployment.linears)
         stored = footprint(model, storage, deployment.cache)
-        machine = deployment.machine
-        speed = None if machine is None else decode_speed(model, stored, machine, context=0)
+        speed = decode_speed(model, stored, deployment.times, context=0)
         cache = deployment.batch * deployment.context * stored.kv_bytes_per_token
         work = work_bytes(model, deployment.batch * min(CHUNK, deployment.context))
         return Prediction(
@@ -241,9 +239,8 @@ def _at_context(
     model: Outline, deployment: Deployment, chosen: Prediction, length: int
 ) -> tuple[int, int, float | None]:
     cache = length * chosen.stored.kv_bytes_per_token
-    if deployment.machine is None:
-        return length, cache, None
-    return length, cache, 1 / decode_speed(model, chosen.stored, deployment.machine, length).seconds
+    speed = decode_speed(model, chosen.stored, deployment.times, length)
+    return length, cache, None if speed is None else 1 / speed.seconds
 
 
 def _alternatives(

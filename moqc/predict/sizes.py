@@ -56,7 +56,8 @@ class Footprint:
 
     `file_bytes` is the whole artifact but for its tokenizer; `weight_bytes` the weights in memory.
     `token_bytes` are read to decode one token with an empty cache, `token_weights` (a number) are decoded and
-    multiplied; `kv_bytes_per_token` is what the cache of one sequence grows by.
+    multiplied, `token_expert_bytes` and `token_expert_weights` of them those of the routed experts;
+    `kv_bytes_per_token` is what the cache of one sequence grows by.
     """
 
     parameter_bytes: int
@@ -64,6 +65,8 @@ class Footprint:
     weight_bytes: int
     token_bytes: int
     token_weights: int
+    token_expert_bytes: int
+    token_expert_weights: int
     kv_bytes_per_token: int
 
 
@@ -102,9 +105,10 @@ def footprint(model: Outline, storage: Storage, cache: str = "float32") -> Footp
         raise ModelError(f"{model.model_type}: weights of dtype {model.dtype}; moqc reads float types only")
     stored = STORED_BYTES[model.dtype]
     experts = round(expert_weights(model) * storage.expert_bits / 8)
-    active = round(expert_weights(model, active=True) * storage.expert_bits / 8)
+    active_weights = expert_weights(model, active=True)
+    active = round(active_weights * storage.expert_bits / 8)
     disk, memory = experts + stored * model.other_weights, experts + FLOAT_BYTES * model.other_weights
-    read, multiplied = active + FLOAT_BYTES * model.other_weights, expert_weights(model, active=True)
+    read, multiplied = active + FLOAT_BYTES * model.other_weights, active_weights
     for matrix in model.matrices:
         packed = _packed_bytes(matrix, storage.linears)
         weights = matrix.rows * matrix.columns
@@ -119,6 +123,8 @@ def footprint(model: Outline, storage: Storage, cache: str = "float32") -> Footp
         weight_bytes=memory,
         token_bytes=read,
         token_weights=multiplied,
+        token_expert_bytes=active,
+        token_expert_weights=active_weights,
         kv_bytes_per_token=sum(STORED_BYTES[cache] * use.element_count for use in model.attention),
     )
 

@@ -1,4 +1,4 @@
-"""Decoding speed from a roofline: bytes over bandwidth, weights over the rate of the kernels, fixed costs."""
+"""Decoding speed: times of kernels where they were measured, a roofline for the rest, fixed costs."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 
 from moqc.errors import UserError
 from moqc.frontend.trace import AttentionUse, Outline
-from moqc.predict.sizes import Footprint
+from moqc.predict.sizes import Footprint, projections
+from moqc.schedules.kernel_times import KernelTimes
 from moqc.targets import Roofline
 
 REACHED = 0.75
@@ -16,19 +17,22 @@ REACHED = 0.75
 
 @dataclass(frozen=True, slots=True)
 class Speed:
-    """Seconds to decode one token of one sequence, by what they are spent on.
+    """Seconds to decode one token of one sequence, by what limits them: they add up.
 
-    Reading and multiplying overlap, so that the larger of them counts; fixed costs add up.
+    `memory`: of what waits for bytes, `compute`: for multiplications, `fixed`: for neither.
     """
 
-    memory: float
-    compute: float
-    fixed: float
+    memory: float = 0.0
+    compute: float = 0.0
+    fixed: float = 0.0
+
+    def __add__(self, other: Speed) -> Speed:
+        return Speed(self.memory + other.memory, self.compute + other.compute, self.fixed + other.fixed)
 
     @property
     def seconds(self) -> float:
         """Of one token."""
-        return max(self.memory, self.compute) + self.fixed
+        return self.memory + self.compute + self.fixed
 
     @property
     def bound(self) -> str:
@@ -37,33 +41,80 @@ class Speed:
         return max(parts, key=lambda name: parts[name])
 
 
-def with_bandwidth(machine: Roofline | None, gigabytes: float | None) -> Roofline | None:
-    """`machine` with the memory bandwidth a user states, in GB/s; without one known, memory alone limits.
+def with_bandwidth(times: KernelTimes, gigabytes: float | None) -> KernelTimes:
+    """`times` with the memory bandwidth a user states, in GB/s; without a roofline, memory alone limits.
 
     Of what plain reads reach, kernels reach `REACHED`; a target's roofline has what they were measured to.
-    Raises UserError for a bandwidth that is not above 0.
+    Times measured on another machine are left out. Raises UserError for a bandwidth that is not above 0.
     """
     if gigabytes is None:
-        return machine
+        return times
     if not gigabytes > 0:
         raise UserError(f"bandwidth {gigabytes:g}: GB/s must be above 0")
     stated = f"memory bandwidth of {gigabytes:g} GB/s as given, of which kernels reach {REACHED:.0%}"
-    reached = REACHED * gigabytes * 1e9
+    reached, machine = REACHED * gigabytes * 1e9, times.machine
     if machine is None:
-        return Roofline(reached, float("inf"), 0.0, f"{stated}; nothing else is counted")
-    return replace(machine, bandwidth=reached, source=f"{stated}; otherwise {machine.source}")
+        source = f"{stated}; nothing else is counted"
+        return KernelTimes(Roofline(reached, float("inf"), 0.0, source), {})
+    source = f"{stated}; otherwise {machine.source}"
+    return KernelTimes(replace(machine, bandwidth=reached, source=source), {})
 
 
-def decode_speed(model: Outline, stored: Footprint, machine: Roofline, context: int) -> Speed:
-    """Time of one token after `context` others."""
+def limited(machine: Roofline, bytes: float, weights: float) -> Speed:
+    """Time to read `bytes` and multiply `weights`, which overlap."""
+    memory, compute = bytes / machine.bandwidth, weights / machine.weight_rate
+    return Speed(memory=memory) if memory >= compute else Speed(compute=compute)
+
+
+def decode_speed(model: Outline, stored: Footprint, times: KernelTimes, context: int) -> Speed | None:
+    """Time of one token after `context` others; None without a roofline."""
+    machine = times.machine
+    if machine is None:
+        return None
+    return _expert_speed(model, stored, times, machine) + other_speed(model, stored, machine, context)
+
+
+def other_speed(model: Outline, stored: Footprint, machine: Roofline, context: int) -> Speed:
+    """What `decode_speed` counts beside the routed experts."""
     elements = sum(_seen(use, context) * use.element_count for use in model.attention)
     a_token = sum(use.element_count for use in model.attention)
     cache = stored.kv_bytes_per_token * elements / a_token if a_token else 0.0
-    return Speed(
-        memory=(stored.token_bytes + cache) / machine.bandwidth,
-        compute=(stored.token_weights + elements) / machine.weight_rate,
-        fixed=model.layers * machine.layer_seconds,
+    bytes = stored.token_bytes - stored.token_expert_bytes
+    weights = stored.token_weights - stored.token_expert_weights
+    return (
+        limited(machine, bytes, weights)
+        + limited(machine, cache, elements)
+        + Speed(fixed=model.layers * machine.layer_seconds)
     )
+
+
+def speed_source(model: Outline, stored: Footprint, times: KernelTimes) -> str:
+    """Where the numbers behind `decode_speed` are from."""
+    if times.machine is None:
+        return "no roofline is known for this target"
+    if _measured_seconds(model, stored, times) is None:
+        return times.machine.source
+    return f"experts: measured, {times.source}; the rest: {times.machine.source}"
+
+
+def _expert_speed(model: Outline, stored: Footprint, times: KernelTimes, machine: Roofline) -> Speed:
+    roofline = limited(machine, stored.token_expert_bytes, stored.token_expert_weights)
+    seconds = _measured_seconds(model, stored, times)
+    if seconds is None:
+        return roofline
+    return Speed(memory=seconds) if roofline.memory else Speed(compute=seconds)
+
+
+def _measured_seconds(model: Outline, stored: Footprint, times: KernelTimes) -> float | None:
+    """Of the experts, if matrices of all their shapes were measured in formats around their bits."""
+    bits, total = 8 * stored.token_expert_bytes / stored.token_expert_weights, 0.0
+    for use in model.experts:
+        for rows, columns in projections(use.layout):
+            found = times.between(rows, columns, bits)
+            if found is None:
+                return None
+            total += 1e-6 * use.top_k * found
+    return total
 
 
 def _seen(use: AttentionUse, context: int) -> int:

@@ -11,14 +11,16 @@ from moqc.errors import BudgetError, ModelError, UserError
 from moqc.frontend.trace import outline
 from moqc.predict.plan import Deployment, make_plan
 from moqc.predict.sizes import Storage, expert_weights, footprint, uniform_bits
-from moqc.predict.speed import REACHED, decode_speed, with_bandwidth
+from moqc.predict.speed import REACHED, decode_speed, other_speed, speed_source, with_bandwidth
 from moqc.quant.formats import Format
+from moqc.schedules.kernel_times import KernelTimes
 from moqc.targets import Roofline
 
 TINY = Path(__file__).parents[2] / "examples" / "models" / "tiny-moe"
 INT8 = Format.parse("int8-g64-sym")
 MACHINE = Roofline(bandwidth=1e11, weight_rate=5e10, layer_seconds=1e-5, source="a test")
-DEPLOYMENT = Deployment(INT8, uniform=False, context=4096, batch=1, copied_bytes=0, machine=MACHINE)
+TIMES = KernelTimes(MACHINE, {})
+DEPLOYMENT = Deployment(INT8, uniform=False, context=4096, batch=1, copied_bytes=0, times=TIMES)
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +60,7 @@ def test_size_budget_is_spent_and_kept(mixtral):
 
 def test_latency_budget_is_spent_and_kept(mixtral):
     seconds = 0.15
-    memory_bound = Deployment(INT8, False, 4096, 1, 0, Roofline(3e10, 1e12, 1e-5, "a test"))
+    memory_bound = Deployment(INT8, False, 4096, 1, 0, KernelTimes(Roofline(3e10, 1e12, 1e-5, "a test"), {}))
     chosen = make_plan(mixtral, "x", memory_bound, latency=seconds).chosen
     assert chosen.speed.seconds == pytest.approx(seconds, rel=1e-6)
     assert chosen.speed.bound == "memory"
@@ -73,13 +75,13 @@ def test_bound_names_what_limits(mixtral):
         "overhead": Roofline(1e13, 1e13, 1.0, ""),
     }
     for bound, machine in slow.items():
-        assert decode_speed(mixtral, stored, machine, 0).bound == bound
+        assert decode_speed(mixtral, stored, KernelTimes(machine, {}), 0).bound == bound
 
 
 def test_a_window_limits_what_is_read():
     model = outline(transformers.GptOssConfig())
     stored = footprint(model, Storage(4.0, False, INT8))
-    near, far = (decode_speed(model, stored, MACHINE, length).memory for length in (128, 1128))
+    near, far = (decode_speed(model, stored, TIMES, length).memory for length in (128, 1128))
     half = stored.kv_bytes_per_token / 2  # every other layer has a window of 128 tokens
     assert far - near == pytest.approx(1000 * half / MACHINE.bandwidth)
 
@@ -105,16 +107,31 @@ def test_one_budget_is_needed(mixtral):
 
 
 def test_without_a_roofline_there_is_no_speed(mixtral):
-    unknown = Deployment(INT8, False, 4096, 1, 0, None)
+    unknown = Deployment(INT8, False, 4096, 1, 0, KernelTimes(None, {}))
     content = make_plan(mixtral, "x", unknown, bits=3.0).to_dict()
     assert content["decode_tokens_per_s"] is None
     assert content["bound"] is None
     with pytest.raises(UserError, match="--bandwidth"):
         make_plan(mixtral, "x", unknown, latency=0.1)
-    stated = with_bandwidth(None, 100.0)
-    assert stated.bandwidth == REACHED * 1e11
+    stated = with_bandwidth(KernelTimes(None, {}), 100.0)
+    assert stated.machine.bandwidth == REACHED * 1e11
     with pytest.raises(UserError, match="above 0"):
-        with_bandwidth(None, 0.0)
+        with_bandwidth(TIMES, 0.0)
+
+
+def test_experts_take_the_times_that_were_measured(mixtral):
+    """10 us for a matrix in int2-g128, 20 us in int4-g128: 15 us half way; 32 layers of 2 experts."""
+    shapes = [(14336, 4096), (4096, 14336)]
+    found = {(*shape, f"int{bits}-g128", 1): 5.0 * bits for shape in shapes for bits in (2, 4)}
+    times = KernelTimes(MACHINE, found, source="a stop watch")
+    half = footprint(mixtral, Storage(3 + 24 / 128, False, INT8))
+    others = other_speed(mixtral, half, MACHINE, 0).seconds
+    assert decode_speed(mixtral, half, times, 0).seconds == pytest.approx(others + 32 * 2 * 3 * 15e-6)
+    assert speed_source(mixtral, half, times) == "experts: measured, a stop watch; the rest: a test"
+    beyond = footprint(mixtral, Storage(4.5, False, INT8))
+    assert decode_speed(mixtral, beyond, times, 0) == decode_speed(mixtral, beyond, TIMES, 0)
+    assert speed_source(mixtral, beyond, times) == "a test"
+    assert decode_speed(mixtral, half, with_bandwidth(times, 100.0), 0).seconds > 0.01
 
 
 def test_configuration_alone_is_enough(tmp_path):
