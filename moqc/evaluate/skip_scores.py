@@ -66,7 +66,7 @@ class SkipBench:
         tokens = torch.from_numpy(np.concatenate(arrays))
         files = [number for number, rows in enumerate(arrays) for _ in rows]
         counters = [PrunedExperts(prunings, tokens.shape[1]) for prunings in ({}, *self.prunings)]
-        tallies = [_Tally() for _ in counters]
+        tallies = [Tally() for _ in counters]
         batches = split_batches(tokens)
         row = 0
         for batch, (reference, outputs) in zip(
@@ -120,7 +120,7 @@ def _forward(
 
 
 @dataclass
-class _Tally:
+class Tally:
     """Losses and divergences of single predictions, float64, by file."""
 
     losses: dict[int, list[Tensor]] = field(default_factory=dict)
@@ -135,7 +135,7 @@ class _Tally:
         terms = torch.where(p > 0, p * (log_p - log_q), 0.0)
         self.divergences.setdefault(file, []).append(terms.sum(-1).clamp(min=0).cpu())
 
-    def outcome(self, unpruned: _Tally, counter: PrunedExperts) -> Outcome:
+    def outcome(self, unpruned: Tally, counter: PrunedExperts) -> Outcome:
         """The means, files alike. Raises InternalError when logits were NaN."""
         losses, others = _joined(self.losses), _joined(unpruned.losses)
         rises = [one - other for one, other in zip(losses, others, strict=True)]

@@ -11,7 +11,7 @@ from moqc.calibrate.workspace import Workspace
 from moqc.errors import UserError
 from moqc.evaluate.bench import Bench
 from moqc.evaluate.metrics import Accumulator, mean_scores
-from moqc.evaluate.skip_scores import _Tally
+from moqc.evaluate.skip_scores import Tally
 from moqc.evaluate.skips import SkipChoices, compare_skips
 from moqc.frontend.checkpoint import Checkpoint
 from moqc.frontend.gate import random_model
@@ -105,7 +105,7 @@ def test_scores_are_those_of_the_evaluation():
     generator = np.random.default_rng(1)
     tokens = generator.integers(0, 30, (2, 3, 10))
     plain, other, reference = generator.standard_normal((3, 2, 3, 10, 30), np.float32)
-    tallies, wanted = [_Tally(), _Tally()], []
+    tallies, wanted = [Tally(), Tally()], []
     for tally, logits in zip(tallies, (plain, other), strict=True):
         files = []
         for file in range(2):
