@@ -112,7 +112,9 @@ def context_length(config: PretrainedConfig, wanted: int | None) -> int:
     if wanted is None:
         return min(limit or LONGEST_DEFAULT_CONTEXT, LONGEST_DEFAULT_CONTEXT)
     if wanted < 1 or (limit is not None and wanted > limit):
-        raise UserError(f"context {wanted}: this model does 1 to {limit} tokens")
+        raise UserError(
+            f"context {wanted}: must be {f'1 to {limit}' if limit else 'at least 1'} for this model"
+        )
     return wanted
 
 
@@ -199,6 +201,6 @@ def param_store(root: Path, dump: Path | None, start_from: Path | None) -> Itera
         root.mkdir(parents=True, exist_ok=True)
         temporary = tempfile.TemporaryDirectory(prefix="params-", dir=root)
     except OSError as error:
-        raise UserError(f"{root}: cannot write there ({error.strerror}); give another --cache") from error
+        raise UserError(f"{root}: cannot write ({error.strerror}); give another --cache") from error
     with temporary as name:
         yield ParamStore(name)

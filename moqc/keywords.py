@@ -97,7 +97,7 @@ def build(cls: type[T], values: Mapping[str, Any], origin: str) -> T:
     known = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
     for key in values:
         if key not in known:
-            raise UserError(f"{origin}: no option {key!r}; there are {', '.join(known)}")
+            raise UserError(f"{origin}: unknown option {key!r}: known are {', '.join(known)}")
     try:
         return TypeAdapter(cls).validate_python(_parsed(cls, values))
     except ValidationError as error:

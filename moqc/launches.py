@@ -131,4 +131,4 @@ def read_launches(folder: Path) -> Launches:
         return Launches.model_validate(json.loads((folder / FILE).read_text(encoding="utf-8")))
     except (OSError, ValueError, ValidationError) as error:
         reason = str(error).splitlines()[0]
-        raise ArtifactError(f"{folder / FILE}: cannot be read ({reason}); compile the model again") from error
+        raise ArtifactError(f"{folder / FILE}: cannot read ({reason}); compile the model again") from error

@@ -273,7 +273,7 @@ def read_manifest(folder: Path) -> Manifest:
         made = "compile it first" if (folder / "config.json").is_file() else "`moqc compile` makes one"
         raise ArtifactError(f"{folder}: not a moqc artifact, it has no {MANIFEST}; {made}") from error
     except OSError as error:
-        raise ArtifactError(f"{path}: cannot be read ({error.strerror}); check rights") from error
+        raise ArtifactError(f"{path}: cannot read ({error.strerror}); check rights") from error
     except ValueError as error:
         raise ArtifactError(f"{path}: damaged, not valid JSON ({error}); compile the model again") from error
     version = content.get("schema_version") if isinstance(content, dict) else None
@@ -302,7 +302,7 @@ def check_sizes(folder: Path, files: Mapping[str, FileRecord]) -> None:
         if (size := path.stat().st_size) != record.bytes:
             raise ArtifactError(
                 f"{path}: {size} bytes where {MANIFEST} says {record.bytes}; "
-                "the copy is incomplete or was changed: copy or compile again"
+                "the copy is incomplete or was changed; copy or compile again"
             )
 
 

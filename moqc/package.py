@@ -102,9 +102,7 @@ def staged_folder(out: Path, *, force: bool) -> Iterator[Path]:
         check_output(out, force=force)  # the block may have taken an hour
         _replace(partial, out)
     except OSError as error:
-        raise UserError(
-            f"{out}: writing failed ({error.strerror or error}); check space and rights"
-        ) from error
+        raise UserError(f"{out}: cannot write ({error.strerror or error}); check space and rights") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

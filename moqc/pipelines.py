@@ -53,6 +53,8 @@ ANALYSES = {
     ),
 }
 """What an allocator reads is measured by these passes; any other allocator gets all of them."""
+REPORTED = "profile-coactivation{probe=none}"
+"""Measured for the report alone, in a forward pass over few tokens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +119,7 @@ class Pruning:
 def check_bits(bits: float) -> None:
     """Raise BudgetError for a number that no model's file bits per expert weight can be."""
     if not 0 < bits <= MOST_BITS:
-        raise BudgetError(f"bits {bits:g}: file bits per expert weight are above 0, at most {MOST_BITS:g}")
+        raise BudgetError(f"bits {bits:g}: must be above 0 and at most {MOST_BITS:g}")
 
 
 def candidate_formats(
@@ -220,7 +222,8 @@ def default_pipeline(
         rotate=rotate,
         overrides=recipe.overrides,
     )
-    return Pipeline(allocation.passes + quantizing.passes + rest.passes)
+    reported = Pipeline.parse(REPORTED).passes if plan.needs_calibration else ()
+    return Pipeline((*reported, *allocation.passes, *quantizing.passes, *rest.passes))
 
 
 def needs_calibration(recipe: Recipe) -> bool:
@@ -232,7 +235,7 @@ def needs_calibration(recipe: Recipe) -> bool:
 def check_lowering(linears: str, activations: str, max_batch: int) -> str:
     """`linears` in its usual spelling. Raises UserError for one of the values that no pass takes."""
     if activations not in ("int8", "float"):
-        raise UserError(f"activations {activations!r}: one of int8, float")
+        raise UserError(f"unknown activations {activations!r}: known are int8, float")
     if max_batch < 1:
         raise UserError(f"max-batch {max_batch}: must be at least 1")
     return linears if linears == "none" else str(Format.parse(linears))

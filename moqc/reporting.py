@@ -69,4 +69,4 @@ def write_report(artifact: str | Path, path: str | Path, add: Sequence[Path | st
     try:
         Path(path).write_text(text, encoding="utf-8")
     except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror}); give another file") from error
+        raise UserError(f"{path}: cannot write ({error.strerror}); give another file") from error

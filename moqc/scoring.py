@@ -139,7 +139,7 @@ def _probes(checkpoint: Checkpoint, texts: Sequence[Path | str], options: Compar
     from moqc.evaluate.tasks import multiple_choice, worked_problems
 
     if options.questions < 1:
-        raise UserError(f"questions {options.questions}: ask at least one")
+        raise UserError(f"questions {options.questions}: must be at least 1")
     tokenizer = checkpoint.path / "tokenizer.json"
 
     def probe(files: Sequence[Path | str]) -> Probe:

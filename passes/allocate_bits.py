@@ -100,7 +100,7 @@ class AllocateBits(Pass):
     def _check_options(self) -> None:
         name, bits = ("model_bits", self.model_bits) if self.model_bits else ("bits", self.bits)
         if not 0 < bits <= MOST_BITS:
-            raise BudgetError(f"{name}={bits:g}: give file bits per weight above 0 and at most {MOST_BITS:g}")
+            raise BudgetError(f"{name}={bits:g}: must be above 0 and at most {MOST_BITS:g}")
         if self.tie not in TIES:
             raise PipelineError(f"{self.name}: tie={self.tie} is not one of {', '.join(TIES)}")
         if self.classes < 0:

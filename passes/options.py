@@ -38,8 +38,8 @@ def parse_options(cls: type[Pass], given: Iterable[tuple[str, str]]) -> Pass:
     values: dict[str, Any] = {}
     for name, text in given:
         if name not in types:
-            known = f"it has {', '.join(types)}" if types else "it has none"
-            raise PipelineError(f"{cls.name} has no option {name!r}{suggest(name, types)}; {known}")
+            known = f"known are {', '.join(types)}" if types else "it has none"
+            raise PipelineError(f"{cls.name}: unknown option {name!r}{suggest(name, types)}: {known}")
         if name in values:
             raise PipelineError(f"{cls.name}: option {name} is given twice")
         try:

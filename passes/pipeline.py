@@ -202,7 +202,7 @@ def _write(path: Path, text: str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from error
+        raise UserError(f"{path}: cannot write ({error.strerror})") from error
 
 
 def _reproducer(mod: IRModule, rest: Pipeline, dump_dir: Path | None) -> Path:

@@ -32,7 +32,9 @@ class PlanCache(Pass):
     def run(self, mod: IRModule, ctx: PassContext) -> IRModule:
         """Rewrite main; the caches have the dtype that the kernels of the target of `ctx` want."""
         if self.context < 1 or self.batch < 1:
-            raise PipelineError(f"plan-cache: context={self.context} batch={self.batch}; both are at least 1")
+            raise PipelineError(
+                f"plan-cache: context={self.context} batch={self.batch}; both must be at least 1"
+            )
         if CACHE.get(mod) is not None:
             raise PipelineError(f"plan-cache: the module has {CACHE} already")
         dtype = "float32" if ctx.target is None else ctx.target.cache

@@ -23,7 +23,8 @@ class ProfileCoactivation(Pass):
     "cross_ppm": int, "pairs": [[expert, expert, tokens, correlation_ppm]]}}``: Louvain communities, largest
     first; eigenvector centrality, by how often experts fire together; the inner products of the errors of
     different experts of a token over their squared norms, in parts per million; the `pairs` pairs that fire
-    together most, with the correlation of their errors. Errors are those of rounding to `probe`.
+    together most, with the correlation of their errors. Errors are those of rounding to `probe`; with "none"
+    only the graph is measured, and what is said of errors is 0.
     """
 
     name: ClassVar[str] = "profile-coactivation"
@@ -38,7 +39,7 @@ class ProfileCoactivation(Pass):
             ctx.need("checkpoint", self.name),
             ctx.need("calibration", self.name),
             ctx.need("workspace", self.name),
-            probe=Format.parse(self.probe),
+            probe=None if self.probe == "none" else Format.parse(self.probe),
             tokens=self.tokens,
         )
         return COACTIVATION.put(

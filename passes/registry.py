@@ -79,7 +79,7 @@ def find_pass(name: str) -> type[Pass]:
         cls = _load(plugins[name])
     else:
         known = pass_names()
-        raise PipelineError(f"no pass {name!r}{suggest(name, known)}; passes are {', '.join(known)}")
+        raise PipelineError(f"unknown pass {name!r}{suggest(name, known)}: known are {', '.join(known)}")
     _validate(cls)
     if cls.name != name:
         raise PipelineError(f"pass {name!r} is registered for {_path(cls)}, which calls itself {cls.name!r}")

@@ -67,7 +67,7 @@ def test_command_names_what_is_changed():
     ("text", "message"),
     [
         ("bits: many", "bits: input should be a valid number"),
-        ("bit: 2", "no option 'bit'; there are bits"),
+        ("bit: 2", "unknown option 'bit': known are bits"),
         ("bits: [2", "line 1: not YAML"),
         ("- bits", "`key: value` lines"),
         ("context: 1.5", "context: input should be a valid integer"),
@@ -126,5 +126,5 @@ def test_shares_are_written_as_people_do():
 
 def test_plain_values_make_a_recipe():
     assert make_recipe({"bits": 2}, "here").bits == 2.0
-    with pytest.raises(UserError, match=r"^here: no option 'x'"):
+    with pytest.raises(UserError, match=r"^here: unknown option 'x'"):
         make_recipe({"x": 1}, "here")

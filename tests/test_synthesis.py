@@ -97,7 +97,7 @@ def test_artifact_runs_and_is_certified(tmp_path, config):
         ({"linears": "int9"}, "unknown format"),
         ({"activations": "int4"}, "have int8, float"),
         ({"max_batch": 0}, "must be at least 1"),
-        ({"context": 65}, "this model does 1 to 64 tokens"),
+        ({"context": 65}, "must be 1 to 64 for this model"),
         ({"layers": 9}, "has 2 layers"),
     ],
 )

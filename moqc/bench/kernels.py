@@ -81,7 +81,7 @@ def bench_kernels(
             f"{machine.name}: this machine lacks {', '.join(missing)}; measure on one that has it"
         )
     if not tokens or min(tokens) < 1:
-        raise UserError(f"tokens {', '.join(map(str, tokens)) or 'none'}: give numbers from 1 on")
+        raise UserError(f"tokens {', '.join(map(str, tokens)) or 'none'}: must be at least 1")
     classes = [parse_classes(text) for text in bits]
     bandwidth = read_bandwidth(machine, COLD_BYTES)
     rows = []

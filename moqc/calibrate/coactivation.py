@@ -55,10 +55,13 @@ def measure_coactivation(
     calibration: CalibrationSet,
     workspace: Workspace,
     *,
-    probe: Format,
+    probe: Format | None,
     tokens: int = 4096,
 ) -> dict[str, Coactivation]:
-    """Results by site on about `tokens` calibration tokens; experts are rounded to `probe` for the errors."""
+    """Results by site on about `tokens` calibration tokens; experts are rounded to `probe` for the errors.
+
+    None: errors are not measured, their products are 0.
+    """
     calibration = calibration.head(tokens)
     versions = [VERSION, QUANTIZER_VERSIONS["rtn"]]
     key = digest("coactivation", versions, checkpoint.fingerprint, calibration.fingerprint, str(probe))
@@ -71,21 +74,27 @@ def measure_coactivation(
     return {site: Coactivation(**workspace.load_tensors(keys[site])) for site in keys}
 
 
-def _analyze(captured: Captured, weights: ExpertWeights, probe: Format) -> dict[str, Tensor]:
-    experts, device = weights.expert_count, captured.x.device
+def _analyze(captured: Captured, weights: ExpertWeights, probe: Format | None) -> dict[str, Tensor]:
+    experts = weights.expert_count
+    pairs = captured.ids.unsqueeze(2) * experts + captured.ids.unsqueeze(1)
+    products = torch.zeros(experts * experts, dtype=torch.float64, device=captured.x.device)
+    if probe is not None:
+        errors = _errors(captured, weights, probe)
+        products.index_add_(0, pairs.flatten(), (errors @ errors.mT).double().flatten())
+    together = torch.bincount(pairs.flatten(), minlength=experts * experts)
+    shape = (experts, experts)
+    return {"together": together.reshape(shape), "products": products.reshape(shape)}
+
+
+def _errors(captured: Captured, weights: ExpertWeights, probe: Format) -> Tensor:
+    """What rounding to `probe` changes in the outputs of each token's experts, weighted: [T, k, H]."""
     rounded = weights.substitute(
         **{name: quantize_rtn(weights.matrices(name), probe).dequantize() for name in weights.projections}
     )
-    errors = torch.zeros(*captured.ids.shape, captured.x.shape[1], device=device)
-    for expert, tokens, gates in captured.routed(experts):
+    errors = torch.zeros(*captured.ids.shape, captured.x.shape[1], device=captured.x.device)
+    for expert, tokens, gates in captured.routed(weights.expert_count):
         x = captured.x[tokens]
         change = (rounded.output(expert, x) - weights.output(expert, x)) * gates.unsqueeze(1)
         slots = (captured.ids[tokens] == expert).float().argmax(1)
         errors[tokens, slots] = change
-    pairs = captured.ids.unsqueeze(2) * experts + captured.ids.unsqueeze(1)
-    products = (errors @ errors.mT).double()
-    flat = torch.zeros(experts * experts, dtype=torch.float64, device=device)
-    flat.index_add_(0, pairs.flatten(), products.flatten())
-    together = torch.bincount(pairs.flatten(), minlength=experts * experts)
-    shape = (experts, experts)
-    return {"together": together.reshape(shape), "products": flat.reshape(shape)}
+    return errors

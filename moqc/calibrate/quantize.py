@@ -65,7 +65,7 @@ def quantize_experts(
     Raises PipelineError for an unknown quantizer, missing calibration text or a plan that does not fit.
     """
     if quantizer not in QUANTIZERS:
-        raise PipelineError(f"unknown quantizer {quantizer!r}: one of {', '.join(QUANTIZERS)}")
+        raise PipelineError(f"unknown quantizer {quantizer!r}: known are {', '.join(QUANTIZERS)}")
     data_free = quantizer in STORABLE and STORABLE[quantizer].data_free
     if not data_free and calibration is None:
         raise PipelineError(f"quantizer {quantizer} needs calibration text; rtn and hqq work without")

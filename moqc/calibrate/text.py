@@ -94,7 +94,7 @@ def tokenize(tokenizer: Path | str, text: str) -> NDArray[np.int64]:
 def windows(tokens: NDArray[np.int64], window: int) -> NDArray[np.int64]:
     """Disjoint windows [n // window, window] of `tokens` [n], in order; the ragged tail is dropped."""
     if window < 1:
-        raise UserError(f"window {window}: a window holds at least one token; give a positive length")
+        raise UserError(f"window {window}: must be at least 1")
     count = len(tokens) // window
     return tokens[: count * window].reshape(count, window)
 

@@ -85,9 +85,7 @@ def atomic(path: Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=_TEMPORARY, suffix=path.suffix, dir=path.parent)
     except OSError as error:
-        raise UserError(
-            f"{path.parent}: cannot write there ({error.strerror}); choose another folder"
-        ) from error
+        raise UserError(f"{path.parent}: cannot write ({error.strerror}); give another --cache") from error
     os.close(handle)
     temporary = Path(name)
     try:
@@ -97,7 +95,7 @@ def atomic(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     except OSError as error:
         raise UserError(
-            f"{path}: writing failed ({error.strerror or error}); check space and rights"
+            f"{path}: cannot write ({error.strerror or error}); check space and rights"
         ) from error
     finally:
         temporary.unlink(missing_ok=True)
@@ -134,7 +132,7 @@ class Workspace:
             try:
                 save_file(owned, temporary)
             except SafetensorError as error:  # how the library reports a full disk
-                raise UserError(f"{path}: writing failed ({error}); check space and rights") from error
+                raise UserError(f"{path}: cannot write ({error}); check space and rights") from error
 
     def load_tensors(self, key: str) -> dict[str, torch.Tensor]:
         """The tensors stored under `key`, on the CPU. Raises KeyError if there are none."""

@@ -2,36 +2,31 @@
 
 from __future__ import annotations
 
-import csv
-import sys
-from collections.abc import Sequence
-from enum import StrEnum
 from typing import Annotated, Any
 
 import typer
 
 from moqc import log
-from moqc.commands.options import ArtifactArgument, Json, Quiet, options, print_json, print_table
+from moqc.commands.options import (
+    ArtifactArgument,
+    Csv,
+    Json,
+    Markdown,
+    Quiet,
+    options,
+    print_json,
+    print_rows,
+)
 from moqc.options import BenchOptions, KernelOptions
-
-
-class Output(StrEnum):
-    """How a table is printed."""
-
-    TABLE = "table"
-    MARKDOWN = "md"
-    CSV = "csv"
-
-
-OutputOption = Annotated[Output, typer.Option("--output", "-o", help="How the table is printed.")]
 
 
 @options(choices=BenchOptions)
 def command(
     artifact: ArtifactArgument,
     choices: dict[str, Any],
-    output: OutputOption = Output.TABLE,
     as_json: Json = False,
+    as_markdown: Markdown = False,
+    as_csv: Csv = False,
     quiet: Quiet = False,
 ) -> None:
     """Time a compiled model: prompts and generation, in tokens per second."""
@@ -52,7 +47,7 @@ def command(
         )
         for row in result.rows
     ]
-    _print(output, header, rows)
+    print_rows(header, rows, markdown=as_markdown, csv=as_csv)
 
 
 @options(choices=KernelOptions)
@@ -62,8 +57,9 @@ def kernels(
     hot: Annotated[
         bool, typer.Option("--hot", help="Use the same weights in every call, from the caches.")
     ] = False,
-    output: OutputOption = Output.TABLE,
     as_json: Json = False,
+    as_markdown: Markdown = False,
+    as_csv: Csv = False,
     quiet: Quiet = False,
 ) -> None:
     """Time the experts kernels of a target on a known model's layer, beside plain reads of memory."""
@@ -88,14 +84,4 @@ def kernels(
         )
         for row in rows
     ]
-    _print(output, header, table)
-
-
-def _print(output: Output, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    if output is Output.TABLE:
-        print_table(header, rows)
-    elif output is Output.CSV:
-        csv.writer(sys.stdout).writerows([header, *rows])
-    else:
-        for cells in (header, ["---"] * len(header), *rows):
-            typer.echo("| " + " | ".join(map(str, cells)) + " |")
+    print_rows(header, table, markdown=as_markdown, csv=as_csv)

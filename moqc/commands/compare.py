@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from moqc import log
-from moqc.commands.options import Json, ModelArgument, Quiet, Text, options, print_json, print_table
+from moqc.commands.options import (
+    Json,
+    Markdown,
+    ModelArgument,
+    Quiet,
+    Text,
+    options,
+    print_json,
+    print_rows,
+    print_table,
+)
 from moqc.errors import UserError
 from moqc.options import CompareOptions, RuleOptions
 from moqc.units import split_integers
@@ -43,7 +53,7 @@ def command(
     choices: dict[str, Any],
     pruning: dict[str, Any],
     as_json: Json = False,
-    as_markdown: Annotated[bool, typer.Option("--markdown", help="Print a Markdown table.")] = False,
+    as_markdown: Markdown = False,
     quiet: Quiet = False,
 ) -> None:
     """Evaluate plans side by side: their sizes, and their losses on the same text."""
@@ -54,26 +64,28 @@ def command(
     if not {"bits", "model_bits"} & set(choices):
         choices["bits"] = (BITS,)
     if pruning:
-        if as_markdown:
-            raise UserError("with --prune there is no Markdown table")
-        _compare_pruning(model, text, choices, pruning, as_json=as_json)
+        result = _compare_pruning(model, text, choices, pruning)
+        if as_json:
+            print_json(result.to_dict())
+        else:
+            _print_skips(result, markdown=as_markdown)
         return
-    result = compare(model, text, **{"plans": PLANS, **choices})
+    found = compare(model, text, **{"plans": PLANS, **choices})
     if as_json:
-        print_json(result.to_dict())
+        print_json(found.to_dict())
         return
     from moqc.evaluate.summary import headline, markdown, table
 
     if as_markdown:
-        typer.echo(markdown(result))
+        typer.echo(markdown(found))
         return
-    typer.echo(f"{headline(result)}\n")
-    print_table(*table(result))
+    typer.echo(f"{headline(found)}\n")
+    print_table(*table(found))
 
 
 def _compare_pruning(
-    model: str, text: list[Path], choices: dict[str, Any], pruning: dict[str, Any], *, as_json: bool
-) -> None:
+    model: str, text: list[Path], choices: dict[str, Any], pruning: dict[str, Any]
+) -> SkipComparison:
     from moqc.api import compare_pruning
 
     if "prune" not in pruning:
@@ -83,18 +95,14 @@ def _compare_pruning(
     others = set(choices) - PRUNED_ONLY
     if others or len(seeds) != 1:
         raise UserError("with --prune there are expert bits, plans and text only, and one seed")
-    result = compare_pruning(model, text, **{"plans": "global", **choices}, **pruning, seed=seeds[0])
-    if as_json:
-        print_json(result.to_dict())
-    else:
-        _print_skips(result)
+    return compare_pruning(model, text, **{"plans": "global", **choices}, **pruning, seed=seeds[0])
 
 
-def _print_skips(result: SkipComparison) -> None:
+def _print_skips(result: SkipComparison, *, markdown: bool) -> None:
     shares = ", ".join(f"{share:.1%}" for share in result.shares)
     typer.echo(f"{shares} of the experts' work to skip, on {result.tokens} predictions\n")
     header = ("plan", "bits", "rule", "share", "skipped", "loss", "increase", "+-", "KLD", "bytes a token")
-    print_table(
+    print_rows(
         (*header, "tokens/s (predicted)"),
         [
             (
@@ -112,5 +120,6 @@ def _print_skips(result: SkipComparison) -> None:
             )
             for row in result.rows
         ],
+        markdown=markdown,
     )
     typer.echo(f"\ntokens/s on {result.target}: {result.speed_source}")

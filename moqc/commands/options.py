@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import json
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
@@ -23,6 +24,8 @@ ModelArgument = Annotated[
     str, typer.Argument(metavar="MODEL", help="Checkpoint folder, or an id of the Hugging Face hub.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Markdown = Annotated[bool, typer.Option("--markdown", help="Print a Markdown table.")]
+Csv = Annotated[bool, typer.Option("--csv", help="Print comma-separated values.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no notes, only warnings.")]
 Text = Annotated[list[Path], typer.Option("--text", metavar="FILE", help="Text to score, UTF-8; repeatable.")]
 
@@ -118,6 +121,21 @@ def note_sizes(output: Path | None, manifest: Manifest) -> None:
 def print_json(value: Any) -> None:
     """Print one JSON document to stdout."""
     typer.echo(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def print_rows(
+    header: Sequence[str], rows: Iterable[Sequence[object]], *, markdown: bool = False, csv: bool = False
+) -> None:
+    """Print a table: aligned columns, Markdown, or comma-separated values."""
+    if csv:
+        import csv as writers
+
+        writers.writer(sys.stdout).writerows([header, *rows])
+    elif markdown:
+        for cells in (header, ["---"] * len(header), *rows):
+            typer.echo("| " + " | ".join(map(_cell, cells)) + " |")
+    else:
+        print_table(header, rows)
 
 
 def print_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:

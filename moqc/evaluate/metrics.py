@@ -50,7 +50,7 @@ def evaluation_windows(
     if not files:
         raise UserError("no text to evaluate on: name at least one file")
     if window < 2:
-        raise UserError(f"window {window}: a window needs two tokens, one to predict; give a longer one")
+        raise UserError(f"window {window}: must be at least 2, one token to predict from")
     if tokens is not None and tokens < window:
         raise UserError(f"{tokens} tokens are less than one window of {window}; raise the number of tokens")
     paths = [Path(file) for file in files]

@@ -107,7 +107,8 @@ class SkipChoices:
         """Raise UserError for an unknown rule, or for nothing to compare."""
         unknown = [rule for rule in self.rules if rule not in RULES]
         if unknown or not self.rules:
-            raise UserError(f"pruning rules {', '.join(unknown) or '(none)'}: known are {', '.join(RULES)}")
+            named = f"unknown pruning rule {unknown[0]!r}" if unknown else "no pruning rule"
+            raise UserError(f"{named}: known are {', '.join(RULES)}")
         if not self.shares:
             raise UserError("no share of the experts' work to skip: give one, such as 20%")
         for bits in self.bits:

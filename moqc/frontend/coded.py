@@ -136,7 +136,7 @@ class CodedShards(Shards):
     def _scales(self, name: str, coded: str) -> Stored:
         """Take the scales out of `tensors`."""
         if name not in self.tensors:
-            raise ModelError(f"{self.folder}: {coded} has no {name}: download it again")
+            raise ModelError(f"{self.folder}: {coded} has no {name}; download it again")
         return self.tensors.pop(name)
 
     def _put(self, name: str, shape: tuple[int, ...], codes: Stored, scales: Stored) -> None:

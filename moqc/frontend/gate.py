@@ -118,9 +118,7 @@ def _write(file: Path, text: str) -> None:
             stream.write(text)
         os.replace(stream.name, file)
     except OSError as error:
-        raise UserError(
-            f"{file.parent}: cannot write there ({error.strerror}); give another --cache"
-        ) from error
+        raise UserError(f"{file.parent}: cannot write ({error.strerror}); give another --cache") from error
 
 
 def _measure(small: transformers.PretrainedConfig, compile_and_run: CompileAndRun, latent: bool) -> Verdict:

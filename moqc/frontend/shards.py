@@ -97,7 +97,7 @@ def read_stored(name: str, stored: Stored, dtype: torch.dtype, row: int | None) 
 def require_finite(tensor: torch.Tensor, name: str, file: Path) -> torch.Tensor:
     """`tensor` itself. Raises ModelError for numbers that are none."""
     if not torch.isfinite(tensor).all():
-        raise ModelError(f"{file}: {name} holds NaN or infinity: download it again")
+        raise ModelError(f"{file}: {name} holds NaN or infinity; download it again")
     return tensor
 
 
@@ -109,12 +109,12 @@ def _weight_files(folder: Path) -> list[Path]:
         for file in files:
             if not file.is_file():
                 raise ModelError(
-                    f"{folder}: {file.name} is missing, although {_INDEX} lists it: download it again"
+                    f"{folder}: {file.name} is missing, although {_INDEX} lists it; download it again"
                 )
         return files
     found = sorted(folder.glob("*.safetensors"))
     if len(found) > 1:
-        raise ModelError(f"{folder}: {len(found)} safetensors files but no {_INDEX}: download the index too")
+        raise ModelError(f"{folder}: {len(found)} safetensors files but no {_INDEX}; download the index too")
     if not found:
         pickled = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in folder.glob(pattern))
         hint = (
@@ -130,7 +130,7 @@ def _weight_map(index: Path) -> dict[str, str]:
     """Tensor -> name of its file, as the index says. Raises ModelError."""
     names = read_json(index).get("weight_map")
     if not isinstance(names, dict) or not names:
-        raise ModelError(f"{index}: has no weight_map: download it again")
+        raise ModelError(f"{index}: has no weight_map; download it again")
     for file in names.values():
         if not isinstance(file, str) or Path(file).name != file:
             raise ModelError(f"{index}: {file!r} is not the name of a file in its folder")
@@ -152,7 +152,7 @@ def _header(file: Path) -> Iterator[tuple[str, Stored]]:
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         if size < 8 or length > min(_MAX_HEADER, size - 8):
-            raise ModelError(f"{file}: truncated or not a safetensors file: download it again")
+            raise ModelError(f"{file}: truncated or not a safetensors file; download it again")
         try:
             header: dict[str, Any] = json.loads(stream.read(length))
             header.pop("__metadata__", None)
@@ -160,12 +160,12 @@ def _header(file: Path) -> Iterator[tuple[str, Stored]]:
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             reason = f"{type(error).__name__}: {error}"
             raise ModelError(
-                f"{file}: truncated or not a safetensors file ({reason}): download it again"
+                f"{file}: truncated or not a safetensors file ({reason}); download it again"
             ) from error
     expected = max((stored.offset + bytes for stored, bytes in entries.values()), default=8 + length)
     if size != expected:
         what = "truncated" if size < expected else "longer than its header says"
-        raise ModelError(f"{file}: {what} ({size} bytes of {expected}): download it again")
+        raise ModelError(f"{file}: {what} ({size} bytes of {expected}); download it again")
     for name, (stored, bytes) in entries.items():
         dtype = DTYPES.get(stored.dtype)
         if dtype is not None and math.prod(stored.shape) * dtype.itemsize != bytes:
@@ -186,7 +186,7 @@ def read_json(file: Path) -> dict[str, Any]:
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
-        raise ModelError(f"{file}: cannot be read: {error}") from error
+        raise ModelError(f"{file}: cannot read ({error})") from error
     if not isinstance(value, dict):
         raise ModelError(f"{file}: is not a JSON object")
     return value

@@ -116,7 +116,8 @@ def decoder_types() -> tuple[str, ...]:
 def example_config(model_type: str) -> transformers.PretrainedConfig:
     """The default configuration of a type with its switches on. Raises UserError for a type there is not."""
     if model_type not in CONFIG_MAPPING:
-        raise UserError(f"{model_type}: transformers {transformers.__version__} has no such model type")
+        version = transformers.__version__
+        raise UserError(f"unknown model type {model_type!r}: transformers {version} has none called so")
     try:
         config = CONFIG_MAPPING[model_type](**_SWITCHES.get(model_type, {}))
     except CONFIG_ERRORS as error:

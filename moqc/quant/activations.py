@@ -107,7 +107,7 @@ def parse_activation(name: str) -> Activation:
     """
     match = _NAME.fullmatch(name)
     if match is None or match["kind"] not in ACTIVATIONS:
-        raise UserError(f"unknown activation {name!r}: one of {', '.join(ACTIVATIONS)}")
+        raise UserError(f"unknown activation {name!r}: known are {', '.join(ACTIVATIONS)}")
     kind = match["kind"]
     pairs = [item.partition("=") for item in (match["constants"] or "").split(",") if item]
     expected = CONSTANTS.get(kind, ())

@@ -110,7 +110,7 @@ def calibrate(rule: str, samples: Samples, share: float) -> dict[str, Pruning]:
     Raises UserError for an unknown rule or a share out of reach.
     """
     if rule not in RULES:
-        raise UserError(f"unknown pruning rule {rule!r}: one of {', '.join(RULES)}")
+        raise UserError(f"unknown pruning rule {rule!r}: known are {', '.join(RULES)}")
     if not 0 < share <= 0.95 * most_share(samples):
         raise UserError(
             f"cannot skip {share:.1%} of the experts' work: one expert of every token is kept, so that the "

@@ -221,7 +221,7 @@ def read_extra(path: Path) -> tuple[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read as JSON ({error})") from error
+        raise UserError(f"{path}: cannot read the JSON ({error})") from error
     if isinstance(content, list) and content and all("gb_per_s" in row for row in content):
         return "kernels", content
     marks = {"compare": "reference_loss", "eval": "perplexity", "bench": "load_seconds"}

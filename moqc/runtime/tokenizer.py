@@ -20,7 +20,7 @@ class Tokenizer:
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
         except Exception as error:  # the library has no type for its errors
-            raise ArtifactError(f"{path}: cannot be read as a tokenizer ({error})") from error
+            raise ArtifactError(f"{path}: cannot read the tokenizer ({error})") from error
 
     @property
     def size(self) -> int:

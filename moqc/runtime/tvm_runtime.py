@@ -38,7 +38,7 @@ def use_threads(count: int | None) -> int:
     Takes effect before the pool starts, with the first parallel kernel. Raises UserError below 1.
     """
     if count is not None and count < 1:
-        raise UserError(f"threads {count}: at least 1 is needed")
+        raise UserError(f"threads {count}: must be at least 1")
     if count is not None:
         os.environ["TVM_NUM_THREADS"] = str(count)
     return int(os.environ.setdefault("TVM_NUM_THREADS", str(available_cores())))

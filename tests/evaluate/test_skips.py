@@ -128,8 +128,8 @@ def test_scores_are_those_of_the_evaluation():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"rules": ["mass", "best"]}, r"pruning rules best: known are mass, odp"),
-        ({"rules": []}, r"\(none\)"),
+        ({"rules": ["mass", "best"]}, "unknown pruning rule 'best': known are mass, odp"),
+        ({"rules": []}, "no pruning rule: known are"),
         ({"shares": []}, "no share of the experts' work"),
         ({"bits": [17.0]}, "at most 16"),
     ],

@@ -124,7 +124,7 @@ def test_no_config(tmp_path: Path) -> None:
 
 def test_config_that_is_not_json(model_folder: Path) -> None:
     (model_folder / "config.json").write_text("{'a'")
-    with pytest.raises(ModelError, match=r"config\.json: cannot be read"):
+    with pytest.raises(ModelError, match=r"config\.json: cannot read"):
         Checkpoint.open(model_folder)
 
 

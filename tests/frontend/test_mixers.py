@@ -81,5 +81,5 @@ def test_selected_tokens_are_refused_where_they_are_real(attention: Callable[...
 def test_contexts_end_where_tokens_would_be_selected() -> None:
     config = transformers.AutoConfig.for_model("deepseek_v32")
     assert context_length(config, None) == config.index_topk == 2048
-    with pytest.raises(UserError, match="context 4096: this model does 1 to 2048 tokens"):
+    with pytest.raises(UserError, match="context 4096: must be 1 to 2048"):
         context_length(config, 4096)

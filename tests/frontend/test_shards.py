@@ -121,5 +121,5 @@ def test_several_files_need_an_index(tmp_path: Path, tensors: dict[str, torch.Te
 def test_unreadable_index(tmp_path: Path, tensors: dict[str, torch.Tensor]) -> None:
     save(tmp_path, tensors)
     (tmp_path / INDEX).write_text("{")
-    with pytest.raises(ModelError, match="cannot be read"):
+    with pytest.raises(ModelError, match="cannot read"):
         Shards(tmp_path)

@@ -56,6 +56,18 @@ def test_against_a_plain_loop(moe: IRModule, calibrated: Any) -> None:
         assert len(one["centrality_ppm"]) == 8
 
 
+def test_without_a_probe_there_is_the_graph_alone(moe: IRModule, calibrated: Any) -> None:
+    full, graph = (
+        COACTIVATION.of(ProfileCoactivation(probe=probe)(moe, calibrated)) for probe in ("int2-g32", "none")
+    )
+    for site, one in graph.items():
+        assert one["communities"] == full[site]["communities"]
+        assert one["centrality_ppm"] == full[site]["centrality_ppm"]
+        assert [pair[:3] for pair in one["pairs"]] == [pair[:3] for pair in full[site]["pairs"]]
+        assert one["cross_ppm"] == 0
+        assert {pair[3] for pair in one["pairs"]} == {0}
+
+
 def test_communities_and_correlation_of_two_separate_groups() -> None:
     together = torch.zeros(6, 6, dtype=torch.int64)
     for group in ((0, 2, 4), (1, 3, 5)):

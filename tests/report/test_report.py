@@ -223,5 +223,5 @@ def test_damaged_analysis_is_refused(folder):
 def test_page_is_written_where_asked(folder, tmp_path):
     moqc.api.write_report(folder, tmp_path / "report.html")
     assert (tmp_path / "report.html").read_text().startswith("<!doctype html>")
-    with pytest.raises(UserError, match="cannot be written"):
+    with pytest.raises(UserError, match="cannot write"):
         moqc.api.write_report(folder, tmp_path / "none" / "report.html")

@@ -53,7 +53,7 @@ def read_onnx(path: Path) -> OnnxModel:
     except (DecodeError, ValueError) as error:
         raise ModelError(f"{path}: is not an ONNX model ({error})") from error
     except OSError as error:
-        raise ModelError(f"{path}: cannot be read ({error.strerror})") from error
+        raise ModelError(f"{path}: cannot read ({error.strerror})") from error
     opset = _check_versions(path, model)
     for tensor in model.graph.initializer:
         _check_tensor(path, tensor)
