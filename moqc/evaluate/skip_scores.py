@@ -53,7 +53,7 @@ class SkipBench:
         """Of no pruning, then of each; experts of `store` (None: as stored), other matrices in `linears`."""
         formats = {site: str(fmt) for site, fmt in linears.items()}
         experts = [] if store is None else list(store.keys.values())
-        text = [list(self.windows), list(self.windows.values())]
+        text = list(self.windows), list(self.windows.values())
         key = digest("skip-scores", VERSION, self.key, experts, formats, *text)
         workspace = self.bench.workspace
         if not workspace.has(key):

@@ -197,20 +197,14 @@ class _Reading:
         times = kernel_times(choices.target)
         stored, seconds = {}, {}
         for layout in bench.checkpoint.layouts:
-            units = [
-                [
-                    (*layout.shape(name)[1:], Format.parse(formats[layout.site][name][e]))
-                    for name in layout.projections
-                ]
-                for e in range(layout.experts)
-            ]
-            stored[layout.site] = [
-                sum(fmt.stored_bits(rows, columns) / 8 for rows, columns, fmt in unit) for unit in units
-            ]
-            seconds[layout.site] = [
-                sum(1e-6 * times.microseconds(*one) for one in unit) if times.machine else 0.0
-                for unit in units
-            ]
+            chosen, size, time = formats[layout.site], [0.0] * layout.experts, [0.0] * layout.experts
+            for projection in layout.projections:
+                _, rows, columns = layout.shape(projection)
+                for expert, name in enumerate(chosen[projection]):
+                    fmt = Format.parse(name)
+                    size[expert] += fmt.stored_bits(rows, columns) / 8
+                    time[expert] += 1e-6 * times.microseconds(rows, columns, fmt) if times.machine else 0.0
+            stored[layout.site], seconds[layout.site] = size, time
         return cls(stored, seconds, _other_bytes(bench, linears), _other_speed(choices, choices.linears))
 
     def row(self, kept: Mapping[str, Sequence[int]], tokens: int) -> dict[str, Any]:
