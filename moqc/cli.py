@@ -75,7 +75,7 @@ COMMANDS: dict[str, tuple[Callable[..., None], str]] = {
     "export-onnx": (export_onnx.command, "moqc export-onnx out/tiny -o out/tiny-onnx --uniform int4-g64-sym"),
     "opt": (
         opt.command,
-        'moqc opt ir/003_allocate-bits.py --pipeline "allocate-bits{bits=2.2}"',
+        'moqc opt ir/005_allocate-bits.py --pipeline "allocate-bits{bits=2.2}"',
     ),
     "models": (models.command, "moqc models --verify mixtral"),
     "passes": (lists.passes, "moqc passes --json"),

@@ -145,7 +145,7 @@ def _input_module(
         logger.info("importing %s (%s)", checkpoint.path, checkpoint.config.model_type)
         latent = target.latent_attention
         return import_model(checkpoint, max_batch=max_batch, max_chunk=chunk, latent=latent), passes
-    done = start_from.stem.partition("_")[2]  # 003_allocate-bits.py
+    done = start_from.stem.partition("_")[2]  # 005_allocate-bits.py
     return read_module(start_from), passes.after(done) if done else passes
 
 

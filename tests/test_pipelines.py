@@ -1,5 +1,9 @@
+import re
+from pathlib import Path
+
 import pytest
 
+from moqc.cli import COMMANDS
 from moqc.errors import UserError
 from moqc.passes.pipeline import Pipeline
 from moqc.pipelines import Plan, allocation_pipeline, candidate_formats, default_pipeline
@@ -77,3 +81,18 @@ def test_overrides_bring_their_candidate() -> None:
     assert 'overrides="down=4,8"' in text
     assert str(Pipeline.parse(text)) == text
     assert "int8-g128" not in str(default_pipeline(Recipe(), activations="int8", context=64))
+
+
+def test_docs_name_the_dump_of_the_default_pipeline_by_its_number() -> None:
+    names = [item.name for item in default_pipeline(Recipe(), activations="int8", context=64).passes]
+    dump = f"{names.index('allocate-bits'):03d}_allocate-bits.py"
+    page = (Path(__file__).parents[1] / "docs" / "passes.md").read_text()
+    for text in (page, COMMANDS["opt"][1]):
+        assert set(re.findall(r"\d{3}_allocate-bits\.py", text)) == {dump}
+
+
+def test_the_report_alone_costs_no_calibration() -> None:
+    plain = Recipe(allocator="uniform", quantizer="rtn")
+    for recipe, measured in ((Recipe(), True), (plain, False)):
+        text = str(default_pipeline(recipe, activations="int8", context=64))
+        assert ("profile-coactivation" in text) == measured

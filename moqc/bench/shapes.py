@@ -1,8 +1,9 @@
-"""Experts blocks of known models, by the names the benchmarks use."""
+"""Experts blocks by the names the benchmarks use, and those of any model's configuration."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from moqc.errors import UserError
 
@@ -33,7 +34,20 @@ SHAPES = {
 
 
 def find_shape(name: str) -> Shape:
-    """The shape called `name`. Raises UserError with the known names."""
-    if name not in SHAPES:
-        raise UserError(f"unknown shape {name!r}: known are {', '.join(SHAPES)}")
-    return SHAPES[name]
+    """The shape called `name`, or that of the first experts block of the model in the folder `name`.
+
+    Of a folder its config.json is read; an artifact has one too. Raises UserError.
+    """
+    if name in SHAPES:
+        return SHAPES[name]
+    folder = Path(name)
+    if not folder.is_dir():
+        raise UserError(f"unknown shape {name!r}: known are {', '.join(SHAPES)}, or the folder of a model")
+    from moqc.frontend.config import parse_config
+    from moqc.frontend.trace import outline
+
+    use = outline(parse_config(folder, name)).experts[0]
+    layout = use.layout
+    if not layout.has_gate or layout.has_bias:
+        raise UserError(f"{name}: its experts have no gate, or biases; the benchmark has blocks with a gate")
+    return Shape(layout.experts, use.top_k, layout.hidden, layout.intermediate, layout.activation)

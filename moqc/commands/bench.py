@@ -52,7 +52,9 @@ def command(
 
 @options(choices=KernelOptions)
 def kernels(
-    shape: Annotated[str, typer.Option(metavar="NAME", help="Model whose experts block is timed.")],
+    shape: Annotated[
+        str, typer.Option(metavar="NAME", help="Whose experts block is timed: a known name, or a folder.")
+    ],
     choices: dict[str, Any],
     hot: Annotated[
         bool, typer.Option("--hot", help="Use the same weights in every call, from the caches.")

@@ -1,13 +1,16 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from moqc.bench import kernels
 from moqc.bench.kernels import bench_kernels, parse_classes
-from moqc.bench.shapes import SHAPES, Shape
+from moqc.bench.shapes import SHAPES, Shape, find_shape
 from moqc.errors import UserError
 from moqc.quant.formats import Format
 
+MODEL = Path(__file__).parents[2] / "examples" / "models" / "tiny-moe"
 TINY = Shape(experts=6, top_k=2, hidden=64, intermediate=96)
 
 
@@ -57,3 +60,11 @@ def test_classes(text, formats):
 def test_bad_input(arguments):
     with pytest.raises(UserError):
         bench_kernels(*arguments)
+
+
+def test_a_folder_has_the_shape_of_its_model(tmp_path):
+    assert find_shape(str(MODEL)) == Shape(16, 2, 128, 128)
+    with pytest.raises(UserError, match=r"unknown shape 'olmo': known are .*, or the folder of a model"):
+        find_shape("olmo")
+    with pytest.raises(UserError, match=r"config\.json"):
+        find_shape(str(tmp_path))
