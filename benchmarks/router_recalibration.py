@@ -9,11 +9,12 @@ by default, other matrices are as stored; calibration text and windows are those
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from workers import DOMAINS
 
@@ -61,7 +62,7 @@ def main() -> None:
     chosen = BITS.of(run_passes(allocation_pipeline(plan, options.bits), mod, ctx, Debug()))
     store = quantize_experts(checkpoint, chosen, plan.quantizer, calibration, workspace, rotate=plan.rotates)
     routers = [site.site for site in find_linears(mod) if site.router]
-    models = {"as quantized": LayeredModel(checkpoint)}
+    models = {"unquantized": None, "as quantized": LayeredModel(checkpoint)}
     for damping in options.damping:
         updates = recalibrate_routers(checkpoint, calibration, workspace, store, routers, damping=damping)
         for name, update in updates.items():
@@ -70,24 +71,33 @@ def main() -> None:
         models[f"recalibrated, damping {damping:g}"] = LayeredModel(checkpoint, override=weights.get)
     tests = [options.folder / f"{name}.test.txt" for name in DOMAINS]
     windows = evaluation_windows(tests, checkpoint.path / "tokenizer.json", tokens=options.tokens)
+    score(checkpoint, store, models, windows)
+
+
+def score(
+    checkpoint: Checkpoint,
+    store: ExpertStore,
+    models: dict[str, LayeredModel | None],
+    windows: Mapping[str, NDArray[np.int64]],
+) -> None:
+    """Print the losses of the unquantized model (None), and of others with experts of `store`."""
     owners = [number for number, rows in enumerate(windows.values()) for _ in rows]
     batches = split_batches(torch.from_numpy(np.concatenate(list(windows.values()))))
-    streams = [logits(LayeredModel(checkpoint), None, batches)]
-    streams += [logits(model, store, batches) for model in models.values()]
+    streams = [
+        logits(model or LayeredModel(checkpoint), None if model is None else store, batches)
+        for model in models.values()
+    ]
     tallies, row = [Tally() for _ in streams], 0
     for batch, *found in zip(batches, *streams, strict=True):
         for tally, scores in zip(tallies, found, strict=True):
             for at, window in enumerate(batch):
                 tally.add(owners[row + at], window, scores[at], found[0][at])
         row += len(batch)
-    nothing = PrunedExperts({}, batches[0].shape[1])
-    unquantized = tallies[0].outcome(tallies[0], nothing)
-    print(f"unquantized: loss {unquantized.loss:.5f} on {sum(map(len, tallies[0].losses.values()))} windows")
-    for name, tally in zip(models, tallies[1:], strict=True):
-        found = tally.outcome(tallies[1], nothing)
+    for name, tally in zip(models, tallies, strict=True):
+        one = tally.outcome(tallies[1], PrunedExperts({}, batches[0].shape[1]))
         print(
-            f"{name}: loss {found.loss:.5f}, KL divergence {found.kld:.5f}, over as quantized "
-            f"{found.increase:+.5f} +- {found.standard_error:.5f}"
+            f"{name}: loss {one.loss:.5f}, KL divergence {one.kld:.5f}, over as quantized "
+            f"{one.increase:+.5f} +- {one.standard_error:.5f}"
         )
 
 

@@ -94,10 +94,11 @@ class SkipBench:
         else:
             plain = LayeredModel(bench.checkpoint)
             reference = _forward(plain, batches, [PrunedExperts({}, batches[0].shape[1])], None)[0]
-        for number, batch in enumerate(batches):
-            one = Stream([batch], [reference.hidden[number]], [reference.arguments[number]])
+        for number in range(len(batches)):
+            tokens = reference.tokens[number]
+            one = Stream([tokens], [reference.hidden[number]], [reference.arguments[number]])
             joint = Stream(
-                [batch] * len(streams),
+                [tokens] * len(streams),
                 [stream.hidden[number] for stream in streams],
                 [streams[0].arguments[number]] * len(streams),
             )
