@@ -57,7 +57,9 @@ def main() -> None:
     parser.add_argument("models", nargs="+")
     options = parser.parse_args()
     moqc.plan("olmoe-1b-7b", bits=3.0)  # imports
-    print("| model | plan, CPU s | predicted bytes | bytes of the graph | difference |\n|---|---|---|---|---|")
+    print(
+        "| model | plan, CPU s | predicted bytes | bytes of the graph | difference |\n|---|---|---|---|---|"
+    )
     for name in options.models:
         config = name
         with tempfile.TemporaryDirectory() as folder:
