@@ -30,6 +30,7 @@ from tvm import IRModule
 
 import moqc
 from moqc.errors import ModelError, PipelineError, UserError
+from moqc.frontend import masks
 from moqc.frontend.hf import translate
 from moqc.frontend.hooks import hook
 from moqc.frontend.shrink import shrink
@@ -172,7 +173,10 @@ class Comparison:
             try:
                 found = run(*inputs)
             except CONFIG_ERRORS as error:
-                raise ModelError(f"{self._model_type}: {stage} model fails: {first_line(error)}") from error
+                what = f"{stage} model fails: {first_line(error)}"
+                if reader := masks.reader(error):
+                    what = f"{reader} reads the entries of its attention mask, of which moqc makes no tensor"
+                raise ModelError(f"{self._model_type}: {what}") from error
             errors.append(float(np.max(np.abs(found - expected) / np.maximum(1, np.abs(expected)))))
         self.errors[stage] = worst = max(errors)
         if not worst <= TOLERANCE:  # NaN too

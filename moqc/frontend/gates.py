@@ -42,7 +42,9 @@ def classify_gate(module: Any, site: str) -> str:
     for name in _candidates(bool(module.has_gate), limit, alpha):
         if torch.allclose(apply_activation(name, gate, inputs[1]).to(expected), expected, atol=_TOLERANCE):
             return name
-    raise ModelError(f"{site}: the gate function of {type(module).__name__} is none that moqc knows")
+    function = getattr(module, "act_fn", None)
+    name = f" ({type(function).__name__})" if isinstance(function, torch.nn.Module) else ""
+    raise ModelError(f"{site}: the gate function of {type(module).__name__}{name} is none that moqc knows")
 
 
 def _inputs(limit: float | None) -> torch.Tensor:

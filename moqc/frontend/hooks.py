@@ -29,6 +29,7 @@ from moqc.quant import reference
 IMPLEMENTATION = "moqc"
 
 # Tensors some models hand to attention although their attention has used them already.
+_MEANINGS = {"position_bias": "a bias on its scores that depends on the tokens (position_bias)"}
 _SPENT = frozenset(
     {"position_ids", "cache_position", "cu_seq_lens_q", "cu_seq_lens_k", "position_embeddings"}
 )
@@ -164,10 +165,11 @@ def _attention_forward(
 ) -> tuple[torch.Tensor, None]:
     """Transformers' attention interface. Raises ModelError for arguments that the operator does not model."""
     site = module.moqc_site
-    unknown = sorted(n for n, v in others.items() if isinstance(v, torch.Tensor) and n not in _SPENT)
+    given = sorted(n for n, v in others.items() if isinstance(v, torch.Tensor) and n not in _SPENT)
+    unknown = [_MEANINGS.get(name, name) for name in given]
     rule = masks.rule_of(attention_mask)
     if rule is None:
-        unknown.append("attention_mask")
+        unknown.append("a mask that it computes, none of transformers' causal, window and chunk masks")
         rule = masks.Rule()
     if dropout:
         unknown.append("dropout")

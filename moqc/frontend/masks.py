@@ -56,6 +56,19 @@ def rule_of(attention_mask: Any) -> Rule | None:
     return Rule() if attention_mask is None else getattr(attention_mask, "moqc_rule", None)
 
 
+def reader(error: BaseException) -> str | None:
+    """The class of the layer that `error` comes from, if it was given a mark and took it for a mask."""
+    found = None
+    trace = error.__traceback__
+    while trace is not None:
+        names = trace.tb_frame.f_locals
+        if isinstance(names.get("self"), torch.nn.Module):
+            marked = any(hasattr(value, "moqc_rule") for value in names.values())
+            found = type(names["self"]).__name__ if marked else None
+        trace = trace.tb_next
+    return found
+
+
 def read(function: Callable[..., Any]) -> Rule | None:
     """The rule of a mask function, None when it is not a conjunction of causality, windows and chunks."""
     parts = list(_parts(function))

@@ -87,6 +87,13 @@ def test_unknown_gate_is_refused() -> None:
         classify_gate(experts(gate), "layers.3.experts")
 
 
+def test_an_unknown_gate_of_a_class_is_named() -> None:
+    module = experts(lambda x: halves(x)[0].sin())
+    module.act_fn = torch.nn.Softsign()
+    with pytest.raises(ModelError, match=r"the gate function of \w+ \(Softsign\) is none that moqc knows"):
+        classify_gate(module, "site")
+
+
 def test_swapped_halves_are_not_the_same_gate() -> None:
     def gate(x: torch.Tensor) -> torch.Tensor:
         first, second = halves(x)

@@ -69,9 +69,17 @@ def test_spent_and_missing_tensors_are_fine(attention: Callable[..., torch.Tenso
     assert output.shape == (1, 5, 4, 8)
 
 
-@pytest.mark.parametrize("keyword", ["position_bias", "indices", "some_new_tensor", "attention_mask"])
-def test_unknown_tensors_are_refused(attention: Callable[..., torch.Tensor], keyword: str) -> None:
-    with pytest.raises(ModelError, match=rf"layers\.0\.self_attn: Qwen3MoeAttention uses {keyword}, which"):
+@pytest.mark.parametrize(
+    ("keyword", "said"),
+    [
+        ("position_bias", r"a bias on its scores that depends on the tokens \(position_bias\)"),
+        ("indices", "indices"),
+        ("some_new_tensor", "some_new_tensor"),
+        ("attention_mask", "a mask that it computes, none of transformers' causal, window and chunk masks"),
+    ],
+)
+def test_unknown_tensors_are_refused(attention: Callable[..., torch.Tensor], keyword: str, said: str) -> None:
+    with pytest.raises(ModelError, match=rf"layers\.0\.self_attn: Qwen3MoeAttention uses {said}, which"):
         attention(**{keyword: torch.zeros(1)})
 
 

@@ -1,3 +1,4 @@
+import pytest
 import torch
 from transformers import masking_utils
 
@@ -36,6 +37,23 @@ def test_a_mark_carries_its_rule():
     assert masks.rule_of(marked(CAUSAL, allow_is_causal_skip=False)) == Rule()
     assert masks.rule_of(None) == Rule()
     assert masks.rule_of(marked(masking_utils.sliding_window_causal_mask_function(4))) == Rule(window=4)
+
+
+class Selecting(torch.nn.Module):
+    """A layer that looks into its mask."""
+
+    def forward(self, mask):
+        return mask[:, :, 2]
+
+
+def test_who_reads_a_mark_is_told():
+    model = torch.nn.Sequential(Selecting())
+    with pytest.raises(IndexError) as failed:
+        model(marked(CAUSAL, allow_is_causal_skip=False))
+    assert masks.reader(failed.value) == "Selecting"
+    with pytest.raises(IndexError) as failed:
+        model(torch.zeros(1, 1, 1))
+    assert masks.reader(failed.value) is None
 
 
 def test_packing_is_off_only_inside():

@@ -92,9 +92,8 @@ def _placed(form: Form, x: torch.Tensor, alone: torch.Tensor) -> Form | None:
 
 def _equal(found: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
     """Which rows agree."""
-    return torch.linalg.vector_norm(found - expected, dim=1) <= _TOLERANCE * torch.linalg.vector_norm(
-        expected, dim=1
-    )
+    agree: torch.Tensor = (found - expected).norm(dim=1) <= _TOLERANCE * expected.norm(dim=1)
+    return agree
 
 
 def _forms(mlps: Mlps, hidden: int) -> Iterator[Form]:
