@@ -16,7 +16,8 @@ from moqc.quant.formats import Format
 from moqc.schedules.kernel_times import KernelTimes
 from moqc.targets import Roofline
 
-TINY = Path(__file__).parents[2] / "examples" / "models" / "tiny-moe"
+ROOT = Path(__file__).parents[2]
+TINY = ROOT / "examples" / "models" / "tiny-moe"
 INT8 = Format.parse("int8-g64-sym")
 MACHINE = Roofline(bandwidth=1e11, weight_rate=5e10, layer_seconds=1e-5, source="a test")
 TIMES = KernelTimes(MACHINE, {})
@@ -155,3 +156,15 @@ def test_a_shape_by_name():
     plan = moqc.plan("qwen3-30b-a3b", size=12 << 30)
     assert 30.5e9 < plan.total_weights < 30.6e9
     assert plan.chosen.file_bytes <= 12 << 30
+
+
+def test_decoding_on_an_h200_is_as_measured():
+    """Within a quarter of docs/benchmarks-h200.md's models, 4 bits, prompts of 512 tokens."""
+    results = json.loads((ROOT / "benchmarks" / "results" / "h200-models.json").read_text())
+    rows = [row for row in results["rows"] if row["provider"] == "moqc" and row.get("tokens") == 1]
+    assert {row["model"] for row in rows} == {"olmoe-1b-7b", "qwen3-30b-a3b", "mixtral-8x7b"}
+    for row in rows:
+        plan = moqc.plan(row["model"], bits=4.13, target="cuda", context=512)
+        assert plan.speed_source.startswith("experts: measured, NVIDIA H200")
+        (_, _, rate) = plan.contexts[-1]
+        assert 0.75 < rate / row["tokens_per_s"] < 1.25, row
