@@ -44,7 +44,7 @@ def build(shape: Any, fmt: Any, types: dict[str, Any], target: Any) -> Any:
             relax.Var("positions", relax.TensorType([tokens], "int64")),
             relax.Var("strength", relax.TensorType([shape.experts], "float32")),
             relax.Var("limits", relax.TensorType([3], "float32")),
-            relax.Var("slopes", relax.TensorType([shape.experts, shape.hidden], "float32")),
+            relax.Var("slopes", relax.TensorType([shape.experts, shape.hidden], "float16")),
         ]
         weights = [relax.Var(key.replace(".", "_"), ty) for key, ty in types.items()]
         with builder.function(name, [*inputs, *weights]):
@@ -110,7 +110,7 @@ class Bench:
         self.sets = [random_operands(types, self.generator) for _ in range(SETS)]
         self.calls = 0
         slopes = self.generator.standard_normal((shape.experts, shape.hidden), np.float32)
-        self.slopes = torch.from_numpy(0.5 * slopes / shape.hidden**0.5)
+        self.slopes = torch.from_numpy(0.5 * slopes / shape.hidden**0.5).half()
 
     def rule(self, limit: float) -> SitePruning:
         """The pruning, as it is compiled."""

@@ -163,7 +163,7 @@ def _rewrite(mod: IRModule, prunings: dict[str, SitePruning]) -> IRModule:
         strength = relax.TensorType([len(pruning.strength)], "float32")
         added = {"strength": strength, "limits": relax.TensorType([3], "float32")}
         if pruning.slopes is not None:
-            added["slopes"] = relax.TensorType(list(pruning.slopes.shape), "float32")
+            added["slopes"] = relax.TensorType(list(pruning.slopes.shape), "float16")
         tensors = {f"{_prefix(site)}.{name}": ty for name, ty in added.items()}
         new = {name: new_parameter(name, ty) for name, ty in tensors.items()}
         rewrite.added |= new

@@ -26,7 +26,7 @@ from moqc.quant.ridge import LEAST_PAIRS, Predictor
 from moqc.quant.routing import Features, Pruning, gains, prune
 from moqc.quant.skips import RoutingSample
 
-VERSION = 2
+VERSION = 3
 """Of what is measured here; part of the cache key."""
 
 SAMPLE_TOKENS = 8192
@@ -83,6 +83,7 @@ def _measure(
     sensitivity = 0.5 * gradients.square().mean(1)
     if float(sensitivity.sum()) > 0:
         slopes = slopes + TRUST * Predictor.of(x).fit(x, sensitivity)[1].cpu()
+    slopes = slopes.half()
     features = Features.of(x, torch.zeros(len(x)), gains(slopes.to(x.device), x, ids))
     grams = [_grams(weights, x[at : at + CHUNK], ids[at : at + CHUNK]) for at in range(0, len(x), CHUNK)]
     found = {

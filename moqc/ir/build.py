@@ -108,7 +108,7 @@ def prune_routing(
     The arithmetic is that of `moqc.quant.routing.SitePruning`: `rule` is ``mass`` or ``ratio``, `exponent` a
     float's repr. A dropped pair has id -1 and weight 0, which every lowering of the experts blocks must skip:
     no weights read, no row computed. `operands` are strength float32 [E], limits float32 [3]: limit, peak and
-    margin, and in some cases slopes float32 [E, H]. `positions` is int64 [T]; a token of position < 0 is
+    margin, and in some cases slopes float16 [E, H]. `positions` is int64 [T]; a token of position < 0 is
     padding and loses all its experts.
     """
     attrs = {"site": site, "rule": rule, "exponent": exponent, "renormalize": renormalize, "first": first}

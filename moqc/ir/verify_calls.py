@@ -127,7 +127,7 @@ def _check_prune_routing(call: relax.Call) -> None:
     _check(call, "strength", named["strength"].ty, (experts,))
     _check(call, "limits", named["limits"].ty, (3,))
     if "slopes" in named:
-        _check(call, "slopes", named["slopes"].ty, (experts, hidden))
+        _check(call, "slopes", named["slopes"].ty, (experts, hidden), ("float16",))
     _check_choice(call, "rule", ("mass", "ratio"))
     _check_number(call, "exponent")
 

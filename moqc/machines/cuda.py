@@ -13,8 +13,8 @@ _H200 = Roofline(
     bandwidth=3.7e12,
     weight_rate=1.0e13,
     layer_seconds=4.5e-5,
-    source="NVIDIA H200, in docs/benchmarks-h200.md: experts of mixtral-8x7b at 1 token; time of a layer from "
-    "decoding whole models, some 13 launches each",
+    source="NVIDIA H200, in docs/benchmarks-h200.md: experts of mixtral-8x7b at 1 token; a layer's time from "
+    "whole models, some 13 launches each",
 )
 
 CUDA_ARCHITECTURES = {"sm_80": 163, "sm_86": 99, "sm_87": 163, "sm_89": 99, "sm_90": 227}

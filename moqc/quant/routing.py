@@ -51,7 +51,7 @@ class SitePruning:
     """The pruning of one experts block, calibrated.
 
     A pair's contribution is ``(|weight| * strength[expert]) ** exponent * exp(slopes[expert] @ x)``, x the
-    block's input; `slopes` float32 [E, H], None for zeros.
+    block's input; `slopes` float16 [E, H], None for zeros.
 
     * ``mass``: keep what contributes at least `limit`, and the largest contribution in any case.
     * ``ratio``: keep what has at least `limit` of the token's largest contribution.
@@ -144,7 +144,8 @@ def gains(slopes: Tensor | None, x: Tensor, ids: Tensor) -> Tensor:
         return torch.ones(ids.shape)
     known = (ids >= 0) & (ids < len(slopes))
     # One expert at a time: [T, k, H] would not fit.
-    found = [(x * slopes[torch.where(known, ids, 0)[:, slot]]).sum(1) for slot in range(ids.shape[1])]
+    places = torch.where(known, ids, 0)
+    found = [(x * slopes[places[:, slot]].to(x.dtype)).sum(1) for slot in range(ids.shape[1])]
     return torch.where(known, torch.stack(found, 1), 0.0).exp()
 
 

@@ -51,8 +51,8 @@ class RoutingSample:
 
     `ids` int64 and `weights` float32 [T, k]; `grams` float32 [T, k, k], the inner products of the outputs of
     the token's experts; `features` of the block's input. `sensitivity` float32 [T]: nats that the loss rises
-    by per squared error of the block's output at this token. `strength` [E] and `slopes` [E, H] are those of
-    the mass rule's contributions.
+    by per squared error of the block's output at this token. `strength` [E] and `slopes` float16 [E, H] are
+    those of the mass rule's contributions.
     """
 
     ids: Tensor

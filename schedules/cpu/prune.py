@@ -30,7 +30,7 @@ def prune_kernel(shape: PruneShape, lanes: int) -> tirx.PrimFunc:
 
     Parameters of the PrimFunc: x float32 [T, H], ids [T, k] of type `shape.ids`, weights float32 [T, k],
     positions int64 [T], strength float32 [E], limits float32 [3] (limit, peak, margin), with `shape.slopes`
-    slopes float32 [E, H], and the outputs ids and weights.
+    slopes float16 [E, H], and the outputs ids and weights.
     """
     count = shape.top_k
     with kernel("prune_routing", rule=shape.rule, experts=shape.experts, top_k=count) as k:
@@ -42,7 +42,7 @@ def prune_kernel(shape: PruneShape, lanes: int) -> tirx.PrimFunc:
         strength = k.parameter("strength", [shape.experts], "float32")
         limits = k.parameter("limits", [3], "float32")
         size = [shape.experts, shape.hidden]
-        slopes = k.parameter("slopes", size, "float32") if shape.slopes else None
+        slopes = k.parameter("slopes", size, "float16") if shape.slopes else None
         kept_ids = k.parameter("kept_ids", [tokens, count], shape.ids)
         kept_weights = k.parameter("kept_weights", [tokens, count], "float32")
 
@@ -118,7 +118,8 @@ def _apply_slopes(shape: PruneShape, scores: Any, tensors: tuple[Any, Any, Any],
         at, _ = _expert(shape, ids, t, j)
         store(total, [0], spread(0.0, lanes))
         with loop(0, shape.hidden // lanes) as step:
-            product = load(x, [t, step * lanes], kind) * load(slopes, [at, step * lanes], kind)
+            slope = load(slopes, [at, step * lanes], vector_type(lanes, "float16")).astype(kind)
+            product = load(x, [t, step * lanes], kind) * slope
             store(total, [0], load(total, [0], kind) + product)
         gain = T.exp(bind(reduce_lanes(total, lanes, lambda a, b: a + b)))
         store(scores, [j], load(scores, [j]) * gain)

@@ -23,7 +23,7 @@ def prune_function(shape: PruneShape) -> tirx.PrimFunc:
 
     Parameters of the PrimFunc: x float32 [T, H], ids [T, k] of type `shape.ids`, weights float32 [T, k],
     positions int64 [T], strength float32 [E], limits float32 [3] (limit, peak, margin), with `shape.slopes`
-    slopes float32 [E, H], and the outputs ids and weights. Raises UserError for more than `MOST_PAIRS`
+    slopes float16 [E, H], and the outputs ids and weights. Raises UserError for more than `MOST_PAIRS`
     experts a token.
     """
     count = shape.top_k
@@ -38,7 +38,7 @@ def prune_function(shape: PruneShape) -> tirx.PrimFunc:
             k.parameter("positions", [tokens], "int64"),
             k.parameter("strength", [shape.experts], "float32"),
             k.parameter("limits", [3], "float32"),
-            *([k.parameter("slopes", size, "float32")] if shape.slopes else []),
+            *([k.parameter("slopes", size, "float16")] if shape.slopes else []),
             k.parameter("kept_ids", [tokens, count], shape.ids),
             k.parameter("kept_weights", [tokens, count], "float32"),
         ]

@@ -101,7 +101,7 @@ __device__ __forceinline__ void route(const Id* ids, const float* weights, int t
 // What is dropped gets the id -1 and the weight 0. limits: limit, peak, margin; slopes [EXPERTS][H] or null.
 template <int EXPERTS, int TOP, int H, bool MASS, bool RENORMALIZE, class Id>
 __device__ __forceinline__ void prune(int tokens, float exponent, long long first, const float* x, const Id* ids, const float* weights, const void* positions,
-                                      const float* strength, const float* limits, const float* slopes, Id* kept_ids, float* kept_weights) {
+                                      const float* strength, const float* limits, const __half* slopes, Id* kept_ids, float* kept_weights) {
   static_assert(TOP <= 32, "a lane a pair");
   wait_for_previous_kernel();
   start_next_kernel();
@@ -125,7 +125,7 @@ __device__ __forceinline__ void prune(int tokens, float exponent, long long firs
       const Id expert = __shfl_sync(0xffffffffu, id, i);
       if (expert < 0 || expert >= EXPERTS) continue;  // the same for all lanes
       float gain = 0.0f;
-      for (int k = lane; k < H; k += 32) gain += x[(long long)token * H + k] * slopes[(long long)expert * H + k];
+      for (int k = lane; k < H; k += 32) gain += x[(long long)token * H + k] * __half2float(slopes[(long long)expert * H + k]);
 #pragma unroll
       for (int other = 16; other > 0; other /= 2) gain += __shfl_xor_sync(0xffffffffu, gain, other);
       if (lane == i) score *= expf(gain);
@@ -153,7 +153,7 @@ __device__ __forceinline__ void prune(int tokens, float exponent, long long firs
 template <int EXPERTS, int TOP, int H, bool MASS, bool RENORMALIZE, class Id>
 __device__ __forceinline__ void prune(int tokens, float exponent, long long first, const float* x, const Id* ids, const float* weights, const void* positions,
                                       const float* strength, const float* limits, Id* kept_ids, float* kept_weights) {
-  const float* none = nullptr;
+  const __half* none = nullptr;
   prune<EXPERTS, TOP, H, MASS, RENORMALIZE>(tokens, exponent, first, x, ids, weights, positions, strength, limits, none, kept_ids, kept_weights);
 }
 

@@ -28,7 +28,7 @@ def compiled(top_k: int, ids: str, rule: SitePruning):
         "limits": ([3], "float32"),
     }
     if rule.slopes is not None:
-        types["slopes"] = ([EXPERTS, HIDDEN], "float32")
+        types["slopes"] = ([EXPERTS, HIDDEN], "float16")
     arguments = [relax.Var(name, relax.TensorType(shape, dtype)) for name, (shape, dtype) in types.items()]
     bb = relax.BlockBuilder()
     with bb.function("main", arguments):
@@ -75,7 +75,7 @@ def inputs(tokens: int, top_k: int):
 
 
 STRENGTH = torch.tensor([0.5, 2.0, 1.0, 0.0, 1.5, 0.7, 1.1])
-SLOPES = torch.randn(EXPERTS, HIDDEN, generator=torch.Generator().manual_seed(5)) / 5
+SLOPES = torch.randn(EXPERTS, HIDDEN, generator=torch.Generator().manual_seed(5)).half() / 5
 RULES = {
     "mass": SitePruning("mass", 0.8, STRENGTH, True, 1.5, first=2, peak=2.5, margin=0.02),
     "mass, plain": SitePruning("mass", 0.2, torch.ones(EXPERTS), False, 2.0),

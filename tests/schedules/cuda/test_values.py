@@ -24,7 +24,7 @@ ROWS, COLUMNS = 104, 520
 TOKENS = (1, 3, 8, 9, 70)
 STRENGTH = torch.tensor([0.5, 2.0, 1.0, 0.0, 1.5, 0.7, 1.1])
 TOP_K, HIDDEN = 4, 24
-SLOPES = torch.randn(7, HIDDEN, generator=torch.Generator().manual_seed(6)) / 5
+SLOPES = torch.randn(7, HIDDEN, generator=torch.Generator().manual_seed(6)).half() / 5
 RULES = {
     "mass": SitePruning("mass", 0.8, STRENGTH, True, 2.0, first=2, peak=2.5, margin=0.02),
     "plain": SitePruning("mass", 0.9, torch.ones(7), False, 1.0),
