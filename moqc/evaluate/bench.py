@@ -25,6 +25,7 @@ from moqc.quant.formats import Format
 from moqc.quant.rtn import quantize_rtn
 from moqc.quant.tensor import Quantized
 from moqc.quant.versions import QUANTIZER_VERSIONS
+from moqc.targets import find_target
 
 VERSION = 2
 """Of the evaluation; part of the key of cached results."""
@@ -46,8 +47,8 @@ class Bench:
 
     @classmethod
     def open(cls, checkpoint: Checkpoint, workspace: Workspace, probes: Mapping[str, Probe]) -> Bench:
-        """Import the model of `checkpoint`."""
-        mod = import_model(checkpoint)
+        """Import the model of `checkpoint`, as it is compiled here (its linears depend on the target)."""
+        mod = import_model(checkpoint, latent=find_target("native").latent_attention)
         return cls(checkpoint, workspace, mod, count_weights(mod, checkpoint), probes)
 
     def measure(self, store: ExpertStore | None, linears: Linears) -> dict[str, Any]:

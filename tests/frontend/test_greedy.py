@@ -4,6 +4,8 @@ Tiny random models, compiled in exact mode to mixed 3- and 4-bit artifacts. The 
 weights that the artifact stores, read from its files. Half a minute of the processor a type.
 """
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -91,6 +93,14 @@ def dequantized(model, folder):
     return eager.eval()
 
 
+def assert_cache_holds_latents(config, cache):
+    """Of latent attention: a token costs every layer the latent and the rotated key, not every head's."""
+    rank = getattr(config, "kv_lora_rank", None)
+    if rank is not None:
+        stored = sum(math.prod(shape) for shape in cache.tensors) // (cache.batch * cache.context)
+        assert stored == config.num_hidden_layers * (rank + config.qk_rope_head_dim)
+
+
 def expected_tokens(eager, prompt):
     """What generate() makes of one prompt: tokens, and the margin by which each was chosen."""
     made = eager.generate(
@@ -120,6 +130,7 @@ def test_greedy_tokens(model_type, tmp_path, write_tokenizer):
     used = {fmt for site in manifest.bits.values() for formats in site.values() for fmt in formats}
     assert len(used) > 1, "several bit classes"
     assert manifest.linear_bits
+    assert_cache_holds_latents(shrink(example_config(model_type)), manifest.cache)
     eager = dequantized(model, out)
     for prompt in PROMPTS:
         expected, margins = expected_tokens(eager, prompt)
