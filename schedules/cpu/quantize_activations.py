@@ -20,6 +20,7 @@ from moqc.schedules.cpu.emit import (
     Index,
     bind,
     broadcast,
+    hold,
     int64,
     intrinsic,
     kernel,
@@ -113,7 +114,7 @@ def rotated_tile(vectors: list[Any]) -> list[Any]:
     for _ in range(COLUMN_TILE.bit_length() - 1):
         halves = zip(vectors[:half], vectors[half:], strict=True)
         pairs = [[bind(low + high), bind(low - high)] for low, high in halves]
-        vectors = [bind(shuffle(pair, order)) for pair in pairs for order in mixed]
+        vectors = [hold(shuffle(pair, order)) for pair in pairs for order in mixed]
     return [bind(vector * splat(1 / math.sqrt(COLUMN_TILE), lanes)) for vector in vectors]
 
 

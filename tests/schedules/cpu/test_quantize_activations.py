@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import time
+
 import numpy as np
 import pytest
 import torch
@@ -83,3 +85,12 @@ def test_rotates_whole_blocks(kernels, rows):
     kernels["rotated"](tvm.runtime.tensor(x.numpy()), output)
     np.testing.assert_allclose(output.numpy()[:, :COLUMNS], rotate(x), rtol=1e-5, atol=1e-6)
     assert not output.numpy()[:, COLUMNS:].any()
+
+
+def test_the_rotation_of_narrow_vectors_compiles_in_seconds():
+    # TVM's simplifier took 200 s of CPU for it: twice as long for every bound sum that it looked through.
+    target = find_target("aarch64")
+    function = activations_kernel(FAMILIES[target.dot], 2 * BLOCK, mode="int8", rotated=2)
+    begin = time.process_time()
+    tvm.compile(tvm.IRModule({"rotated": function.with_attr("global_symbol", "rotated")}), target.tvm)
+    assert time.process_time() - begin < 20
