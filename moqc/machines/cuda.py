@@ -19,6 +19,8 @@ _H200 = Roofline(
 
 CUDA_ARCHITECTURES = {"sm_80": 163, "sm_86": 99, "sm_87": 163, "sm_89": 99, "sm_90": 227}
 """NVIDIA architectures that there are kernels for, and the KiB of shared memory a block may have there."""
+CUDA_ARCHITECTURES |= {name.replace("sm", "compute"): CUDA_ARCHITECTURES[name] for name in ("sm_80", "sm_87")}
+"""PTX for the oldest: the driver of any later GPU makes machine code of it when an artifact is loaded."""
 CUDA_DEFAULT = "cuda:sm_90@x86-64-v3"
 """What ``cuda`` stands for."""
 
@@ -44,7 +46,8 @@ def find_cuda(name: str) -> Target:
     except TargetError as error:
         raise TargetError(f"target {name!r}: {error}") from error
     shared = min(CUDA_ARCHITECTURES[architecture] for architecture in architectures) * 1024
-    tvm = {"kind": "cuda", "arch": architectures[0], "max_threads_per_block": 1024, "host": host.tvm}
+    arch = architectures[0].replace("compute", "sm")
+    tvm = {"kind": "cuda", "arch": arch, "max_threads_per_block": 1024, "host": host.tvm}
     return Target(
         f"cuda:{'+'.join(architectures)}@{host.name}",
         {**tvm, "max_shared_memory_per_block": shared},

@@ -49,12 +49,15 @@ def load_cuda(tvm: ModuleType, architectures: Sequence[str]) -> Any:
 
 
 def runs_on(architecture: str, major: int, minor: int) -> bool:
-    """Whether machine code for `architecture` runs on a GPU of that compute capability.
+    """Whether code for `architecture` runs on a GPU of that compute capability.
 
-    It does where the major number is equal and the minor one is not larger; code for sm_90 uses features of
-    exactly that (sm_90a).
+    PTX (``compute_87``) does on every later one. Machine code does where the major number is equal and the
+    minor one is not larger; code for sm_90 uses features of exactly that (sm_90a).
     """
-    number = int(architecture.removeprefix("sm_"))
+    kind, _, digits = architecture.partition("_")
+    number = int(digits)
+    if kind == "compute":
+        return number <= 10 * major + minor
     return number // 10 == major and (number % 10 == minor if major >= 9 else number % 10 <= minor)
 
 

@@ -33,15 +33,15 @@ def find_nvcc() -> Path:
 def compile_fatbin(source: str, architectures: Sequence[str]) -> bytes:
     """Machine code of CUDA C++ `source` for each of `architectures` (``sm_90``...), as one fat binary.
 
-    sm_90 becomes sm_90a, which has the instructions of Hopper's warp groups. TargetError with the compiler's
+    ``compute_87`` is PTX for that. sm_90 becomes sm_90a, which has the instructions of Hopper's warp groups. TargetError with the compiler's
     first error if it refuses.
     """
-    numbers = [f"{arch[3:]}{'a' if arch == 'sm_90' else ''}" for arch in architectures]
-    codes = [f"-gencode=arch=compute_{number},code=sm_{number}" for number in numbers]
+    codes = [arch + ("a" if arch == "sm_90" else "") for arch in architectures]
+    options = [f"-gencode=arch={code.replace('sm', 'compute')},code={code}" for code in codes]
     with tempfile.TemporaryDirectory(prefix="moqc-nvcc-") as folder:
         text, binary = Path(folder, "kernels.cu"), Path(folder, "kernels.fatbin")
         text.write_text(source)
-        command = [str(find_nvcc()), "-std=c++17", "-O3", "--fatbin", *codes, "-o", str(binary), str(text)]
+        command = [str(find_nvcc()), "-std=c++17", "-O3", "--fatbin", *options, "-o", str(binary), str(text)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode != 0:
             lines = [line for line in done.stderr.splitlines() if "error" in line]

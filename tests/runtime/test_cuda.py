@@ -17,6 +17,8 @@ from moqc.runtime import cuda
         ("sm_80", (9, 0), False),
         ("sm_90", (9, 0), True),
         ("sm_90", (10, 0), False),
+        ("compute_87", (8, 6), False),
+        ("compute_87", (9, 0), True),
     ],
 )
 def test_which_code_runs_where(architecture, capability, runs):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import shutil
+import struct
 from dataclasses import replace
 
 import pytest
@@ -10,6 +11,8 @@ from moqc.errors import TargetError
 from moqc.schedules.cuda import toolchain
 from moqc.targets import find_target
 
+PTX = 1
+"""Kind of an entry of a fat binary; machine code is 2."""
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
 
 
@@ -18,6 +21,14 @@ def test_compiles_for_several_architectures():
     binary = toolchain.compile_fatbin("__global__ void f(int* p) { *p = 1; }", ["sm_80", "sm_90"])
     assert b"sm_80" in binary
     assert b"sm_90" in binary
+
+
+@needs_nvcc
+def test_compiles_to_ptx():
+    binary = toolchain.compile_fatbin("__global__ void f(int* p) { *p = 1; }", ["compute_87"])
+    kind, architecture = struct.unpack_from("<H26xH", binary, 16)  # of the first entry of a fat binary
+    assert (kind, architecture) == (PTX, 87)
+    assert b"\x7fELF" not in binary  # no machine code
 
 
 @needs_nvcc
