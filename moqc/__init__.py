@@ -12,21 +12,32 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from moqc.api import compare, compile, inspect, opt, plan
+    from moqc.api import compare, compile, compile_each, inspect, opt, plan
     from moqc.api import evaluate as eval
     from moqc.artifact import Artifact, load
     from moqc.runtime.graph import load_graph
 
 __version__ = "0.1.0"
 
-__all__ = ["Artifact", "compare", "compile", "eval", "inspect", "load", "load_graph", "opt", "plan"]
+__all__ = [
+    "Artifact",
+    "compare",
+    "compile",
+    "compile_each",
+    "eval",
+    "inspect",
+    "load",
+    "load_graph",
+    "opt",
+    "plan",
+]
 
 _HOMES = {
     "Artifact": ("moqc.artifact", "Artifact"),
     "load": ("moqc.artifact", "load"),
     "load_graph": ("moqc.runtime.graph", "load_graph"),
     "eval": ("moqc.api", "evaluate"),  # moqc.evaluate is a package
-    **{name: ("moqc.api", name) for name in ("compare", "compile", "inspect", "opt", "plan")},
+    **{name: ("moqc.api", name) for name in ("compare", "compile", "compile_each", "inspect", "opt", "plan")},
 }
 
 

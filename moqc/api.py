@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from moqc.compiling import compile, opt
+from moqc.compiling import compile, compile_each, opt
 from moqc.planning import models, plan
 from moqc.reporting import inspect, read_report, recipe, write_report
 from moqc.scoring import compare, compare_pruning, evaluate
@@ -11,6 +11,7 @@ __all__ = [
     "compare",
     "compare_pruning",
     "compile",
+    "compile_each",
     "evaluate",
     "inspect",
     "models",

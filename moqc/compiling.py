@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from moqc.errors import PipelineError, UserError
 from moqc.inputs import (
@@ -21,13 +22,15 @@ from moqc.inputs import (
 from moqc.keywords import keywords
 from moqc.log import logger
 from moqc.manifest import Manifest
-from moqc.options import CompileOptions, OptOptions
-from moqc.package import check_output
+from moqc.options import CompileOptions, OptOptions, SeveralOptions
+from moqc.package import check_output, share_files
 from moqc.targets import Target, find_target
+from moqc.toolchains import check_toolchain
 
 if TYPE_CHECKING:
     from tvm import IRModule
 
+    from moqc.frontend.checkpoint import Checkpoint
     from moqc.passes.base import PassContext
     from moqc.passes.pipeline import Pipeline
 
@@ -58,24 +61,80 @@ def compile(model: str | Path, out: str | Path | None, options: CompileOptions) 
         from moqc.graphs import compile_graph
 
         return compile_graph(Path(model), Path(out or ""), options)
-    return _compile_checkpoint(model, out, options)
-
-
-def _compile_checkpoint(model: str | Path, out: str | Path | None, options: CompileOptions) -> Manifest | str:
-    from moqc.assemble import assemble
     from moqc.frontend.checkpoint import Checkpoint
-    from moqc.ir.text import print_module
-    from moqc.limits import check_bindings, check_kernels, longest_chunk
-    from moqc.passes.base import PassContext
-    from moqc.pipelines import check_lowering, needs_calibration, run_passes
-    from moqc.toolchains import check_toolchain
 
     machine = find_target(options.target)
     check_toolchain(machine)
+    checkpoint = Checkpoint.open(resolve_model(model))
+    _check_target(machine, checkpoint, options)
+    return _compile_checkpoint(checkpoint, None if out is None else Path(out), options, machine)
+
+
+@keywords(SeveralOptions)
+def compile_each(model: str | Path, out: str | Path, options: SeveralOptions) -> dict[str, Manifest]:
+    """Compile a checkpoint for several targets; returns the manifest of each by its target's name.
+
+    Every target has an artifact of its own, in a folder of its name under `out`. What does not depend on the
+    target is measured and quantized once; files that come out equal, above all the weights of targets with
+    one packed layout, are one file on disk.
+
+    Args:
+        model: a checkpoint folder, or an id of the Hugging Face hub.
+        out: the folder that the artifacts are put in.
+
+    Raises:
+        UserError: for wrong input or a target that this machine cannot compile for, before anything is
+            written.
+
+    """
+    from moqc.frontend.checkpoint import Checkpoint
+
+    if options.debug.stop_after is not None:
+        raise UserError("stop-after shows the IR for one target: give --target")
+    machines = {name: find_target(name) for name in options.targets}
+    if not machines or len({machine.name for machine in machines.values()}) < len(options.targets):
+        raise UserError(f"targets {','.join(options.targets)}: at least one, and each once")
+    for machine in machines.values():
+        check_output(Path(out, machine.name), force=options.force)
+    require_compiler()
+    checkpoint = Checkpoint.open(resolve_model(model))
+    for machine in machines.values():
+        _check_target(machine, checkpoint, options)
+    shard_bytes = min(machine.shard_bytes for machine in machines.values())  # so that files can be equal
+    made: dict[str, Manifest] = {}
+    for name, machine in machines.items():
+        logger.info("target %s", name)
+        place, own = Path(out, machine.name), replace(options, target=name)
+        alike = replace(machine, shard_bytes=shard_bytes)
+        manifest = cast(Manifest, _compile_checkpoint(checkpoint, place, own, alike))
+        share_files(Path(out), made, machine.name, manifest)
+        made[machine.name] = manifest
+    return made
+
+
+def _check_target(machine: Target, checkpoint: Checkpoint, options: CompileOptions) -> None:
+    """Refuse what cannot be compiled for `machine`: from headers and options alone, before any work."""
+    from moqc.limits import check_bindings, check_kernels, longest_chunk
+    from moqc.pipelines import check_lowering
+
+    check_toolchain(machine)
     check_kernels(machine, options)
     check_lowering(options.linears, machine.mode(options.activations), options.max_batch)
+    longest_chunk(checkpoint.config, machine, 1, options.max_batch)
+    bits = options.bits if options.model_bits is None else options.model_bits
+    check_bindings(checkpoint, machine, bits, options.linears)
+
+
+def _compile_checkpoint(
+    checkpoint: Checkpoint, out: Path | None, options: CompileOptions, machine: Target
+) -> Manifest | str:
+    from moqc.assemble import assemble
+    from moqc.ir.text import print_module
+    from moqc.limits import check_caches, longest_chunk
+    from moqc.passes.base import PassContext
+    from moqc.pipelines import needs_calibration, run_passes
+
     calibrating = needs_calibration(options)
-    checkpoint = Checkpoint.open(resolve_model(model))
     length = context_length(checkpoint.config, options.context)
     chunk = longest_chunk(checkpoint.config, machine, length, options.max_batch)
     passes = _passes(options, machine, length)
@@ -93,14 +152,12 @@ def _compile_checkpoint(model: str | Path, out: str | Path | None, options: Comp
     with param_store(workspace.root, options.debug.dump_ir, start) as params:
         ctx = PassContext(machine, checkpoint, texts, workspace, params, options.seed)
         mod, rest = _input_module(ctx, passes, start, options.max_batch, chunk)
-        bits = options.bits if options.model_bits is None else options.model_bits
-        check_bindings(mod, machine, bits, options.linears)
+        if start is None:
+            check_caches(mod, machine, length, options.max_batch)
         mod = run_passes(rest, mod, ctx, options.debug)
         if not finished:
             return print_module(mod)
-        return assemble(
-            mod, ctx, passes, chunk, Path(out or ""), recipe=options.recipe(), force=options.force
-        )
+        return assemble(mod, ctx, passes, chunk, out or Path(), recipe=options.recipe(), force=options.force)
 
 
 def _passes(options: CompileOptions, machine: Target, context: int) -> Pipeline:

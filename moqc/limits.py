@@ -6,12 +6,14 @@ from collections.abc import Iterator
 from math import prod
 
 from transformers import PretrainedConfig
-from tvm import IRModule, relax
+from tvm import IRModule
 
 from moqc.errors import TargetError
+from moqc.frontend.checkpoint import Checkpoint
 from moqc.frontend.hf import MAX_CHUNK
-from moqc.ir import ops
-from moqc.ir.sites import bindings, weight_names
+from moqc.ir.annotations import CACHE
+from moqc.passes.base import PassContext
+from moqc.passes.plan_cache import PlanCache
 from moqc.pipelines import CANDIDATES, Pruning
 from moqc.quant.formats import Format
 from moqc.recipe import Recipe
@@ -51,39 +53,42 @@ def longest_chunk(config: PretrainedConfig, target: Target, length: int, batch: 
     return min(chunk, target.largest_binding // row)
 
 
-def check_bindings(mod: IRModule, target: Target, bits: float, linears: str) -> None:
+def check_bindings(checkpoint: Checkpoint, target: Target, bits: float, linears: str) -> None:
     """Raise TargetError where a parameter would be larger than a buffer that `target` can bind.
 
-    `mod` is the imported model; experts count `bits` bits a weight, other matrices what `linears` stores.
+    Experts count `bits` bits a weight, other matrices what `linears` stores. Reads headers only.
     """
-    limit = target.largest_binding
-    for name, size in _sizes(mod, bits, linears):
-        if limit is not None and size > limit:
-            raise TargetError(
-                f"{name}: about {size:,} bytes in one buffer, {target.name} binds at most {limit:,}; "
-                "use fewer bits, or a target for a device with larger buffers"
-            )
+    for name, size in _sizes(checkpoint, bits, linears):
+        _check(name, size, target, "use fewer bits, or a target for a device with larger buffers")
 
 
-def _sizes(mod: IRModule, bits: float, linears: str) -> Iterator[tuple[str, int]]:
+def check_caches(mod: IRModule, target: Target, context: int, batch: int) -> None:
+    """Raise TargetError where a cache of the imported model would be larger than that."""
+    planned = PlanCache(context=context, batch=batch)(mod, PassContext(target=target))
+    for shape in CACHE.of(planned)["tensors"]:
+        size = _FLOAT_BYTES * prod(shape)
+        _check(f"the cache of {batch} sequences of {context} tokens", size, target, "use less of either")
+
+
+def _check(what: str, size: int, target: Target, advice: str) -> None:
+    if target.largest_binding is not None and size > target.largest_binding:
+        raise TargetError(
+            f"{what}: about {size:,} bytes in one buffer, {target.name} binds at most "
+            f"{target.largest_binding:,}; {advice}"
+        )
+
+
+def _sizes(checkpoint: Checkpoint, bits: float, linears: str) -> Iterator[tuple[str, int]]:
     """Name and bytes of what will be one buffer each."""
-    names, experts = weight_names(mod), set()
-    for _, call in bindings(mod["main"]):
-        if ops.is_call(call, ops.EXPERTS):
-            for projection in ops.PROJECTIONS:
-                matrices = ops.operands(call).get(projection)
-                if matrices is not None:
-                    experts.add(matrices)
-                    yield f"{ops.describe(call)} {projection}", int(_elements(matrices) * bits / 8)
-    for variable, name in names.items():
-        shape = [int(extent) for extent in variable.ty.shape]
-        if variable in experts:
+    for layout in checkpoint.layouts:
+        for projection in layout.projections:
+            yield f"{layout.site} {projection}", int(prod(layout.shape(projection)) * bits / 8)
+    experts = tuple(f"{layout.site}." for layout in checkpoint.layouts)
+    for name in checkpoint.names:
+        shape = checkpoint.shape(name)
+        if name.startswith(experts):
             continue
         if len(shape) == 2 and linears != "none":
             yield name, Format.parse(linears).stored_bits(*shape) // 8
         else:
             yield name, _FLOAT_BYTES * prod(shape)
-
-
-def _elements(tensor: relax.Expr) -> int:
-    return prod(int(extent) for extent in tensor.ty.shape)

@@ -49,6 +49,20 @@ class CompileOptions(Recipe):
 
 
 @dataclass(frozen=True, kw_only=True)
+class SeveralOptions(CompileOptions):
+    """A compilation for several targets."""
+
+    targets: Sequence[str] = option(
+        (),
+        "instead of --target, several: an artifact each, in a folder of its name in DIR; equal files are "
+        "stored once",
+        metavar="NAME,...",
+        parse=split,
+        joined=True,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class OptOptions:
     """What passes run with, beside their pipeline."""
 

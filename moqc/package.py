@@ -15,7 +15,7 @@ import numpy as np
 
 from moqc.errors import InternalError, ModelError, UserError
 from moqc.launches import FILE
-from moqc.log import track
+from moqc.log import logger, track
 from moqc.manifest import (
     ANALYSIS,
     CARD,
@@ -153,6 +153,29 @@ def write_artifact(
         for name, text in documents(sized).items():
             (folder / name).write_text(text, encoding="utf-8")
         return write_manifest(folder, sized.model_copy(update={"files": record_files(folder)}))
+
+
+def share_files(folder: Path, made: Mapping[str, Manifest], name: str, manifest: Manifest) -> None:
+    """Make files of the artifact `name` in `folder` that an artifact in `made` has too one file with those.
+
+    Equal is what has an equal SHA-256. They are hard links; where the file system has none, they stay copies.
+    """
+    known = {
+        record.sha256: (other, file) for other, each in made.items() for file, record in each.files.items()
+    }
+    for file, record in manifest.files.items():
+        if record.sha256 not in known:
+            continue
+        other, twin = known[record.sha256]
+        link = folder / name / f".{file}.link"
+        try:
+            link.hardlink_to(folder / other / twin)
+            link.replace(folder / name / file)
+        except OSError as error:
+            logger.info("%s: %s stays a copy of %s's (%s)", name, file, other, error.strerror)
+            return
+        if file.endswith(".safetensors"):
+            logger.info("%s: %s, %s bytes, is %s's", name, file, f"{record.bytes:,}", other)
 
 
 def copied_bytes(source: Path) -> int:

@@ -1,7 +1,7 @@
 """tiny-moe for Jetson Orin, on machines that are none.
 
-`pytest -m slow tests/test_jetson.py` looks at the library; `pytest -m cuda tests/test_jetson.py` runs the same
-kernels, by their PTX, on a newer GPU.
+`pytest -m slow tests/test_jetson.py` looks at the library; `pytest -m cuda tests/test_jetson.py` runs the
+same kernels, by their PTX, on a newer GPU.
 """
 
 import struct

@@ -9,10 +9,11 @@ import typer
 
 from moqc import log
 from moqc.commands.options import ModelArgument, Quiet, note_sizes, options, pipeline_text
-from moqc.options import CompileOptions, Debug
+from moqc.errors import UserError
+from moqc.options import Debug, SeveralOptions
 
 
-@options(choices=CompileOptions, debug=Debug)
+@options(choices=SeveralOptions, debug=Debug)
 def command(
     *,
     model: ModelArgument,
@@ -31,7 +32,7 @@ def command(
     ] = False,
 ) -> None:
     """Compile a checkpoint into an artifact. Options on the command line win over those of a recipe."""
-    from moqc.api import compile
+    from moqc.api import compile, compile_each
     from moqc.keywords import build
     from moqc.recipe import read_recipe
 
@@ -42,8 +43,15 @@ def command(
     chosen = ({} if recipe is None else read_recipe(recipe)) | choices
     if chosen.get("pipeline"):
         chosen["pipeline"] = pipeline_text(chosen["pipeline"])
-    manifest = compile(model, output, **chosen, debug=build(Debug, debug, "compile"))
-    if isinstance(manifest, str):  # the IR after --stop-after
-        typer.echo(manifest, nl=False)
+    several = chosen.pop("targets", None)
+    if several is not None:
+        if "target" in chosen or debug or output is None:
+            raise UserError("--targets wants -o, no --target, and none of the options that show passes")
+        for name, manifest in compile_each(model, output, targets=several, **chosen).items():
+            note_sizes(output / name, manifest)
         return
-    note_sizes(output, manifest)
+    made = compile(model, output, **chosen, debug=build(Debug, debug, "compile"))
+    if isinstance(made, str):  # the IR after --stop-after
+        typer.echo(made, nl=False)
+        return
+    note_sizes(output, made)

@@ -33,8 +33,8 @@ def find_nvcc() -> Path:
 def compile_fatbin(source: str, architectures: Sequence[str]) -> bytes:
     """Machine code of CUDA C++ `source` for each of `architectures` (``sm_90``...), as one fat binary.
 
-    ``compute_87`` is PTX for that. sm_90 becomes sm_90a, which has the instructions of Hopper's warp groups. TargetError with the compiler's
-    first error if it refuses.
+    ``compute_87`` is PTX for that. sm_90 becomes sm_90a, which has the instructions of Hopper's warp groups.
+    TargetError with the compiler's first error if it refuses.
     """
     codes = [arch + ("a" if arch == "sm_90" else "") for arch in architectures]
     options = [f"-gencode=arch={code.replace('sm', 'compute')},code={code}" for code in codes]

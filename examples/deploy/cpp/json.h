@@ -9,6 +9,7 @@
 #include <fstream>
 #include <iterator>
 #include <string>
+#include <vector>
 
 #include "error.h"
 
@@ -43,4 +44,10 @@ T Get(const json::Object& object, const char* key) {
 
 inline std::string GetString(const json::Object& object, const char* key) {
   return std::string(Get<tvm::ffi::String>(object, key));
+}
+
+inline std::vector<int64_t> Integers(const json::Array& items) {
+  std::vector<int64_t> found;
+  for (const auto& item : items) found.push_back(item.cast<int64_t>());
+  return found;
 }

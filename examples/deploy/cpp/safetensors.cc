@@ -7,8 +7,6 @@
 
 #include <cstring>
 
-#include "json.h"
-
 namespace {
 
 const std::map<std::string, std::string> kNames = {
@@ -65,6 +63,21 @@ std::map<std::string, StoredTensor> ReadTensors(const std::filesystem::path& pat
     tensors[name] = std::move(tensor);
   }
   return tensors;
+}
+
+WeightFiles::WeightFiles(const std::filesystem::path& folder, const json::Object& manifest) : folder_(folder) {
+  for (const auto& [name, record] : Get<json::Object>(manifest, "files")) {
+    std::string file(name.cast<tvm::ffi::String>());
+    if (file.ends_with(".safetensors")) tensors_.merge(ReadTensors(folder / file));
+  }
+}
+
+const StoredTensor& WeightFiles::Find(const std::string& name, const std::vector<int64_t>& shape) const {
+  auto found = tensors_.find(name);
+  if (found == tensors_.end() || found->second.shape != shape) {
+    throw UserError(folder_.string() + ": no tensor " + name + " of the right shape; compile the model again");
+  }
+  return found->second;
 }
 
 bool IsOfType(const StoredTensor& tensor, const std::string& dtype) {

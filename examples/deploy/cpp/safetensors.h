@@ -9,6 +9,8 @@
 #include <string>
 #include <vector>
 
+#include "json.h"
+
 // A file of tensors; it stays mapped as long as this lives.
 class MappedFile {
  public:
@@ -35,6 +37,18 @@ struct StoredTensor {
 
 // The tensors of a file by name. Throws UserError for a file that is cut off or not safetensors.
 std::map<std::string, StoredTensor> ReadTensors(const std::filesystem::path& path);
+
+// All tensors of an artifact.
+class WeightFiles {
+ public:
+  WeightFiles(const std::filesystem::path& folder, const json::Object& manifest);
+  // Throws UserError where there is none of this name and shape.
+  const StoredTensor& Find(const std::string& name, const std::vector<int64_t>& shape) const;
+
+ private:
+  std::filesystem::path folder_;
+  std::map<std::string, StoredTensor> tensors_;
+};
 
 // The values of `tensor` as `dtype` ("float32", "int8", ...), in `out` of as many elements: a copy, or from
 // bfloat16 or float16 to float32. Throws UserError where that is not exact.
