@@ -1,9 +1,12 @@
 """The OpenCL target on whatever device there is (PoCL in CI): `pytest -m opencl`."""
 
 import json
+import subprocess
+from pathlib import Path
 
 import numpy as np
 import pytest
+import tvm
 
 import moqc
 from moqc.launches import read_launches
@@ -118,3 +121,21 @@ def test_tiny_moe_compiles_and_says_what_the_cpu_says(tmp_path):
     assert np.linalg.norm(gpu.forward(ids) - cpu.forward(ids)) < TOLERANCE * np.linalg.norm(cpu.forward(ids))
     prompt = "The history of the city begins"
     assert gpu.generate(prompt, max_tokens=32) == cpu.generate(prompt, max_tokens=32)
+
+
+def test_the_loader_in_c_plus_plus_says_what_python_says(tmp_path):
+    """Takes `apt install cmake opencl-c-headers ocl-icd-opencl-dev`."""
+    options = {"bits": 3.0, "allocator": "uniform", "quantizer": "rtn", "max_batch": 1, "context": 96}
+    moqc.compile("examples/models/tiny-moe", tmp_path / "model", target="opencl", **options)
+    site, build = Path(tvm.__file__).parents[1], tmp_path / "build"
+    configure = ["cmake", "-S", "examples/deploy/cpp", "-B", build, f"-DSITE={site}", "-DOPENCL=ON"]
+    for command in (configure, ["cmake", "--build", build]):
+        subprocess.run(command, check=True, capture_output=True)
+    model = moqc.load(tmp_path / "model")
+    for prompt in ("The history of the city begins", "Il était"):
+        words = ["--prompt", prompt, "--max-tokens", "16", "--logits", tmp_path / "logits"]
+        command = [build / "moqc-run", tmp_path / "model", *words]
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        assert done.stdout.removesuffix("\n") == model.generate(prompt, max_tokens=16, temperature=0.0)
+        found = np.fromfile(tmp_path / "logits", np.float32)[: model.manifest.vocabulary]
+        np.testing.assert_allclose(found, model.forward(model.encode(prompt))[-1], rtol=1e-5, atol=1e-5)

@@ -27,6 +27,10 @@ PROMPTS = [
 ]
 TOKENS = 12
 OPTIONS = {"bits": 3.0, "allocator": "uniform", "quantizer": "rtn", "context": 96, "max_batch": 1}
+MODES = {"float": 2e-3, "int8": None}
+"""Activations -> how far logits may differ. Where activations are rounded, the last bit of a float decides
+which way one falls that lies between two codes, and what follows from that is an error of neither machine:
+there the texts are compared, and kernels in ``tests/schedules/cpu``."""
 RUN = """
 import sys, json
 sys.modules["torch"] = None
@@ -49,13 +53,18 @@ class Answers:
     logits: np.ndarray
 
 
+@pytest.fixture(scope="module", params=list(MODES))
+def mode(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
 @pytest.fixture(scope="module")
-def artifacts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def artifacts(mode: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("artifacts")
-    for target in ("x86-64-v3", "aarch64"):
-        model = ROOT / "examples" / "models" / "tiny-moe"
-        moqc.compile(model, folder / target, target=target, cache=folder / "cache", **OPTIONS)
-    return {target: folder / target for target in ("x86-64-v3", "aarch64")}
+    model = ROOT / "examples" / "models" / "tiny-moe"
+    targets = ["x86-64-v3", "aarch64"]
+    moqc.compile_each(model, folder, targets=targets, activations=mode, cache=folder / "cache", **OPTIONS)
+    return {target: folder / target for target in targets}
 
 
 def by_python(command: list[str], artifact: Path, folder: Path, env: dict[str, str] | None) -> Answers:
@@ -91,38 +100,38 @@ def by_loader(
     return Answers(texts, np.stack(logits))
 
 
-def agree(found: Answers, expected: Answers) -> None:
+def agree(found: Answers, expected: Answers, mode: str) -> None:
     assert found.texts == expected.texts
-    assert np.abs(found.logits - expected.logits).max() <= 2e-3
+    limit = MODES[mode]
+    assert limit is None or np.abs(found.logits - expected.logits).max() <= limit
 
 
 def test_weights_are_shared(artifacts: dict[str, Path]) -> None:
     """One file of weights serves every CPU: the packed layout is the same."""
-    files = [json.loads((path / "moqc.json").read_text())["files"] for path in artifacts.values()]
-    hashes = [{name: file for name, file in each.items() if name.endswith(".safetensors")} for each in files]
-    assert hashes[0]
-    assert hashes[0] == hashes[1]
+    first, second = (path / "params-00001.safetensors" for path in artifacts.values())
+    assert first.samefile(second)
 
 
-def test_the_library_is_for_arm(artifacts: dict[str, Path]) -> None:
+def test_the_library_is_for_arm(artifacts: dict[str, Path], mode: str) -> None:
     described = subprocess.run(
         ["aarch64-linux-gnu-objdump", "-d", artifacts["aarch64"] / "model.so"],
         capture_output=True, text=True, check=True,
     ).stdout  # fmt: skip
     assert "elf64-littleaarch64" in described
-    assert described.count("\tsdot\t") > 100
+    assert mode == "float" or described.count("\tsdot\t") > 100
 
 
-def test_loader_on_x86(artifacts: dict[str, Path], expected: Answers, tmp_path: Path) -> None:
+def test_loader_on_x86(artifacts: dict[str, Path], expected: Answers, tmp_path: Path, mode: str) -> None:
     site = Path(tvm.__file__).parents[1]
     program = build(tmp_path / "build", f"-DSITE={site}")
-    agree(
-        by_loader(lambda *words: [str(program), *map(str, words)], artifacts["x86-64-v3"], tmp_path, None),
-        expected,
-    )
+
+    def run(*words: object) -> list[str]:
+        return [str(program), *map(str, words)]
+
+    agree(by_loader(run, artifacts["x86-64-v3"], tmp_path, None), expected, mode)
 
 
-def test_loader_on_arm(artifacts: dict[str, Path], expected: Answers, tmp_path: Path) -> None:
+def test_loader_on_arm(artifacts: dict[str, Path], expected: Answers, tmp_path: Path, mode: str) -> None:
     root = qemu_board.userland()
     toolchain = f"-DCMAKE_TOOLCHAIN_FILE={SOURCES / 'aarch64.cmake'}"
     program = build(tmp_path / "build", toolchain, f"-DROOT={root}", f"-DSITE={root / 'site'}")
@@ -130,9 +139,11 @@ def test_loader_on_arm(artifacts: dict[str, Path], expected: Answers, tmp_path: 
     def run(*words: object) -> list[str]:
         return qemu_board.emulated([program, *map(str, words)], CORE)
 
-    agree(by_loader(run, artifacts["aarch64"], tmp_path, qemu_board.environment()), expected)
+    agree(by_loader(run, artifacts["aarch64"], tmp_path, qemu_board.environment()), expected, mode)
 
 
-def test_python_runtime_on_arm(artifacts: dict[str, Path], expected: Answers, tmp_path: Path) -> None:
+def test_python_runtime_on_arm(
+    artifacts: dict[str, Path], expected: Answers, tmp_path: Path, mode: str
+) -> None:
     found = by_python(qemu_board.python(CORE), artifacts["aarch64"], tmp_path, qemu_board.environment())
-    agree(found, expected)
+    agree(found, expected, mode)
