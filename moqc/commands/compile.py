@@ -45,7 +45,8 @@ def command(
         chosen["pipeline"] = pipeline_text(chosen["pipeline"])
     several = chosen.pop("targets", None)
     if several is not None:
-        if "target" in chosen or debug or output is None:
+        chosen.pop("target", None)  # a recipe's
+        if "target" in choices or debug or output is None:
             raise UserError("--targets wants -o, no --target, and none of the options that show passes")
         for name, manifest in compile_each(model, output, targets=several, **chosen).items():
             note_sizes(output / name, manifest)
