@@ -18,17 +18,14 @@ from pathlib import Path
 
 import tvm
 
-from moqc.quant.formats import ROW_TILE, Format
+from moqc.quant.formats import ALL_FORMATS, ROW_TILE, Format
 from moqc.schedules.cpu.emit import kernel, load, loop, store, symbol
 from moqc.schedules.cpu.families import FAMILIES
 from moqc.schedules.cpu.tiles import Activations, Weights, row_product
 from moqc.targets import Target, find_target
 
 GROUPS = 8
-FORMATS = [
-    *(f"int{bits}-g64{suffix}" for bits in (1, 2, 3, 4, 8) for suffix in ("", "-sym", "-s8")),
-    *(f"tcq{bits}-g64" for bits in (1, 2, 3)),
-]
+FORMATS = [str(fmt) for fmt in ALL_FORMATS]
 TARGETS = ("aarch64", "aarch64-i8mm", "aarch64-neon")
 DOTS = re.compile(r"(su?dot|usdot|smlal2?|smull2?)$")
 LINE = re.compile(r"^\s*([0-9a-f]+):\s+[0-9a-f]+\s+([a-z][\w.]*)\s*(.*)$")

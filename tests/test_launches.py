@@ -1,13 +1,17 @@
 """Launch lists: expressions, and what is read off a compiled module."""
 
 import re
+from dataclasses import replace
 
 import pytest
 
 import moqc
 from moqc.errors import ArtifactError, TargetError, UserError
+from moqc.frontend.checkpoint import Checkpoint
+from moqc.frontend.hf import import_model
 from moqc.launch_plan import Planner, plan_launches
 from moqc.launches import FILE, evaluate, read_launches
+from moqc.limits import check_caches
 from moqc.passes.base import PassContext
 from moqc.passes.legalize import Legalize
 from moqc.passes.narrow_integers import NarrowIntegers
@@ -87,8 +91,6 @@ def test_launches_of_a_module(lowered, name):
 
 
 def test_a_buffer_beyond_the_binding_is_refused(lowered):
-    from dataclasses import replace
-
     mod, target = lowered("opencl")
     planner = Planner(mod, replace(target, largest_binding=500))
     with pytest.raises(TargetError, match=r"[\d,]+ bytes in one buffer, opencl binds at most 500"):
@@ -99,6 +101,26 @@ def test_a_damaged_file_is_refused(tmp_path):
     (tmp_path / FILE).write_text("{}")
     with pytest.raises(ArtifactError, match="compile the model again"):
         read_launches(tmp_path)
+
+
+def test_a_parameter_beyond_the_binding_is_refused_from_headers(tmp_path, monkeypatch):
+    """Before the gate, calibration or any pass, whose results would be in the cache."""
+    small = replace(find_target("opencl"), largest_binding=1 << 16)
+    monkeypatch.setattr("moqc.compiling.find_target", lambda _: small)
+    with pytest.raises(
+        TargetError, match=r"experts gate: about 98,304 bytes .* binds at most 65,536; use fewer"
+    ):
+        moqc.compile(TINY, tmp_path / "out", target="opencl", max_batch=1, cache=tmp_path / "cache")
+    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_cache_beyond_the_binding_is_refused_before_the_first_pass():
+    mod = import_model(Checkpoint.open(TINY), max_batch=4, max_chunk=64)
+    small = replace(find_target("opencl"), largest_binding=1 << 16)
+    with pytest.raises(TargetError, match=r"the cache of 4 sequences of 1024 tokens: about 1,048,576 bytes"):
+        check_caches(mod, small, 1024, 4)
+    check_caches(mod, find_target("opencl"), 1024, 4)
 
 
 @pytest.mark.parametrize(
