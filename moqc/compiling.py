@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -25,7 +26,6 @@ from moqc.manifest import Manifest
 from moqc.options import CompileOptions, OptOptions, SeveralOptions
 from moqc.package import check_output, share_files
 from moqc.targets import Target, find_target
-from moqc.toolchains import check_toolchain
 
 if TYPE_CHECKING:
     from tvm import IRModule
@@ -61,12 +61,8 @@ def compile(model: str | Path, out: str | Path | None, options: CompileOptions) 
         from moqc.graphs import compile_graph
 
         return compile_graph(Path(model), Path(out or ""), options)
-    from moqc.frontend.checkpoint import Checkpoint
-
     machine = find_target(options.target)
-    check_toolchain(machine)
-    checkpoint = Checkpoint.open(resolve_model(model))
-    _check_target(machine, checkpoint, options)
+    checkpoint = _checked(model, [machine], options)
     return _compile_checkpoint(checkpoint, None if out is None else Path(out), options, machine)
 
 
@@ -87,8 +83,6 @@ def compile_each(model: str | Path, out: str | Path, options: SeveralOptions) ->
             written.
 
     """
-    from moqc.frontend.checkpoint import Checkpoint
-
     if options.debug.stop_after is not None:
         raise UserError("stop-after shows the IR for one target: give --target")
     machines = {name: find_target(name) for name in options.targets}
@@ -97,9 +91,7 @@ def compile_each(model: str | Path, out: str | Path, options: SeveralOptions) ->
     for machine in machines.values():
         check_output(Path(out, machine.name), force=options.force)
     require_compiler()
-    checkpoint = Checkpoint.open(resolve_model(model))
-    for machine in machines.values():
-        _check_target(machine, checkpoint, options)
+    checkpoint = _checked(model, list(machines.values()), options)
     shard_bytes = min(machine.shard_bytes for machine in machines.values())  # so that files can be equal
     made: dict[str, Manifest] = {}
     for name, machine in machines.items():
@@ -112,17 +104,24 @@ def compile_each(model: str | Path, out: str | Path, options: SeveralOptions) ->
     return made
 
 
-def _check_target(machine: Target, checkpoint: Checkpoint, options: CompileOptions) -> None:
-    """Refuse what cannot be compiled for `machine`: from headers and options alone, before any work."""
+def _checked(model: str | Path, machines: Sequence[Target], options: CompileOptions) -> Checkpoint:
+    """Open the model; refuse what cannot be compiled for all `machines`, by options and headers alone."""
+    from moqc.frontend.checkpoint import Checkpoint
     from moqc.limits import check_bindings, check_kernels, longest_chunk
-    from moqc.pipelines import check_lowering
+    from moqc.pipelines import check_lowering, needs_calibration
+    from moqc.toolchains import check_toolchain
 
-    check_toolchain(machine)
-    check_kernels(machine, options)
-    check_lowering(options.linears, machine.mode(options.activations), options.max_batch)
-    longest_chunk(checkpoint.config, machine, 1, options.max_batch)
+    for machine in machines:
+        check_toolchain(machine)
+        check_kernels(machine, options)
+        check_lowering(options.linears, machine.mode(options.activations), options.max_batch)
+    needs_calibration(options)  # knows the plans there are
+    checkpoint = Checkpoint.open(resolve_model(model))
     bits = options.bits if options.model_bits is None else options.model_bits
-    check_bindings(checkpoint, machine, bits, options.linears)
+    for machine in machines:
+        longest_chunk(checkpoint.config, machine, 1, options.max_batch)
+        check_bindings(checkpoint, machine, bits, options.linears)
+    return checkpoint
 
 
 def _compile_checkpoint(
