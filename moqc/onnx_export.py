@@ -18,8 +18,9 @@ from moqc.frontend.config import parse_config
 from moqc.frontend.experts import ExpertLayout
 from moqc.frontend.hooks import hook
 from moqc.frontend.onnx import qmoe
-from moqc.frontend.onnx.exporter import DOMAIN, EXPERTS, INPUTS, export_graph
-from moqc.frontend.onnx.reader import MICROSOFT
+from moqc.frontend.onnx.exporter import INPUTS, export_graph
+from moqc.frontend.onnx.operator import is_operator
+from moqc.frontend.onnx.reader import MICROSOFT, MOQC
 from moqc.frontend.onnx.writer import DATA, DataWriter, save
 from moqc.frontend.skeleton import build_skeleton
 from moqc.inputs import resolve_model
@@ -189,7 +190,7 @@ def _write(
             writer.add(name, weights.dense(model.all_tied_weights_keys.get(name, name)))
         nodes: list[onnx.NodeProto] = []
         for node in track(list(graph.node), "writing experts"):
-            if (node.domain, node.op_type) != (DOMAIN, EXPERTS):
+            if not is_operator(node):
                 nodes.append(node)
                 continue
             attributes = {entry.name: helper.get_attribute_value(entry) for entry in node.attribute}
@@ -197,7 +198,7 @@ def _write(
             nodes += _qmoe(node, layout, attributes, weights, writer)
     del graph.node[:]
     graph.node.extend(nodes)
-    kept = [entry for entry in proto.opset_import if entry.domain != DOMAIN]
+    kept = [entry for entry in proto.opset_import if entry.domain != MOQC]
     del proto.opset_import[:]
     proto.opset_import.extend([*kept, helper.make_opsetid(MICROSOFT, 1)])
     save(proto, folder)

@@ -28,8 +28,8 @@ from moqc.quant import reference
 
 IMPLEMENTATION = "moqc"
 
-# Tensors some models hand to attention although their attention has used them already.
 _MEANINGS = {"position_bias": "a bias on its scores that depends on the tokens (position_bias)"}
+# Tensors some models hand to attention although their attention has used them already.
 _SPENT = frozenset(
     {"position_ids", "cache_position", "cu_seq_lens_q", "cu_seq_lens_k", "position_embeddings"}
 )

@@ -14,15 +14,15 @@ import onnx
 import onnx_ir
 import torch
 import transformers
-from onnx.defs import OpSchema
 from onnxscript import opset20, values
 from torch._subclasses.fake_tensor import FakeTensor
 
 from moqc.errors import ModelError
 from moqc.frontend.hf import export
+from moqc.frontend.onnx.operator import register
+from moqc.frontend.onnx.reader import MOQC
 from moqc.frontend.skeleton import first_line
 
-DOMAIN, EXPERTS = "ai.moqc", "Experts"
 OPSET = 20
 INPUTS = ("input_ids", "positions")
 OUTPUT = "logits"
@@ -37,13 +37,9 @@ def export_graph(model: transformers.PreTrainedModel) -> onnx.ModelProto:
     Weights are undefined names, those of the transformers model; what it computes in its constructor is
     stored. Raises ModelError for operators that torch cannot express in ONNX.
     """
-    _register()
     kind = model.config.model_type
     program = export(model, max_chunk=_MAX_TOKENS)
-    table: dict[Any, Any] = {
-        torch.ops.moqc.experts.default: _experts,
-        torch.ops.moqc.attention.default: _attention,
-    }
+    table = translations() | {torch.ops.moqc.experts.default: _placeholder}
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # deprecations of torch against itself
@@ -81,31 +77,24 @@ def _without_weights(model: Any) -> onnx.ModelProto:
     return proto
 
 
-def _register() -> None:
-    """Let onnx know the placeholder, once a process: torch asks for a schema of every operator."""
-    if onnx.defs.has(EXPERTS, 1, DOMAIN):
-        return
-    parameter, attribute = OpSchema.FormalParameter, OpSchema.Attribute
-    onnx.defs.register_schema(
-        OpSchema(
-            EXPERTS,
-            DOMAIN,
-            1,
-            inputs=[parameter("x", "T"), parameter("ids", "I"), parameter("weights", "T")],
-            outputs=[parameter("y", "T")],
-            type_constraints=[("T", ["tensor(float)"], ""), ("I", ["tensor(int64)"], "")],
-            attributes=[
-                attribute("site", OpSchema.AttrType.STRING),
-                attribute("activation", OpSchema.AttrType.STRING),
-                attribute("k", OpSchema.AttrType.INT),
-            ],
-        )
-    )
+def translations() -> dict[Any, Any]:
+    """For torch.onnx.export's `custom_translation_table`: a model changed by `moqc.frontend.hooks.hook`.
+
+    Experts become nodes of moqc's operator with their weights, which `moqc compile` reads; attention is
+    spelled out.
+    """
+    register()
+    return {torch.ops.moqc.experts.default: _experts, torch.ops.moqc.attention.default: _attention}
 
 
-def _experts(x: Any, ids: Any, weights: Any, *operands: Any, **_more: Any) -> Any:
+def _experts(*inputs: Any) -> Any:
+    *tensors, site, activation = inputs
+    return values.Opset(MOQC, 1).Experts(*tensors, site=site, activation=activation)
+
+
+def _placeholder(x: Any, ids: Any, weights: Any, *operands: Any, **_more: Any) -> Any:
     site, activation = operands[-2:]
-    return values.Opset(DOMAIN, 1).Experts(x, ids, weights, site=site, activation=activation, k=ids.shape[1])
+    return values.Opset(MOQC, 1).Experts(x, ids, weights, site=site, activation=activation, k=ids.shape[1])
 
 
 def _ints(*numbers: int) -> Any:

@@ -19,6 +19,7 @@ from tvm.relax.frontend.onnx.onnx_frontend import ONNXGraphImporter, _get_conver
 from moqc.errors import ModelError
 from moqc.frontend.hf import drop_unused
 from moqc.frontend.onnx.experts import OnnxExperts, Routing, is_experts_node, read_experts
+from moqc.frontend.onnx.operator import is_operator, read_operator
 from moqc.frontend.onnx.plain import PlainBlock, take_plain
 from moqc.frontend.onnx.reader import OnnxModel, read_onnx
 from moqc.frontend.skeleton import first_line
@@ -103,8 +104,8 @@ def _take_experts(model: OnnxModel) -> dict[str, OnnxExperts]:
     """The blocks by site; their nodes keep only what is computed as inputs, their weights leave the graph."""
     blocks: dict[str, OnnxExperts] = {}
     for node in model.graph.node:
-        if is_experts_node(node):
-            block = read_experts(node, model)
+        if is_experts_node(node) or is_operator(node):
+            block = read_operator(node, model) if is_operator(node) else read_experts(node, model)
             if block.site in blocks:
                 raise ModelError(
                     f"{model.path}: two nodes are called {block.site}: give them names of their own"
@@ -117,9 +118,9 @@ def _take_experts(model: OnnxModel) -> dict[str, OnnxExperts]:
         _put_plain(model.graph, found)
     if not blocks:
         raise ModelError(
-            f"{model.path}: no experts: looked for com.microsoft MoE and QMoE nodes, and did not find "
-            f"{'; '.join(missing[:_SHOWN])} (of {_summary(model.graph)}); export the model with one of "
-            "them, or give moqc the checkpoint"
+            f"{model.path}: no experts: looked for com.microsoft MoE and QMoE nodes and ai.moqc Experts, and "
+            f"did not find {'; '.join(missing[:_SHOWN])} (of {_summary(model.graph)}); export the model with "
+            "one of them, or give moqc the checkpoint"
         )
     if plain:
         _drop_unused_nodes(model.graph)

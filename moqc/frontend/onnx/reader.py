@@ -17,7 +17,8 @@ from moqc.errors import ModelError
 
 OLDEST_IR, OLDEST_OPSET = 3, 11
 MICROSOFT = "com.microsoft"
-DOMAINS = ("", "ai.onnx", MICROSOFT)
+MOQC = "ai.moqc"
+DOMAINS = ("", "ai.onnx", MICROSOFT, MOQC)
 _PACKED = (onnx.TensorProto.INT4, onnx.TensorProto.UINT4)  # two elements a byte
 _SHOWN = 3
 
@@ -89,7 +90,7 @@ def _check_domains(path: Path, graph: onnx.GraphProto) -> None:
     if unknown:
         raise ModelError(
             f"{path}: operators of unknown domains: {', '.join(unknown[:_SHOWN])}; known are onnx's own and "
-            f"those of {MICROSOFT}"
+            f"those of {MICROSOFT} and {MOQC}"
         )
 
 
