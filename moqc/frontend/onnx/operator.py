@@ -80,7 +80,7 @@ def _check_shapes(operands: dict[str, torch.Tensor], where: str) -> None:
     if len(shape) != 3:
         raise ModelError(f"{where}: up has the shape {list(shape)}, expected [experts, rows, columns]")
     experts, inner, hidden = shape
-    shapes = {"gate": shape, "up": shape, "down": (experts, hidden, inner)}
+    shapes: dict[str, tuple[int, ...]] = {"gate": shape, "up": shape, "down": (experts, hidden, inner)}
     shapes |= {f"{name}_bias": shapes[name][:2] for name in OPERANDS[:3]}
     for name, tensor in operands.items():
         if tuple(tensor.shape) != shapes[name]:
