@@ -13,6 +13,7 @@ import json
 import re
 import subprocess
 import tempfile
+from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -33,11 +34,15 @@ LINE = re.compile(r"^\s*([0-9a-f]+):\s+[0-9a-f]+\s+([a-z][\w.]*)\s*(.*)$")
 
 @dataclass(frozen=True)
 class Count:
-    """Of a loop's body: instructions, loads from memory and products, and instructions a weight."""
+    """Of a loop's body: instructions, loads from memory and products, and instructions a weight.
+
+    `product` is the instruction that most products are.
+    """
 
     instructions: int
     loads: int
     products: int
+    product: str
     weights: int
     per_weight: float
 
@@ -47,14 +52,15 @@ def count(target: Target, fmt: Format) -> Count:
     lines = disassemble(target, fmt)
     first, last = inner_loop(lines)
     body = [name for _, name, _ in lines[first : last + 1]]
-    products = sum(bool(DOTS.match(name)) for name in body)
+    products = [name for name in body if DOTS.match(name)]
     # A dot product is of 16 weights; without them a product is of 8, and wide codes take two.
     each = 16 if FAMILIES[target.dot].name != "neon" else 4 if fmt.wide else 8
-    weights = products * each
+    weights = len(products) * each
     if weights == 0 or weights % (fmt.group * ROW_TILE):
-        raise SystemExit(f"{target.name} {fmt}: the loop found has {products} products, no whole groups")
+        raise SystemExit(f"{target.name} {fmt}: the loop found has {len(products)} products, no whole groups")
     loads = sum(name.startswith(("ld", "prf")) for name in body)
-    return Count(len(body), loads, products, weights, round(len(body) / weights, 4))
+    product = Counter(products).most_common(1)[0][0]
+    return Count(len(body), loads, len(products), product, weights, round(len(body) / weights, 4))
 
 
 def disassemble(target: Target, fmt: Format) -> list[tuple[int, str, str]]:

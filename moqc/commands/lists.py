@@ -91,6 +91,7 @@ def _target(target: Target) -> dict[str, Any]:
         "activations": list(target.activations),
         "cache": target.cache,
         "layout": target.layout,
+        "largest_binding": target.largest_binding,
         "verified": target.verified,
         "tools": [str(found) for tool in needed if (found := tool.find())],
         "missing_tools": [f"{tool.what}: {tool.install}" for tool in needed if tool.find() is None],

@@ -75,7 +75,9 @@ def _load_library(tvm: ModuleType) -> None:
         except OSError:
             continue
     else:
-        raise TargetError(f"no {RUNTIME} (CUDA's runtime library): `pip install nvidia-cuda-runtime`")
+        raise TargetError(
+            f"no {RUNTIME} (CUDA's runtime library): `pip install nvidia-cuda-runtime`, on a Jetson JetPack 7"
+        )
     library = Path(str(tvm.__file__)).parent / "lib" / "libtvm_runtime_cuda.so"
     try:
         ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
@@ -9,9 +10,13 @@ from pathlib import Path
 
 import pytest
 
+from moqc.quant.formats import ALL_FORMATS
+
 ROOT = Path(__file__).parents[2]
 RECORD = ROOT / "benchmarks" / "results" / "aarch64-instructions.json"
 FORMATS = ["int2-g64", "int4-g64", "tcq2-g64"]
+PRODUCTS = {"aarch64": "sdot", "aarch64-i8mm": "usdot", "aarch64-neon": "smlal2"}
+"""Target -> the instruction that most products of its loops are."""
 
 
 @pytest.mark.qemu
@@ -25,9 +30,15 @@ def test_the_record_is_what_is_compiled(tmp_path: Path) -> None:
         assert formats == {name: recorded[target][name] for name in FORMATS}
 
 
+def test_every_format_is_recorded_with_the_targets_instruction() -> None:
+    for target, counts in json.loads(RECORD.read_text())["targets"].items():
+        assert list(counts) == [str(fmt) for fmt in ALL_FORMATS]
+        assert {each["product"] for name, each in counts.items()} == {PRODUCTS[target]}
+
+
 def test_two_bits_take_few_more_instructions_than_four() -> None:
     """At half the bytes: where memory is the limit they are twice as fast, elsewhere hardly slower."""
     for target, counts in json.loads(RECORD.read_text())["targets"].items():
-        for suffix in ("", "-sym", "-s8"):
-            two, four = (counts[f"int{bits}-g64{suffix}"]["per_weight"] for bits in (2, 4))
-            assert two <= 1.15 * four, (target, suffix)
+        for group, suffix in itertools.product((32, 64, 128), ("", "-sym", "-s8", "-sym-s8")):
+            two, four = (counts[f"int{bits}-g{group}{suffix}"]["per_weight"] for bits in (2, 4))
+            assert two <= 1.15 * four, (target, group, suffix)

@@ -32,3 +32,16 @@ def test_no_driver_is_one_clear_line(monkeypatch):
     monkeypatch.setattr(cuda.ctypes, "CDLL", load)
     with pytest.raises(TargetError, match=r"NVIDIA GPUs \(sm_90\), and there is no driver here"):
         cuda.load_cuda(types.ModuleType("tvm"), ["sm_90"])
+
+
+def test_no_runtime_of_cuda_says_what_to_install(monkeypatch):
+    def load(name, mode=0):
+        if name == "libcuda.so.1":
+            return types.SimpleNamespace()
+        raise OSError(f"{name}: cannot open shared object file")
+
+    monkeypatch.setattr(cuda.ctypes, "CDLL", load)
+    with pytest.raises(
+        TargetError, match=r"no libcudart\.so\.13 .*nvidia-cuda-runtime`, on a Jetson JetPack 7"
+    ):
+        cuda.load_cuda(types.ModuleType("tvm"), ["sm_87"])
