@@ -78,6 +78,6 @@ CUDA = (
             "by multiprocessors and clock (16 x 1.3 GHz to 132 x 1.98 GHz): upper bounds, not measured",
         ),
         doc="NVIDIA Jetson Orin (AGX, NX, Nano) with JetPack 7",
-        verified="compiled to machine code for sm_87; not run on a board",
+        verified="logits of the same kernels as PTX on an H200, against the CPU artifact; not on a board",
     ),
 )
