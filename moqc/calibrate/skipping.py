@@ -15,7 +15,7 @@ from moqc.frontend.checkpoint import Checkpoint
 from moqc.quant.routing import Pruning
 from moqc.quant.skips import RoutingSample, calibrate, most_share
 
-VERSION = 3
+VERSION = 4
 """Of the calibration of rules; part of the key of losses."""
 
 

@@ -31,7 +31,7 @@ class Features:
 
     `peaks` [T]: the largest absolute element; `norms` [T]: the sum of all absolute elements; `positions`
     int64 [T]. `gains` [T, k]: by which factor the contribution of each of its experts differs from what is
-    usual for that expert; 1 where a rule has no slopes.
+    usual for that expert, for a rule with slopes.
     """
 
     peaks: Tensor
@@ -82,7 +82,9 @@ class SitePruning:
         """Contribution of each pair, float32 [T, k]; 0 for an id that is no expert."""
         known = (ids >= 0) & (ids < len(self.strength))
         strength = self.strength[torch.where(known, ids, 0)]
-        worth = (weights.abs() * strength) ** self.exponent * features.gains
+        worth = (weights.abs() * strength) ** self.exponent
+        if self.slopes is not None:  # a sample's gains are those of the mass rule
+            worth = worth * features.gains
         return torch.where(known, worth, 0.0)
 
     def select(self, features: Features, ids: Tensor, weights: Tensor) -> Tensor:

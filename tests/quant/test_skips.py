@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from moqc.errors import UserError
-from moqc.quant.routing import Features, LiteralPruning, SitePruning, drop, gains
+from moqc.quant.routing import Features, LiteralPruning, SitePruning, drop, gains, prune
 from moqc.quant.skips import FIRST, RULES, RoutingSample, calibrate, most_share, skipped
 
 EXPERTS, TOP_K, HIDDEN, WINDOW, ROWS = 6, 3, 8, 40, 12
@@ -23,25 +23,38 @@ def make(seed=0, sensitivity=1.0, renormalize=True):
     found = gains(slopes, x, ids)
     outputs = torch.randn(tokens, TOP_K, HIDDEN, generator=generator) * (1 + ids[..., None])
     outputs = outputs * found[..., None].sqrt()
-    return RoutingSample(
-        ids=ids,
-        weights=weights,
-        grams=outputs @ outputs.mT,
-        features=Features.of(x, torch.arange(WINDOW).repeat(ROWS), found),
-        sensitivity=torch.full((tokens,), sensitivity),
-        strength=1.0 + torch.arange(EXPERTS),
-        slopes=slopes,
-    ), outputs
+    return (
+        RoutingSample(
+            ids=ids,
+            weights=weights,
+            grams=outputs @ outputs.mT,
+            features=Features.of(x, torch.arange(WINDOW).repeat(ROWS), found),
+            sensitivity=torch.full((tokens,), sensitivity),
+            strength=1.0 + torch.arange(EXPERTS),
+            slopes=slopes,
+        ),
+        outputs,
+        x,
+    )
 
 
 @pytest.mark.parametrize("renormalize", [True, False])
 def test_harm_is_that_of_the_blocks_error(renormalize):
-    sample, outputs = make(sensitivity=2.0, renormalize=renormalize)
+    sample, outputs, _ = make(sensitivity=2.0, renormalize=renormalize)
     assert sample.renormalize == renormalize
     keep = torch.rand(sample.ids.shape, generator=torch.Generator().manual_seed(1)) < 0.7
     kept = drop(sample.ids, sample.weights, keep, renormalize)[1]
     change = (outputs * (sample.weights - kept)[..., None]).sum(1)
     assert sample.harm(keep, renormalize) == pytest.approx(2 * float(change.square().sum()), rel=1e-3)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_what_a_sample_says_is_skipped_is_what_the_rule_drops(rule):
+    sample, _, x = make(0)
+    pruning = calibrate(rule, {"a": sample}, 0.3)["a"]
+    kept, _ = prune(pruning, x, sample.ids, sample.weights, sample.features.positions)
+    assert torch.equal(kept >= 0, sample.keep(pruning))
+    assert float((kept < 0).float().mean()) == pytest.approx(0.3, abs=0.01)
 
 
 @pytest.mark.parametrize("rule", RULES)
