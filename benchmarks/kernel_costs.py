@@ -1,12 +1,13 @@
-"""Make the table of kernel times that allocation reads from what was measured on an H200.
+"""Make the table of kernel times that allocation reads, from the records of a search of plans.
 
-    python benchmarks/kernel_costs.py schedules/kernel_costs/sm_90.json
+    python benchmarks/kernel_costs.py sm_90
+    python benchmarks/kernel_costs.py x86-64-v4-amx
 
-Formats in groups of 128 come from the search of plans (``schedules/cuda/records.json``), those in groups
-of 64 from the decode kernels of ``results/h200.json``. A launch serves the matrices of all experts hit; each
-gets an equal share.
+Reads ``schedules/records/NAME.json`` and writes ``schedules/kernel_costs/NAME.json``. For sm_90, formats in
+groups of 64 come from the decode kernels of ``results/h200.json``.
 """
 
+import dataclasses
 import json
 import re
 import sys
@@ -14,34 +15,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from workload import SHAPES, Shape
+from workload import SHAPES
 
-from moqc.schedules.cuda import records
+from moqc.schedules import plan_records as records
+from moqc.schedules.kernel_times import FOLDER, SCHEMA, matrix_times
 
 RESULTS = Path(__file__).parent / "results" / "h200.json"
-
-
-def experts_hit(shape: Shape, tokens: int) -> float:
-    """Distinct experts that `tokens` tokens choose at random, on average."""
-    return shape.experts * (1 - (1 - shape.top_k / shape.experts) ** tokens)
-
-
-def entry(shape: Shape, kernel: str, fmt: str, tokens: int, microseconds: float) -> dict[str, Any]:
-    """The share of one matrix."""
-    first = kernel == "gate_up"
-    sizes = (shape.intermediate, shape.hidden) if first else (shape.hidden, shape.intermediate)
-    each = microseconds / experts_hit(shape, tokens) / (2 if first else 1)
-    facts = {"rows": sizes[0], "columns": sizes[1], "format": fmt, "tokens": tokens}
-    return {**facts, "microseconds": round(each, 4)}
-
-
-def searched() -> Iterator[dict[str, Any]]:
-    """What the search of plans measured."""
-    for row in records.load()["records"]:
-        shape = Shape(row["experts"], row["top_k"], row["hidden"], row["intermediate"])
-        fmt = f"int{row['bits']}-g128{'' if row['zeros'] else '-sym'}"
-        if not row["several"]:
-            yield entry(shape, row["kernel"], fmt, row["tokens"], row["microseconds"])
 
 
 def benched() -> Iterator[dict[str, Any]]:
@@ -51,15 +30,26 @@ def benched() -> Iterator[dict[str, Any]]:
         if row["provider"] != "moqc" or match is None:
             continue
         for kernel in ("gate_up", "down"):
-            shape, us = SHAPES[row["shape"]], row[f"{kernel}_us"]
-            yield entry(shape, kernel, f"int{match[1]}-g64", row["tokens"], us)
+            sizes = dataclasses.asdict(SHAPES[row["shape"]])
+            facts = {"kernel": kernel, "tokens": row["tokens"], "format": f"int{match[1]}-g64"}
+            yield {**sizes, **facts, "microseconds": row[f"{kernel}_us"]}
 
 
 def main() -> None:
-    source = f"{records.load()['source']}; int*-g64: benchmarks/results/{RESULTS.name}"
-    rows = [*searched(), *benched()]
-    text = json.dumps({"schema": 2, "source": source, "matrices": rows}, indent=1)
-    Path(sys.argv[1]).write_text(text + "\n")
+    name = sys.argv[1]
+    found = records.shipped(name)
+    if found is None:
+        raise SystemExit(f"no records of {name}")
+    source, rows = found.source, list(found.rows)
+    if name == "sm_90":
+        source += f"; int*-g64: benchmarks/results/{RESULTS.name}"
+        rows += benched()
+    times = [
+        {"rows": key[0], "columns": key[1], "format": key[2], "tokens": key[3], "microseconds": round(us, 4)}
+        for key, us in matrix_times(rows).items()
+    ]
+    text = json.dumps({"schema": SCHEMA, "source": source, "matrices": times}, indent=1)
+    (FOLDER / f"{name}.json").write_text(text + "\n")
 
 
 if __name__ == "__main__":

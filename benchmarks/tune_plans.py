@@ -201,6 +201,7 @@ def tune(name: str, case: str, found: Found) -> list[Any]:
         facts = {"kernel": kind, "tokens": tokens, "experts": shape.experts, "top_k": shape.top_k}
         facts |= {"hidden": shape.hidden, "intermediate": shape.intermediate}
         facts |= {"bits": bits, "several": several, "zeros": zeros}
+        facts |= {} if several else {"format": str(shape.up[0])}
         records.append(facts | search(folder, kernels, Calls(SHAPES[name], copies, tokens)))
         print(name, case, records[-1], flush=True)
     return records

@@ -32,6 +32,7 @@ from moqc.commands import (
     recipe,
     run,
     synth,
+    tune,
     verify,
 )
 from moqc.errors import InternalError, MoqcError, UserError
@@ -68,6 +69,10 @@ COMMANDS: dict[str, tuple[Callable[..., None], str]] = {
     "bench-kernels": (
         bench.kernels,
         "moqc bench-kernels --shape qwen3-30b-a3b --bits 4,2,4/2 --tokens 1,32",
+    ),
+    "tune": (
+        tune.command,
+        "moqc tune --target native --shape olmoe-1b-7b --bits 4,2 --trials 8 -o records.json",
     ),
     "inspect": (inspect.command, "moqc inspect out/tiny"),
     "verify": (verify.command, "moqc verify out/tiny"),

@@ -26,6 +26,7 @@ from moqc.launches import FILE
 from moqc.manifest import LIBRARY
 from moqc.page import write_page
 from moqc.passes.base import PassContext
+from moqc.passes.last_logits import LAST
 from moqc.passes.legalize import Legalize
 from moqc.passes.plan_cache import PlanCache
 from moqc.passes.schedule import Schedule
@@ -39,32 +40,38 @@ _GET_ITEM = "vm.builtin.tuple_getitem"
 
 
 def bundle(mod: IRModule) -> IRModule:
-    """`mod` with main's weights and its caches (as CACHE counts them) each in one tuple parameter.
+    """`mod` with the weights and the caches (as CACHE counts them) of main each in one tuple parameter.
 
     The tuples have no type: the virtual machine would check each of their tensors at every call, a quarter of
-    a microsecond each. The kernels check what they are given anyway.
+    a microsecond each. The kernels check what they are given anyway. `last_logits`' function is bundled too.
     """
-    main, cache = mod["main"], CACHE.get(mod)
-    parameters = list(main.params)
+    bundled = mod.clone()
+    for variable in mod.get_global_vars():
+        if variable.name_hint in ("main", LAST):
+            bundled.update_func(variable, _bundled(mod, variable.name_hint))
+    return bundled
+
+
+def _bundled(mod: IRModule, name: str) -> relax.Function:
+    function, cache = mod[name], CACHE.get(mod)
+    parameters = list(function.params)
     split = len(parameters) - (0 if cache is None else len(cache["tensors"]))
-    inputs = input_count(main)
+    inputs = input_count(function)
     groups = {"weights": parameters[inputs:split], "caches": parameters[split:]}
     builder = relax.BlockBuilder()
-    tuples = {name: relax.Var(name, relax.AnyType()) for name in groups}
-    with builder.function("main", [*parameters[:inputs], *tuples.values()], dict(main.attrs.items())):
+    tuples = {group: relax.Var(group, relax.AnyType()) for group in groups}
+    with builder.function(name, [*parameters[:inputs], *tuples.values()], dict(function.attrs.items())):
         with builder.dataflow():
-            for name, group in groups.items():
-                for number, parameter in enumerate(group):
-                    arguments = (tuples[name], relax.prim_value(number))
+            for group, members in groups.items():
+                for number, parameter in enumerate(members):
+                    arguments = (tuples[group], relax.prim_value(number))
                     item = relax.op.call_pure_packed(_GET_ITEM, *arguments, ty_args=parameter.ty)
                     builder.emit_normalized(relax.VarBinding(parameter, builder.normalize(item)))
-            for variable, value in bindings(main):
+            for variable, value in bindings(function):
                 builder.emit_normalized(relax.VarBinding(variable, value))
-            result = builder.emit_output(main.body.body)
+            result = builder.emit_output(function.body.body)
         builder.emit_func_output(result)
-    bundled = mod.clone()
-    bundled.update_func(mod.get_global_var("main"), builder.finalize()["main"])
-    return bundled
+    return builder.finalize()[name]
 
 
 def build(mod: IRModule, target: Target) -> VMExecutable:

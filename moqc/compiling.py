@@ -61,7 +61,7 @@ def compile(model: str | Path, out: str | Path | None, options: CompileOptions) 
         from moqc.graphs import compile_graph
 
         return compile_graph(Path(model), Path(out or ""), options)
-    machine = find_target(options.target)
+    machine = find_target(options.target, options.records)
     checkpoint = _checked(model, [machine], options)
     return _compile_checkpoint(checkpoint, None if out is None else Path(out), options, machine)
 
@@ -85,7 +85,7 @@ def compile_each(model: str | Path, out: str | Path, options: SeveralOptions) ->
     """
     if options.debug.stop_after is not None:
         raise UserError("stop-after shows the IR for one target: give --target")
-    machines = {name: find_target(name) for name in options.targets}
+    machines = {name: find_target(name, options.records) for name in options.targets}
     if not machines or len({machine.name for machine in machines.values()}) < len(options.targets):
         raise UserError(f"targets {','.join(options.targets)}: at least one, and each once")
     for machine in machines.values():

@@ -31,6 +31,7 @@ from moqc.ir.annotations import (
     SCHEMA,
 )
 from moqc.ir.sites import weight_names
+from moqc.log import event
 from moqc.manifest import (
     Activations,
     CacheSpec,
@@ -48,7 +49,6 @@ from moqc.package import WeightCounts
 from moqc.passes.pipeline import Pipeline
 from moqc.quant.activations import parse_activation
 from moqc.recipe import Recipe
-from moqc.schedules.cuda import records
 from moqc.targets import Target
 
 ANALYSIS_VERSION = 1
@@ -120,13 +120,24 @@ def describe(
 
 
 def _plans(mod: IRModule) -> dict[str, int]:
-    """`TargetRecord.plans`: of the PrimFuncs that say which of their plans are records of a search."""
+    """`TargetRecord.plans`: of the PrimFuncs that say which of their plans are records of a search.
+
+    Notes kernels that have none.
+    """
     count: Counter[str] = Counter()
     for function in mod.functions.values():
         facts = (function.attrs or {}).get("moqc.kernel", {})
         if "recorded" in facts:
-            found = len(facts["recorded"])
-            count.update({records.load()["source"]: found, "rules": len(facts["plans"]) - found})
+            found = [str(source) for source in facts["recorded"].values()]
+            count.update([*found, *["rules"] * (len(facts["plans"]) - len(found))])
+    if count["rules"]:
+        total = sum(count.values())
+        event(
+            "plans",
+            f"{count['rules']} of {total} plans of experts kernels are the rules'",
+            total=total,
+            rules=count["rules"],
+        )
     return {origin: number for origin, number in count.items() if number}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from math import prod
+from pathlib import Path
 
 from transformers import PretrainedConfig
 from tvm import IRModule
@@ -17,13 +18,18 @@ from moqc.passes.plan_cache import PlanCache
 from moqc.pipelines import CANDIDATES, Pruning
 from moqc.quant.formats import Format
 from moqc.recipe import Recipe
+from moqc.schedules.plan_records import read
 from moqc.targets import Target
 
 _FLOAT_BYTES = 4
 
 
 def check_kernels(target: Target, recipe: Recipe) -> None:
-    """Raise TargetError for candidates or passes of `recipe` that `target` has no kernels for."""
+    """Raise TargetError for candidates, passes or records of `recipe` that `target` has no kernels for."""
+    if target.records is not None:
+        if target.schedules != "cpu":
+            raise TargetError(f"records {target.records}: of CPU kernels; target {target.name} has none")
+        read(Path(target.records))
     if not target.launched:
         return
     names = CANDIDATES.get(recipe.formats) or tuple(name.strip() for name in recipe.formats.split(","))

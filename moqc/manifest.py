@@ -70,7 +70,7 @@ class TargetRecord(Record):
     architectures: tuple[str, ...] = ()
     """Of the GPUs that the library has machine code for; empty where the CPU computes."""
     plans: dict[str, int] = {}
-    """Where the plans of the experts' decode kernels are from (a search, or rules) -> how many."""
+    """Where the plans of the experts' kernels are from (a search, or rules) -> how many."""
 
 
 class Versions(Record):

@@ -125,6 +125,30 @@ class GenerateOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TuneOptions:
+    """Which kernels' plans are searched, and for how long."""
+
+    shapes: Sequence[str] = option(
+        ("qwen3-30b-a3b", "olmoe-1b-7b", "mixtral-8x7b", "deepseek-v2-lite", "gpt-oss-20b"),
+        "models whose experts are tuned, or a model's folder [default: all known]",
+        metavar="NAME,...",
+        flags=("--shape",),
+        parse=split,
+        joined=True,
+    )
+    bits: Sequence[str] = option(
+        ("int4-g128", "int3-g128", "int2-g128", "int2-g64", "int1-g128", "int4-g128/int3-g128/int2-g64"),
+        "bits, or formats; 4/2/1: experts that take these in turn [default: the compiler's candidates]",
+        metavar="B,...",
+        parse=split,
+        joined=True,
+    )
+    trials: int = option(16, "plans tried of each kernel", metavar="N")
+    target: str = like(Recipe, "target")
+    threads: int | None = like(KernelOptions, "threads")
+
+
+@dataclass(frozen=True, kw_only=True)
 class BenchOptions:
     """What is timed of an artifact."""
 

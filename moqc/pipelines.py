@@ -243,8 +243,9 @@ def check_lowering(linears: str, activations: str, max_batch: int) -> str:
 
 def lowering_pipeline(context: int, max_batch: int, *, narrow: bool = False) -> Pipeline:
     """The passes after quantization: caches, kernels, schedules; `narrow` for devices of 32-bit integers."""
-    integers = "narrow-integers," if narrow else ""
-    return Pipeline.parse(f"plan-cache{{context={context} batch={max_batch}}},{integers}legalize,schedule")
+    # What has no 64-bit integers runs a list of launches, those of main.
+    between = "narrow-integers" if narrow else "last-logits"
+    return Pipeline.parse(f"plan-cache{{context={context} batch={max_batch}}},{between},legalize,schedule")
 
 
 def run_passes(pipeline: Pipeline, mod: IRModule, ctx: PassContext, debug: Debug) -> IRModule:

@@ -58,6 +58,9 @@ class Recipe:
         metavar="NAME",
         complete=lambda: ["native", *TARGETS],
     )
+    records: str | None = option(
+        None, "plans of kernels that `moqc tune` found, beside those that ship", metavar="FILE"
+    )
     calibration: Sequence[str | Path] = option(
         (), "calibration text, UTF-8; repeatable [default: built-in text]", metavar="FILE", flags=("--calib",)
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import platform
+from dataclasses import replace
 from pathlib import Path
 
 from moqc.errors import TargetError
@@ -58,14 +59,21 @@ def missing_features(target: Target) -> tuple[str, ...]:
     return tuple(sorted(target.features - host_features()))
 
 
-def find_target(name: str) -> Target:
-    """The target called `name`; ``native`` is the most capable CPU entry this machine supports.
+def find_target(name: str, records: str | None = None) -> Target:
+    """The target called `name`, with a file of `records` if given.
+
+    ``native`` is the most capable CPU entry that this machine supports.
 
     ``cuda`` may name architectures and host, as in ``cuda:sm_80+sm_90@x86-64-v4``; ``aarch64:CORE`` is tuned
     for a core; a path that ends in ``.toml`` is a target of the user's own (`moqc.machines.user`).
 
     Raises TargetError with the known names.
     """
+    found = _find_target(name)
+    return found if records is None else replace(found, records=records)
+
+
+def _find_target(name: str) -> Target:
     if name == "native":
         fitting = [target for target in TARGETS.values() if runs_here(target)]
         if not fitting:

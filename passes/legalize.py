@@ -108,15 +108,19 @@ class Legalize(Pass):
     writes: ClassVar[tuple[Key[Any], ...]] = (KERNELS,)
 
     def run(self, mod: IRModule, ctx: PassContext) -> IRModule:
-        """Lower main for `ctx.target`. Raises TargetError when the target has no kernels."""
+        """Lower every function for `ctx.target`. Raises TargetError when the target has no kernels."""
         target: Target = ctx.need("target", self.name)
         if target.schedules not in LOWERINGS:
             raise TargetError(f"legalize: no kernels for target {target.name} (schedules {target.schedules})")
-        lowering = _Lowering(mod.clone(), target)
-        main = lowering.visit_expr(mod["main"])
-        lowering.builder_.update_func(mod.get_global_var("main"), relax.analysis.remove_all_unused(main))
+        lowered = mod
+        for variable, function in mod.functions_items():
+            if isinstance(function, relax.Function):
+                lowering = _Lowering(lowered.clone(), function, target)
+                result = lowering.visit_expr(function)
+                lowering.builder_.update_func(variable, relax.analysis.remove_all_unused(result))
+                lowered = lowering.builder_.get()
         kernels = packed_kernels(mod)
-        builder = relax.BlockBuilder(lowering.builder_.get())
+        builder = relax.BlockBuilder(lowered)
         add_functions(builder, kernels, mod, LOWERINGS[target.schedules].operators, target)
         result = builder.get()
         # The builder's module starts without attributes.
@@ -128,9 +132,9 @@ class Legalize(Pass):
 class _Lowering(PyExprMutator):  # type: ignore[misc]  # tvm has no types
     """Rewrites the calls of one function."""
 
-    def __init__(self, mod: IRModule, target: Target) -> None:
+    def __init__(self, mod: IRModule, function: relax.Function, target: Target) -> None:
         super().__init__(mod)
-        self._target, self._definitions = target, dict(bindings(mod["main"]))
+        self._target, self._definitions = target, dict(bindings(function))
         self._lowerings = LOWERINGS[target.schedules]
         self._ready: dict[
             int, relax.Expr

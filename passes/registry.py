@@ -42,6 +42,7 @@ BUILTIN: dict[str, str] = {
     "quantize-linears": "moqc.passes.quantize_linears:QuantizeLinears",
     "synthesize-weights": "moqc.passes.synthesize_weights:SynthesizeWeights",
     "plan-cache": "moqc.passes.plan_cache:PlanCache",
+    "last-logits": "moqc.passes.last_logits:LastLogits",
     "narrow-integers": "moqc.passes.narrow_integers:NarrowIntegers",
     "legalize": "moqc.passes.legalize:Legalize",
     "schedule": "moqc.passes.schedule:Schedule",

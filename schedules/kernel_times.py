@@ -7,21 +7,24 @@ A target's table is ``schedules/kernel_costs/NAME.json``, `NAME` its GPU archite
                   ...]}
 
 `microseconds`: what the matrix adds to the time of a call with so many tokens where its expert is hit, its
-share of launches included. A matrix that is not in the table takes the longer of the two times of the
-target's roofline, bytes over bandwidth and weights over the rate of the kernels.
+share of launches included. ``benchmarks/kernel_costs.py`` makes it of the records of a search; those of the
+user's own (`Target.records`) come before. A matrix that is not in the table takes the longer of the two
+times of the target's roofline, bytes over bandwidth and weights over the rate of the kernels.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from moqc.errors import TargetError
 from moqc.quant.formats import Format
+from moqc.schedules.plan_records import read
 from moqc.targets import Roofline, Target
 
 FOLDER = Path(__file__).parent / "kernel_costs"
@@ -66,12 +69,33 @@ class KernelTimes:
         return float(np.interp(bits, sizes, np.minimum.accumulate(found[::-1])[::-1]))
 
 
+Key = tuple[int, int, str, int]
+
+
+def matrix_times(rows: Iterable[Mapping[str, Any]]) -> dict[Key, float]:
+    """Microseconds by (rows, columns, format, tokens), from records of a single format.
+
+    A call serves the matrices of all experts hit; each gets an equal share.
+    """
+    found: dict[Key, float] = {}
+    for row in rows:
+        if "format" not in row:
+            continue
+        hit = row["experts"] * (1 - (1 - row["top_k"] / row["experts"]) ** row["tokens"])
+        first = row["kernel"] == "gate_up"
+        sizes = (row["intermediate"], row["hidden"]) if first else (row["hidden"], row["intermediate"])
+        key = (*sizes, str(Format.parse(row["format"])), int(row["tokens"]))
+        found[key] = row["microseconds"] / hit / (2 if first else 1)
+    return found
+
+
 def kernel_times(target: Target, folder: Path = FOLDER) -> KernelTimes:
     """The times of a target's kernels. Raises TargetError for a table that is damaged."""
     name = target.architectures[0] if len(target.architectures) == 1 else target.name
     path = folder / f"{name}.json"
+    own = {} if target.records is None else matrix_times(read(Path(target.records)).rows)
     if not path.is_file():
-        return KernelTimes(target.roofline, {})
+        return KernelTimes(target.roofline, own)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         if content["schema"] != SCHEMA:
@@ -83,4 +107,4 @@ def kernel_times(target: Target, folder: Path = FOLDER) -> KernelTimes:
             rows[key] = float(row["microseconds"])
     except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
         raise TargetError(f"{path}: not a table of kernel times ({type(error).__name__}: {error})") from error
-    return KernelTimes(target.roofline, rows, str(content["source"]))
+    return KernelTimes(target.roofline, rows | own, str(content["source"]))

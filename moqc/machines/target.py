@@ -35,7 +35,8 @@ class Target:
     `platform.machine` says, "any" where no code is made for it; `tools` are entries of
     `moqc.toolchains.TOOLS` beside its linker. `verified` says how its code was checked. `largest_binding` is
     the most bytes of a buffer that kernels read, None where there is no limit; `shard_bytes` those of a file
-    of parameters, unless one tensor is larger. `roofline` is None where nothing is known.
+    of parameters, unless one tensor is larger. `roofline` is None where nothing is known. `records` is a file
+    of plans (`moqc.schedules.plan_records`) that come before those that ship.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Target:
     largest_binding: int | None = None
     shard_bytes: int = 2 << 30
     roofline: Roofline | None = None
+    records: str | None = None
 
     @property
     def device(self) -> str:

@@ -62,7 +62,8 @@ class Artifact:
     def session(self) -> Session:
         """A new, empty key/value state to run tokens with."""
         engine = self._engine
-        return Session(engine.main, engine.weights, self.manifest, engine.device, engine.advance)
+        functions = engine.advance, engine.last
+        return Session(engine.main, engine.weights, self.manifest, engine.device, *functions)
 
     def forward(self, ids: ArrayLike) -> NDArray[np.float32]:
         """Logits of every position: ids [S] -> [S, V], or ids [B, S] -> [B, S, V]; float32.

@@ -20,13 +20,15 @@ from moqc.tensorfile import StoredTensor, open_tensors
 class Engine:
     """The compiled function ``main(ids, positions, weights, caches)`` with its weights on its device.
 
-    `advance` is the library's greedy step, if it has one; `owner` what must live as long as the functions.
+    `last` is the same with logits of the last token alone, and `advance` the greedy step, where the library
+    has them; `owner` is what must live as long as the functions.
     """
 
     device: Device
     main: Callable[..., Any]
     weights: Any
     advance: Callable[..., Any] | None = None
+    last: Callable[..., Any] | None = None
     owner: Any = None
 
 
@@ -40,7 +42,16 @@ def open_engine(path: Path, manifest: Manifest) -> Engine:
     # The machine owns the memory pools of `main`: it must live as long as the function.
     machine = tvm.runtime.vm.VirtualMachine(library, device.handle)
     advance = machine["advance"] if manifest.target.architectures else None
-    return Engine(device, machine["main"], load_weights(device, path, manifest), advance, machine)
+    weights = load_weights(device, path, manifest)
+    return Engine(device, machine["main"], weights, advance, _last(machine), machine)
+
+
+def _last(machine: Any) -> Callable[..., Any] | None:
+    try:
+        found: Callable[..., Any] = machine["last"]
+    except AttributeError:  # `moqc.passes.last_logits` says when
+        return None
+    return found
 
 
 def _open_launches(path: Path, manifest: Manifest) -> Engine:

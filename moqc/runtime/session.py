@@ -26,9 +26,10 @@ class Session:
         manifest: Manifest,
         device: Device,
         advance: Callable[..., Any] | None = None,
+        last: Callable[..., Any] | None = None,
     ) -> None:
-        """A session of `main` on `device`; `advance` is the library's greedy step, if it has one."""
-        self._main, self._advance, self._device = main, advance, device
+        """A session of `main` on `device`; `advance` and `last` as `moqc.runtime.engine.Engine` has them."""
+        self._main, self._advance, self._device, self._last_main = main, advance, device, last or main
         self._weights = weights
         self._spec = manifest.cache
         self._vocabulary = manifest.vocabulary
@@ -50,7 +51,7 @@ class Session:
         """
         self._check(ids)
         parts = [
-            self._all(self._run(ids[:, at : at + self._spec.chunk]))
+            self._all(self._run(ids[:, at : at + self._spec.chunk], self._main))
             for at in range(0, ids.shape[1], self._spec.chunk)
         ]
         return np.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]
@@ -59,7 +60,7 @@ class Session:
         """Like `extend`, but only the last position's logits [B, V], without keeping the others."""
         self._check(ids)
         for at in range(0, ids.shape[1], self._spec.chunk):
-            logits = self._run(ids[:, at : at + self._spec.chunk])
+            logits = self._run(ids[:, at : at + self._spec.chunk], self._last_main)
         return self._last(logits)
 
     def extend_greedy(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -78,23 +79,25 @@ class Session:
         Row b sees and extends cache row b. Position -1 is padding: its logits mean nothing. Nothing is
         checked, and `length` stays as it is.
         """
-        return self._all(self._call(ids, positions))
+        return self._all(self._call(ids, positions, self._main))
 
-    def _run(self, ids: NDArray[np.int64]) -> Any:
-        """One call on the next tokens of every row; logits [B, S, V] on the device."""
+    def _run(self, ids: NDArray[np.int64], function: Callable[..., Any]) -> Any:
+        """One call of `function` on the next tokens of every row; its logits on the device."""
         rows, count = ids.shape
         positions = np.broadcast_to(np.arange(self.length, self.length + count), (rows, count))
-        logits = self._call(ids, positions)
+        logits = self._call(ids, positions, function)
         self.length += count
         return logits
 
-    def _call(self, ids: NDArray[np.int64], positions: NDArray[np.int64]) -> Any:
+    def _call(
+        self, ids: NDArray[np.int64], positions: NDArray[np.int64], function: Callable[..., Any]
+    ) -> Any:
         decoder = self._decoder(len(ids)) if ids.shape[1] == 1 else None
         if decoder is not None:
             decoder.step(ids[:, 0], positions[:, 0])
             return decoder.logits
         # Caches are changed in place; those that come back are the same ones.
-        return self._main(self._device.put(ids), self._device.put(positions), self._weights, self._caches)[0]
+        return function(self._device.put(ids), self._device.put(positions), self._weights, self._caches)[0]
 
     def _decoder(self, rows: int) -> Decoder | None:
         if rows not in self._decoders:

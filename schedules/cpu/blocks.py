@@ -4,7 +4,7 @@ Two ways, chosen at run time by the number of tokens:
 
 * few: codes are unpacked in registers for each token (`row_product`); memory is the limit.
 * `PANEL_TOKENS` or more, and always for float activations: the block is unpacked once into a panel that stays
-  in the cache, and multiplied with several tokens at a time; 16 with AMX.
+  in the cache, and multiplied with several tokens at a time. With AMX that is done in batches of columns.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from moqc.schedules.cpu.amx import TILE_TOKENS, TileProducts, allow_tiles
 from moqc.schedules.cpu.dot import DotFamily
 from moqc.schedules.cpu.emit import Index, bind, int64, load, loop, scratch, store, when
 from moqc.schedules.cpu.panel import Panel, fill_panel, panel_product
+from moqc.schedules.cpu.plan import Plans
 from moqc.schedules.cpu.tiles import Activations, Weights, row_product
 
 PANEL_TOKENS = 4
@@ -58,109 +59,118 @@ def start_products(family: DotFamily, x: Activations) -> None:
         allow_tiles()
 
 
-def multiply_block(
-    family: DotFamily,
-    choices: Sequence[Choice],
-    x: Activations,
-    row_block: Index,
-    rows: tuple[Any, Any],
-    epilogue: Epilogue,
-) -> None:
-    """Multiply block `row_block` of every projection with the activations `rows[0] .. rows[1] - 1`."""
-    begin, end = rows
-    if not x.quantized:
-        with when(begin < end):
-            _by_panel(family, choices, x, row_block, rows, epilogue)
-        return
-    with T.If(end - begin < PANEL_TOKENS):
-        with T.Then():
-            _by_rows(family, choices, x, row_block, rows, epilogue)
-        with T.Else():
-            _by_panel(family, choices, x, row_block, rows, epilogue)
+@dataclass(frozen=True)
+class Product:
+    """Block `row_block` of every projection times rows of activations, as `plans` say."""
 
+    family: DotFamily
+    choices: Sequence[Choice]
+    x: Activations
+    row_block: Index
+    epilogue: Epilogue
+    plans: Plans
 
-def _by_rows(
-    family: DotFamily,
-    choices: Sequence[Choice],
-    x: Activations,
-    row_block: Index,
-    rows: tuple[Any, Any],
-    epilogue: Epilogue,
-) -> None:
-    dtype = f"float32x{family.lanes}"
-    with loop(*rows) as row:
-        results = [[scratch(family.lanes) for _ in range(family.halves)] for _ in choices]
-        for choice, result in zip(choices, results, strict=True):
+    def multiply(self, begin: Any, end: Any) -> None:
+        """Multiply the activations ``begin .. end - 1``."""
+        if not self.x.quantized:
+            with when(begin < end):
+                self._by_panel(begin, end)
+            return
+        with T.If(end - begin < PANEL_TOKENS):
+            with T.Then():
+                self._by_rows(begin, end)
+            with T.Else():
+                if self.family.amx:
+                    self._by_tiles(begin, end)
+                else:
+                    self._by_panel(begin, end)
 
-            def product(weights: Weights, choice: Choice = choice, result: list[Any] = result) -> None:
-                totals = row_product(family, weights.block(choice.index, row_block), x, row)
-                for total, target in zip(totals, result, strict=True):
-                    store(target, [0], load(total, [0], dtype))
+    def _by_rows(self, begin: Any, end: Any) -> None:
+        family, x = self.family, self.x
+        dtype = f"float32x{family.lanes}"
+        with loop(begin, end) as row:
+            results = [[scratch(family.lanes) for _ in range(family.halves)] for _ in self.choices]
+            for choice, result in zip(self.choices, results, strict=True):
 
-            choice.switch(product)
-        for half in range(family.halves):
-            epilogue(row, half, [bind(load(result[half], [0], dtype)) for result in results])
+                def product(weights: Weights, choice: Choice = choice, result: list[Any] = result) -> None:
+                    block = weights.block(choice.index, self.row_block)
+                    totals = row_product(family, block, x, row, self.plans.few)
+                    for total, target in zip(totals, result, strict=True):
+                        store(target, [0], load(total, [0], dtype))
 
+                choice.switch(product)
+            for half in range(family.halves):
+                self.epilogue(row, half, [bind(load(result[half], [0], dtype)) for result in results])
 
-def _by_panel(
-    family: DotFamily,
-    choices: Sequence[Choice],
-    x: Activations,
-    row_block: Index,
-    rows: tuple[Any, Any],
-    epilogue: Epilogue,
-) -> None:
-    begin, end = rows
-    wide = any(choice.wide for choice in choices)
-    classes = [weights for choice in choices for weights in choice.classes]
-    panel = Panel.allocate(x.quantized, classes, len(choices))
-    for slot, choice in enumerate(choices):
+    @property
+    def _wide(self) -> bool:
+        return any(choice.wide for choice in self.choices)
 
-        def fill(weights: Weights, choice: Choice = choice, slot: int = slot) -> None:
-            fill_panel(family, weights.block(choice.index, row_block), panel, slot, wide)
+    def _panel(self, capacity: int | None = None) -> Panel:
+        classes = [weights for choice in self.choices for weights in choice.classes]
+        return Panel.allocate(self.x.quantized, classes, len(self.choices), capacity)
 
-        choice.switch(fill)
-    if family.amx and x.quantized:
-        _by_tiles(panel, len(choices), x, rows, epilogue)
-        return
-    tile = family.token_tile
-    whole = bind(T.truncdiv(end - begin, tile))
-    with loop(0, whole) as step:
-        _panel_tokens(family, len(choices), panel, x, begin + step * tile, tile, wide, epilogue)
-    with loop(begin + whole * tile, end) as row:
-        _panel_tokens(family, len(choices), panel, x, row, 1, wide, epilogue)
+    def _fill(self, panel: Panel, slot: int, first: Index) -> None:
+        """Unpack a projection's block into its slot of the panel."""
+        choice = self.choices[slot]
+        choice.switch(
+            lambda weights: fill_panel(
+                self.family, weights.block(choice.index, self.row_block), panel, slot, self._wide, first
+            )
+        )
 
+    def _by_panel(self, begin: Any, end: Any) -> None:
+        panel, tile = self._panel(), self.family.token_tile
+        for slot in range(len(self.choices)):
+            self._fill(panel, slot, 0)
+        whole = bind(T.truncdiv(end - begin, tile))
+        with loop(0, whole) as step:
+            self._panel_tokens(panel, begin + step * tile, tile)
+        with loop(begin + whole * tile, end) as row:
+            self._panel_tokens(panel, row, 1)
 
-def _by_tiles(panel: Panel, count: int, x: Activations, rows: tuple[Any, Any], epilogue: Epilogue) -> None:
-    """Multiply `TILE_TOKENS` rows at a time with all `count` slots of the panel."""
-    begin, end = rows
-    products = TileProducts(panel, count, x)
-    products.configure()
-    with loop(0, bind(T.truncdiv(end - begin + (TILE_TOKENS - 1), int64(TILE_TOKENS)))) as step:
-        row = bind(begin + step * TILE_TOKENS)
-        tokens = bind(tirx.min(end - row, int64(TILE_TOKENS)))
-        products.multiply(row)
-        with loop(0, tokens) as m:
-            epilogue(row + m, 0, [bind(products.result(slot, m)) for slot in range(count)])
-    products.release()
+    def _panel_tokens(self, panel: Panel, row: Any, tokens: int) -> None:
+        """Multiply `tokens` rows from `row` on with every slot of the panel, and finish them."""
+        family = self.family
+        slots = [
+            panel_product(family, panel, slot, self.x, row, tokens, self._wide)
+            for slot in range(len(self.choices))
+        ]
+        for m in range(tokens):
+            for half in range(family.halves):
+                values = [bind(load(slot[m][half], [0], f"float32x{family.lanes}")) for slot in slots]
+                self.epilogue(row + m, half, values)
 
+    def _by_tiles(self, begin: Any, end: Any) -> None:
+        """Multiply ``plans.many.many`` tiles of `TILE_TOKENS` rows at a time with all projections."""
+        plan, count = self.plans.many, len(self.choices)
+        panel, most = self._panel(plan.batch), plan.many * TILE_TOKENS
 
-def _panel_tokens(
-    family: DotFamily,
-    count: int,
-    panel: Panel,
-    x: Activations,
-    row: Any,
-    tokens: int,
-    wide: bool,
-    epilogue: Epilogue,
-) -> None:
-    """Multiply `tokens` rows from `row` on with every slot of the panel, and finish them."""
-    slots = [panel_product(family, panel, slot, x, row, tokens, wide) for slot in range(count)]
-    for m in range(tokens):
-        for half in range(family.halves):
-            values = [bind(load(slot[m][half], [0], f"float32x{family.lanes}")) for slot in slots]
-            epilogue(row + m, half, values)
+        def ask(slot: int, span: Any) -> None:
+            choice = self.choices[slot]
+
+            def ahead(weights: Weights) -> None:
+                block = weights.block(choice.index, self.row_block)
+                for t in range(panel.span):
+                    block.prefetch(span * panel.span + t, plan.ahead)
+
+            choice.switch(ahead)
+
+        products = TileProducts(
+            panel, count, self.x, plan, lambda slot, first: self._fill(panel, slot, first), ask
+        )
+        products.configure()
+        with loop(0, bind(T.truncdiv(end - begin + (most - 1), int64(most)))) as step:
+            row = bind(begin + step * most)
+            left = bind(tirx.min(end - row, int64(most)))
+            tiles = bind(T.truncdiv(left + (TILE_TOKENS - 1), int64(TILE_TOKENS)))
+            products.multiply(row, tiles)
+            with loop(0, tiles) as tile:
+                first = bind(tile * TILE_TOKENS)
+                with loop(0, tirx.min(left - first, int64(TILE_TOKENS))) as m:
+                    values = [bind(products.result(slot, tile, m)) for slot in range(count)]
+                    self.epilogue(row + first + m, 0, values)
+        products.release()
 
 
 def load_rows(family: DotFamily, vector: Any, lead: Sequence[Index], row: Any, rows: int) -> Any:

@@ -7,7 +7,7 @@ the module.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tvm import relax, tirx
@@ -19,6 +19,7 @@ from moqc.schedules.cpu.families import FAMILIES
 from moqc.schedules.cpu.packed_embedding import embedding_kernel
 from moqc.schedules.cpu.packed_experts import ExpertsShape, down_kernel, gate_up_kernel
 from moqc.schedules.cpu.packed_linear import linear_kernel
+from moqc.schedules.cpu.plan import KERNELS, Plans, find_plans
 from moqc.schedules.cpu.quantize_activations import activations_kernel
 from moqc.schedules.cpu.route import lower_route
 from moqc.schedules.cpu.tiles import Activations
@@ -29,8 +30,13 @@ Types = Sequence[tuple[Sequence[Any], str]]
 """Shape and dtype of each output."""
 
 
-def lower_mixed_experts(bb: relax.BlockBuilder, call: relax.Call, target: Target) -> relax.Expr:
-    """``R.moqc.mixed_experts``: route, prepare x, gate and up, prepare the hidden tensor, down."""
+def lower_mixed_experts(
+    bb: relax.BlockBuilder, call: relax.Call, target: Target, plans: Mapping[str, Plans] | None = None
+) -> relax.Expr:
+    """``R.moqc.mixed_experts``: route, prepare x, gate and up, prepare the hidden tensor, down.
+
+    `plans` of gate_up and down, in place of those recorded for the target or the rules'.
+    """
     family, named = FAMILIES[target.dot], operands(call)
     x, ids, weights = (named[name] for name in ("x", "ids", "weights"))
     shape = read_experts(
@@ -40,6 +46,7 @@ def lower_mixed_experts(bb: relax.BlockBuilder, call: relax.Call, target: Target
         mode=attributes(call)["activations"],
         rotated=rotated_blocks(call),
     )
+    plans = plans or {name: find_plans(target, name, shape.sizes, shape.formats(name)) for name in KERNELS}
     tokens, pairs = x.ty.shape[0], x.ty.shape[0] * shape.top_k
     order, starts, active = lower_route(bb, ids, shape.experts)
 
@@ -52,7 +59,7 @@ def lower_mixed_experts(bb: relax.BlockBuilder, call: relax.Call, target: Target
     routing = [starts, active, named["table"]]
     (hidden,) = _emit(
         bb,
-        gate_up_kernel(family, shape),
+        gate_up_kernel(family, shape, plans["gate_up"]),
         "gate_up",
         [*inputs, *routing, *first],
         [([pairs, shape.padded_intermediate], "float32")],
@@ -69,7 +76,8 @@ def lower_mixed_experts(bb: relax.BlockBuilder, call: relax.Call, target: Target
     last = class_operands(call, "down")
     last += [named["down_bias"]] if "down_bias" in shape.biases else []
     arguments = [*prepared, *routing, order, weights, *last]
-    return _call(bb, down_kernel(family, shape), "down", arguments, [([tokens, shape.hidden], "float32")])
+    down = down_kernel(family, shape, plans["down"])
+    return _call(bb, down, "down", arguments, [([tokens, shape.hidden], "float32")])
 
 
 def lower_linear(bb: relax.BlockBuilder, call: relax.Call, target: Target) -> relax.Expr:

@@ -1,7 +1,7 @@
 """The two products of an experts block with packed weights, every bit class of a layer in one kernel each.
 
 Rows of activations are (token, expert) pairs in the order of `route`. Work is cut by chunks of row blocks
-first, then by expert: an expert with many tokens is spread over all threads, and a chunk's weights are read
+first, then by expert: an expert with many tokens is spread over the threads, and a chunk's weights are read
 as one stream.
 """
 
@@ -16,10 +16,9 @@ from tvm.tirx.script import builder as T
 
 from moqc.quant.formats import COLUMN_TILE, ROW_TILE, Format
 from moqc.schedules.activations import activation_expr
-from moqc.schedules.cpu.blocks import Choice, load_rows, multiply_block, start_products, store_rows
+from moqc.schedules.cpu.blocks import PANEL_TOKENS, Choice, Product, load_rows, start_products, store_rows
 from moqc.schedules.cpu.dot import DotFamily
 from moqc.schedules.cpu.emit import (
-    Index,
     Kernel,
     bind,
     broadcast,
@@ -34,11 +33,9 @@ from moqc.schedules.cpu.emit import (
     symbol,
     when,
 )
+from moqc.schedules.cpu.plan import Plans
 from moqc.schedules.cpu.tiles import Activations, Weights
 from moqc.schedules.experts import ExpertsLayer
-
-CHUNK = 4
-"""Row blocks a thread takes at a time."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +48,15 @@ class ExpertsShape(ExpertsLayer):
     inputs: int = field(kw_only=True)
     mode: str = field(kw_only=True)
     rotated: int = 0
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int]:
+        """Experts, top_k, hidden and intermediate, as records of plans have them."""
+        return self.experts, self.top_k, self.hidden, self.intermediate
+
+    def formats(self, kernel: str) -> tuple[Format, ...]:
+        """Those of the classes that ``gate_up`` or ``down`` reads."""
+        return self.down if kernel == "down" else (*self.gate, *self.up)
 
     @property
     def padded_intermediate(self) -> int:
@@ -101,12 +107,12 @@ def _declare_classes(
     )
 
 
-def _facts(shape: ExpertsShape, family: DotFamily, *projections: str) -> dict[str, Any]:
+def _facts(shape: ExpertsShape, family: DotFamily, plans: Plans, *projections: str) -> dict[str, Any]:
     classes = [f"{name}:{fmt}" for name in projections for fmt in getattr(shape, name)]
-    return {"classes": classes, "activations": shape.mode, "dot": family.name}
+    return {"classes": classes, "activations": shape.mode, "dot": family.name, **plans.facts}
 
 
-def gate_up_kernel(family: DotFamily, shape: ExpertsShape) -> tirx.PrimFunc:
+def gate_up_kernel(family: DotFamily, shape: ExpertsShape, plans: Plans) -> tirx.PrimFunc:
     """Build the first product with its activation function.
 
     Parameters of the PrimFunc: the activations (P rows of `inputs`, and spare ones), starts, active, table,
@@ -115,7 +121,8 @@ def gate_up_kernel(family: DotFamily, shape: ExpertsShape) -> tirx.PrimFunc:
     """
     intermediate = shape.intermediate
     blocks = ceildiv(intermediate, ROW_TILE)
-    with kernel("gate_up", activation=shape.activation, **_facts(shape, family, "gate", "up")) as k:
+    facts = _facts(shape, family, plans, "gate", "up")
+    with kernel("gate_up", activation=shape.activation, **facts) as k:
         pairs = symbol("p")
         x = Activations.declare(k, shape.mode, symbol("rows"), shape.inputs)
         routing = _Routing.declare(k, shape.experts)
@@ -131,12 +138,13 @@ def gate_up_kernel(family: DotFamily, shape: ExpertsShape) -> tirx.PrimFunc:
         hidden = k.parameter("hidden", [pairs, shape.padded_intermediate], "float32")
         hit = bind(load(routing.active, [0]).astype("int64"))
         start_products(family, x)
-        with parallel(hit * ceildiv(blocks, CHUNK)) as item:
+        chunks = _Chunks(blocks, hit, pairs, plans, parts=hit)
+        with parallel(hit * chunks.count) as item:
             expert = routing.expert(T.truncmod(item, hit))
             choices = [routing.choice(0, expert, gate)] if gate else []
             choices.append(routing.choice(1, expert, up))
             rows = routing.rows(expert)
-            with _chunk(T.truncdiv(item, hit), blocks) as row_block:
+            with chunks.blocks(T.truncdiv(item, hit)) as row_block:
 
                 def finish(pair: Any, half: int, values: list[Any]) -> None:
                     row = row_block * ROW_TILE + half * family.lanes
@@ -148,7 +156,7 @@ def gate_up_kernel(family: DotFamily, shape: ExpertsShape) -> tirx.PrimFunc:
                     store(hidden, [pair, row], value)
                     _clear_padding(family, shape, hidden, pair, row, row_block, blocks)
 
-                multiply_block(family, choices, x, row_block, rows, finish)
+                Product(family, choices, x, row_block, finish, plans).multiply(*rows)
     return k.finish()
 
 
@@ -161,22 +169,28 @@ def _clear_padding(
             store(hidden, [pair, row + ROW_TILE], splat(0, family.lanes))
 
 
-class _chunk:
-    """The row blocks of chunk `number`: ``with _chunk(number, blocks) as row_block:``."""
+class _Chunks:
+    """How `blocks` row blocks are shared by the tasks of the plan, which each takes some of `parts` experts.
 
-    def __init__(self, number: Any, blocks: int) -> None:
-        first = bind(number * CHUNK)
-        last = first + CHUNK
-        self._loop = loop(first, last if blocks % CHUNK == 0 else tirx.min(last, int64(blocks)))
+    For so many `pairs` of tokens with one of `hit` experts the plan for many or for few tokens holds.
+    """
 
-    def __enter__(self) -> Index:
-        return self._loop.__enter__()
+    def __init__(self, blocks: int, hit: Any, pairs: Any, plans: Plans, parts: Any = 1) -> None:
+        several = pairs >= hit * PANEL_TOKENS
+        a_thread = tirx.if_then_else(several, int64(plans.many.tasks), int64(plans.few.tasks))
+        tasks = bind(a_thread * int64(T.call_packed("runtime.NumThreads")))
+        wanted = T.truncdiv(parts * blocks + (tasks - 1), tasks)
+        self._blocks = blocks
+        self._size = bind(tirx.max(tirx.min(wanted, int64(blocks)), int64(1)))
+        self.count = bind(T.truncdiv(blocks + (self._size - 1), self._size))
 
-    def __exit__(self, *exception: Any) -> Any:
-        return self._loop.__exit__(*exception)
+    def blocks(self, number: Any) -> Any:
+        """A loop over the row blocks of chunk `number`."""
+        first = bind(number * self._size)
+        return loop(first, tirx.min(first + self._size, int64(self._blocks)))
 
 
-def down_kernel(family: DotFamily, shape: ExpertsShape) -> tirx.PrimFunc:
+def down_kernel(family: DotFamily, shape: ExpertsShape, plans: Plans) -> tirx.PrimFunc:
     """Build the second product with the weighted sum over a token's experts.
 
     Parameters of the PrimFunc: the activations (P rows of `intermediate`, and spare ones), starts, active,
@@ -185,7 +199,7 @@ def down_kernel(family: DotFamily, shape: ExpertsShape) -> tirx.PrimFunc:
     A token's experts are added in rising order, whatever the number of threads.
     """
     blocks = ceildiv(shape.hidden, ROW_TILE)
-    with kernel("down", **_facts(shape, family, "down")) as k:
+    with kernel("down", **_facts(shape, family, plans, "down")) as k:
         pairs, tokens = symbol("p"), symbol("t")
         x = Activations.declare(k, shape.mode, symbol("rows"), shape.intermediate)
         routing = _Routing.declare(k, shape.experts)
@@ -197,13 +211,15 @@ def down_kernel(family: DotFamily, shape: ExpertsShape) -> tirx.PrimFunc:
             bias = k.parameter("down_bias", [shape.experts, shape.hidden], "float32")
         y = k.parameter("y", [tokens, shape.hidden], "float32")
         start_products(family, x)
-        with parallel(ceildiv(blocks, CHUNK)) as chunk:
-            _clear(family, y, tokens, chunk, blocks, shape.hidden)
-            with loop(0, load(routing.active, [0]).astype("int64")) as number:
+        hit = bind(load(routing.active, [0]).astype("int64"))
+        chunks = _Chunks(blocks, hit, pairs, plans)
+        with parallel(chunks.count) as chunk:
+            _clear(family, y, tokens, chunks, chunk, shape.hidden)
+            with loop(0, hit) as number:
                 expert = routing.expert(number)
                 choices = [routing.choice(2, expert, down)]
                 rows = routing.rows(expert)
-                with _chunk(chunk, blocks) as row_block:
+                with chunks.blocks(chunk) as row_block:
 
                     def finish(pair: Any, half: int, values: list[Any]) -> None:
                         row = row_block * ROW_TILE + half * family.lanes
@@ -217,13 +233,13 @@ def down_kernel(family: DotFamily, shape: ExpertsShape) -> tirx.PrimFunc:
                         before = load_rows(family, y, [token], row, shape.hidden)
                         store_rows(family, y, [token], row, shape.hidden, before + value)
 
-                    multiply_block(family, choices, x, row_block, rows, finish)
+                    Product(family, choices, x, row_block, finish, plans).multiply(*rows)
     return k.finish()
 
 
-def _clear(family: DotFamily, y: Any, tokens: Any, chunk: Any, blocks: int, rows: int) -> None:
+def _clear(family: DotFamily, y: Any, tokens: Any, chunks: _Chunks, chunk: Any, rows: int) -> None:
     """Set the columns of `chunk` to 0 for every token."""
-    with loop(0, tokens) as token, _chunk(chunk, blocks) as row_block:
+    with loop(0, tokens) as token, chunks.blocks(chunk) as row_block:
         for half in range(family.halves):
             row = row_block * ROW_TILE + half * family.lanes
             store_rows(family, y, [token], row, rows, splat(0, family.lanes))

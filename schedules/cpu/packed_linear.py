@@ -9,9 +9,10 @@ from typing import Any
 from tvm import tirx
 
 from moqc.quant.formats import ROW_TILE, Format
-from moqc.schedules.cpu.blocks import Choice, load_rows, multiply_block, start_products, store_rows
+from moqc.schedules.cpu.blocks import Choice, Product, load_rows, start_products, store_rows
 from moqc.schedules.cpu.dot import DotFamily
 from moqc.schedules.cpu.emit import ceildiv, int64, kernel, parallel, symbol, unravel
+from moqc.schedules.cpu.plan import Plans
 from moqc.schedules.cpu.tiles import Activations, Weights
 
 
@@ -41,5 +42,6 @@ def linear_kernel(
                     value = value + load_rows(family, offsets, [], row, rows)
                 store_rows(family, y, unravel(token, extents), row, rows, value)
 
-            multiply_block(family, [Choice((weights,))], x, row_block, (int64(0), tokens), finish)
+            product = Product(family, [Choice((weights,))], x, row_block, finish, Plans())
+            product.multiply(int64(0), tokens)
     return k.finish()

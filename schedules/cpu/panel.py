@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from tvm import tirx
 from tvm.tirx.script import builder as T
 
 from moqc.quant.formats import COLUMN_TILE, ROW_TILE
@@ -25,6 +26,7 @@ from moqc.schedules.cpu.emit import (
     scratch,
     splat,
     store,
+    when,
     workspace,
 )
 from moqc.schedules.cpu.tiles import ACTIVATION_TILES, Activations, Block, Weights
@@ -35,7 +37,8 @@ class Panel:
     """Unpacked 16-row blocks of `count` matrices, in the thread's memory.
 
     A span is as many column tiles as share scales of weights and activations, in all classes of the layer: 1
-    or `ACTIVATION_TILES`. S spans cover a row; tiles after the row's last are 0.
+    or `ACTIVATION_TILES`. `spans` of them cover a row, and the panel holds S, its `capacity`; tiles after the
+    row's last are 0.
 
     * int8: `codes` uint8 [count, S*span, 8, 64]; `scales` and `shifts` (scale * zero point) float32
       [count, S, 16].
@@ -44,21 +47,25 @@ class Panel:
 
     tiles: int
     span: int
+    capacity: int
     codes: Any
     scales: Any | None = None
     shifts: Any | None = None
 
     @classmethod
-    def allocate(cls, quantized: bool, classes: Sequence[Weights], count: int) -> Panel:
-        """A panel for `count` blocks, each of one of the `classes`."""
+    def allocate(
+        cls, quantized: bool, classes: Sequence[Weights], count: int, capacity: int | None = None
+    ) -> Panel:
+        """A panel for `capacity` spans (else all) of `count` blocks, each of one of the `classes`."""
         tiles = classes[0].tiles
         if not quantized:
-            return cls(tiles, 1, workspace(count * tiles * COLUMN_TILE * ROW_TILE, "float32"))
+            return cls(tiles, 1, tiles, workspace(count * tiles * COLUMN_TILE * ROW_TILE, "float32"))
         span = min(ACTIVATION_TILES, *(weights.format.group // COLUMN_TILE for weights in classes))
-        spans = ceildiv(tiles, span)
+        spans = min(capacity or tiles, ceildiv(tiles, span))
         return cls(
             tiles,
             span,
+            spans,
             workspace(count * spans * span * FOURS * LINE, "uint8"),
             workspace(count * spans * ROW_TILE, "float32"),
             workspace(count * spans * ROW_TILE, "float32"),
@@ -69,28 +76,34 @@ class Panel:
         """Number of spans in a row."""
         return ceildiv(self.tiles, self.span)
 
-    def at(self, slot: Index, span: Index, half: int, lanes: int) -> Any:
-        """Offset of a span's scales and shifts."""
-        return (int64(slot) * self.spans + span) * ROW_TILE + half * lanes
+    def at(self, slot: Index, place: Index, half: int, lanes: int) -> Any:
+        """Offset of the scales and shifts of the span in `place`."""
+        return (int64(slot) * self.capacity + place) * ROW_TILE + half * lanes
 
-    def line(self, slot: Index, tile: Index, v: int) -> Any:
-        """Number of line `v` of a tile, each of 64 codes."""
-        return (int64(slot) * self.spans * self.span + tile) * FOURS + v
+    def line(self, slot: Index, place: Index, t: int, v: int) -> Any:
+        """Number of line `v`, of 64 codes, of tile `t` of the span in `place`."""
+        return ((int64(slot) * self.capacity + place) * self.span + t) * FOURS + v
 
 
-def fill_panel(family: DotFamily, block: Block, panel: Panel, slot: int, wide: bool) -> None:
-    """Unpack `block` into place `slot` of `panel`; `wide` as for `panel_product`."""
+def fill_panel(
+    family: DotFamily, block: Block, panel: Panel, slot: int, wide: bool, first: Index = 0
+) -> None:
+    """Unpack `block` into `slot` of `panel`, as many spans as fit from the `first`; `wide` as for
+    `panel_product`.
+    """  # noqa: D205
     whole, rest = divmod(panel.tiles, panel.span)
-    with loop(0, whole) as span:
-        _fill_span(family, block, panel, slot, span, panel.span, wide)
+    end = int64(first) + panel.capacity
+    with loop(first, tirx.min(end, int64(whole))) as span:
+        _fill_span(family, block, panel, slot, span, bind(span - first), panel.span, wide)
     if rest:
-        _fill_span(family, block, panel, slot, int64(whole), rest, wide)
+        with when(end >= panel.spans):
+            _fill_span(family, block, panel, slot, int64(whole), bind(int64(whole) - first), rest, wide)
 
 
 def _fill_span(
-    family: DotFamily, block: Block, panel: Panel, slot: int, span: Any, tiles: int, wide: bool
+    family: DotFamily, block: Block, panel: Panel, slot: int, span: Any, place: Any, tiles: int, wide: bool
 ) -> None:
-    """Unpack the `tiles` tiles of a span, and clear what the span has beyond them."""
+    """Unpack the `tiles` tiles of a span into `place`, and clear what the span has beyond them."""
     lanes, per_group = family.lanes, block.weights.format.group // COLUMN_TILE
     group = bind(T.truncdiv(span * panel.span, int64(per_group)))
     for half in range(family.halves):
@@ -106,11 +119,11 @@ def _fill_span(
             lines = block.operands(tile, half, family) if t < tiles else [empty] * FOURS
             for v, operand in enumerate(family.panel_order(lines)):
                 raw = T.reinterpret(f"uint8x{4 * lanes}", operand)
-                store(panel.codes, [panel.line(slot, tile, v) * LINE + half * 4 * lanes], raw)
+                store(panel.codes, [panel.line(slot, place, t, v) * LINE + half * 4 * lanes], raw)
         if panel.scales is not None:
-            store(panel.scales, [panel.at(slot, span, half, lanes)], scale)
+            store(panel.scales, [panel.at(slot, place, half, lanes)], scale)
             zero = zero - splat(family.offset(wide), lanes)
-            store(panel.shifts, [panel.at(slot, span, half, lanes)], scale * zero)
+            store(panel.shifts, [panel.at(slot, place, half, lanes)], scale * zero)
 
 
 def _fill_float(panel: Panel, operands: list[Any], scale: Any, zero: Any, column: Any, half: int) -> None:
@@ -141,7 +154,7 @@ def panel_product(
             continue
         with loop(0, panel.spans) as span:
             counts = _count_span(family, panel, slot, x, row, span, half, tokens, wide)
-            add_scaled(panel, slot, x, [row + m for m in range(tokens)], span, half, counts, columns)
+            add_scaled(panel, slot, x, [row + m for m in range(tokens)], (span, span), half, counts, columns)
     return totals
 
 
@@ -162,8 +175,8 @@ def _count_span(
     for t in range(panel.span):
         tile = bind(span * panel.span + t)
 
-        def line(v: int, tile: Any = tile) -> Any:
-            at = panel.line(slot, tile, v) * LINE + half * 4 * lanes
+        def line(v: int, t: int = t) -> Any:
+            at = panel.line(slot, span, t, v) * LINE + half * 4 * lanes
             return bind(T.reinterpret(f"uint32x{lanes}", load(panel.codes, [at], f"uint8x{4 * lanes}")))
 
         def columns(m: int, first: int, count: int, tile: Any = tile) -> Any:
@@ -178,15 +191,19 @@ def add_scaled(
     slot: Index,
     x: Activations,
     rows: Sequence[Any],
-    span: Any,
+    where: tuple[Any, Any],
     half: int,
     counts: Sequence[Any],
     totals: Sequence[Any],
 ) -> None:
-    """Add a span's int32xL `counts` to `totals`, times both scales and less the zero points; one a row."""
+    """Add a span's int32xL `counts` to `totals`, times both scales and less the zero points; one a row.
+
+    `where` is the number of the span and its place in the panel.
+    """
+    span, place = where
     lanes = counts[0].ty.dtype.lanes
-    scale = bind(load(panel.scales, [panel.at(slot, span, half, lanes)], f"float32x{lanes}"))
-    shift = bind(load(panel.shifts, [panel.at(slot, span, half, lanes)], f"float32x{lanes}"))
+    scale = bind(load(panel.scales, [panel.at(slot, place, half, lanes)], f"float32x{lanes}"))
+    shift = bind(load(panel.shifts, [panel.at(slot, place, half, lanes)], f"float32x{lanes}"))
     for row, count, total in zip(rows, counts, totals, strict=True):
         step = broadcast(x.scale(row, span, panel.span, 0), lanes)
         part = broadcast(x.sum(row, span, panel.span, 0), lanes)

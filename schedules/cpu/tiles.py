@@ -27,16 +27,13 @@ from moqc.schedules.cpu.emit import (
     splat,
     store,
 )
+from moqc.schedules.cpu.plan import RowsPlan
 from moqc.schedules.cpu.trellis import trellis_operands
 
 ACTIVATION_TILES = ACTIVATION_GROUP // COLUMN_TILE
 """Column tiles that share a scale of the activations: 2, so a group of weights is one tile or whole pairs."""
-PREFETCH_LINES = 64
-"""How many lines ahead codes are asked for, a page: hardware stops at its end. Cold decoding took 66 % of the
-machine's read bandwidth without (54 % at 2 bits), 80 % (75 %) with (`moqc bench-kernels --shape
-olmoe-1b-7b`)."""
 PREFETCH_GROUPS = 64
-"""The same for scales and zeros, in groups."""
+"""How many groups ahead scales and zeros are asked for: what a page of codes is about as long as."""
 
 
 @dataclass(frozen=True)
@@ -106,11 +103,11 @@ class Block:
             result.append(bind(functools.reduce(operator.or_, parts)))
         return result
 
-    def prefetch(self, tile: Index) -> None:
-        """Ask for the codes of a tile `PREFETCH_LINES` after `tile`; blocks follow each other in memory."""
+    def prefetch(self, tile: Index, lines: int) -> None:
+        """Ask for the codes of a tile `lines` lines after `tile`; blocks follow each other in memory."""
         bits = self.weights.format.bits
         for line in range(bits):
-            prefetch(self.weights.codes, [*self.at, tile + PREFETCH_LINES // bits, line, 0])
+            prefetch(self.weights.codes, [*self.at, tile + lines // bits, line, 0])
 
     def prefetch_group(self, group: Index) -> None:
         """Ask for the scales and zeros of the group `PREFETCH_GROUPS` after `group`."""
@@ -205,7 +202,7 @@ class Activations:
         return load(self.sums, [row, _activation_group(group, per_group, tile)])
 
 
-def row_product(family: DotFamily, block: Block, x: Activations, row: Index) -> list[Any]:
+def row_product(family: DotFamily, block: Block, x: Activations, row: Index, plan: RowsPlan) -> list[Any]:
     """The product of `block` with int8 activations `row`: one scratch vector float32xL a half."""
     lanes = family.lanes
     totals = [scratch(lanes) for _ in range(family.halves)]
@@ -213,15 +210,30 @@ def row_product(family: DotFamily, block: Block, x: Activations, row: Index) -> 
         store(total, [0], splat(0, lanes))
     tiles, per_group = block.weights.tiles, block.weights.format.group // COLUMN_TILE
     whole, rest = divmod(tiles, per_group)
-    with loop(0, whole) as group:
-        _add_group(family, block, x, row, group, per_group, totals)
+    turns, left = divmod(whole, plan.unroll)
+
+    def add(group: Any, count: int = per_group) -> None:
+        _add_group(family, block, x, row, group, count, totals, plan.ahead)
+
+    with loop(0, turns) as turn:
+        for part in range(plan.unroll):
+            add(turn * plan.unroll + part)
+    for group in range(whole - left, whole):
+        add(int64(group))
     if rest:
-        _add_group(family, block, x, row, int64(whole), rest, totals)
+        add(int64(whole), rest)
     return totals
 
 
 def _add_group(
-    family: DotFamily, block: Block, x: Activations, row: Index, group: Any, tiles: int, totals: list[Any]
+    family: DotFamily,
+    block: Block,
+    x: Activations,
+    row: Index,
+    group: Any,
+    tiles: int,
+    totals: list[Any],
+    ahead: int,
 ) -> None:
     """Add the first `tiles` column tiles of a group to `totals`."""
     lanes, per_group = family.lanes, block.weights.format.group // COLUMN_TILE
@@ -234,6 +246,7 @@ def _add_group(
         correction = part if correction is None else correction + part
         for t in range(first, min(first + ACTIVATION_TILES, tiles)):
             tile = group * per_group + t
+            block.prefetch(tile, ahead)
             for half, product in enumerate(_tile_products(family, block, x, row, tile)):
                 counts[half] = product if counts[half] is None else counts[half] + product
         step = broadcast(x.scale(row, group, per_group, first), lanes)
@@ -253,7 +266,6 @@ def _add_group(
 def _tile_products(family: DotFamily, block: Block, x: Activations, row: Index, tile: Any) -> list[Any]:
     """The int32xL sums of a column tile, one a half."""
     lanes = family.lanes
-    block.prefetch(tile)
     xs = [bind(x.four(row, tile, v, lanes)) for v in range(FOURS)]
     products = []
     for half in range(family.halves):

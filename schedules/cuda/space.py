@@ -1,8 +1,8 @@
 """The plans that a search on the device may try for a kernel; no TVM here.
 
 A plan is the argument of a template, not a sequence of TIR transformations, so MetaSchedule's traces cannot
-express it: `benchmarks/tune_plans.py` compiles and times what is listed here, and keeps the best in
-``records.json`` (`moqc.schedules.cuda.records`).
+express it: `benchmarks/tune_plans.py` compiles and times what is listed here, and the best become records
+(`moqc.schedules.plan_records`).
 """
 
 from __future__ import annotations

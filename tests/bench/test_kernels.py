@@ -5,7 +5,9 @@ from pathlib import Path
 import pytest
 
 from moqc.bench import kernels
+from moqc.bench import layer as layers
 from moqc.bench.kernels import bench_kernels, parse_classes
+from moqc.bench.layer import Layer
 from moqc.bench.shapes import SHAPES, Shape, find_shape
 from moqc.errors import UserError
 from moqc.quant.formats import Format
@@ -18,7 +20,7 @@ TINY = Shape(experts=6, top_k=2, hidden=64, intermediate=96)
 def _tiny(monkeypatch):
     monkeypatch.setitem(SHAPES, "tiny", TINY)
     monkeypatch.setattr(kernels, "COLD_BYTES", 1 << 20)
-    monkeypatch.setattr(kernels, "SECONDS", 0.01)
+    monkeypatch.setattr(layers, "SECONDS", 0.01)
 
 
 @pytest.mark.parametrize("cold", [True, False])
@@ -37,12 +39,12 @@ def test_counts_the_bytes_of_the_experts_that_are_hit(cold):
 
 
 def test_cold_calls_visit_all_sets_before_one_comes_again(monkeypatch):
-    layer = kernels._Layer(kernels.find_target("native"), TINY, [Format(4)], 1 << 20)
-    calls = layer._calls(1)
-    seen = [next(calls) for _ in range(3 * len(layer._sets))]
+    layer = Layer(kernels.find_target("native"), TINY, [Format(4)], 1 << 20)
+    calls = layer.calls(1)
+    seen = [next(calls) for _ in range(3 * len(layer.sets))]
     sets = [id(weights) for _, _, weights in seen]
-    assert len(set(sets[: len(layer._sets)])) == len(layer._sets) > 1
-    hit = [set(ids.numpy().ravel().tolist()) for ids, _, _ in seen[:: len(layer._sets)]]
+    assert len(set(sets[: len(layer.sets)])) == len(layer.sets) > 1
+    hit = [set(ids.numpy().ravel().tolist()) for ids, _, _ in seen[:: len(layer.sets)]]
     assert set.union(*hit) == set(range(6))  # three turns of two experts
 
 

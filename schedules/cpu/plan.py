@@ -1,0 +1,90 @@
+"""How the packed products are cut into tasks and how far ahead they ask for weights; no TVM here."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import TypeVar
+
+from moqc.errors import InternalError
+from moqc.quant.formats import Format
+from moqc.schedules.plan_records import find, record_key
+from moqc.targets import Target
+
+P = TypeVar("P", bound="Plan")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Positive numbers by name, written as the first letters of the names with their numbers: ``t64a64``."""
+
+    def __str__(self) -> str:
+        return "".join(f"{each.name[0]}{getattr(self, each.name)}" for each in fields(self))
+
+    @classmethod
+    def parse(cls: type[P], text: str) -> P:
+        """Read what `str` wrote. Raises InternalError."""
+        names = [each.name for each in fields(cls)]
+        match = re.fullmatch("".join(rf"{name[0]}([1-9]\d*)" for name in names), text)
+        if match is None:
+            raise InternalError(f"no {cls.__name__}: {text!r}")
+        return cls(**dict(zip(names, map(int, match.groups()), strict=True)))
+
+
+@dataclass(frozen=True)
+class RowsPlan(Plan):
+    """Few tokens: about `tasks` tasks a thread, `unroll` groups a turn of the loop over columns, whose codes
+    are asked for `ahead` lines of 64 bytes before.
+
+    That is a page, because hardware stops asking at its end: cold decoding took 66 % of the machine's read
+    bandwidth without (54 % at 2 bits), 80 % (75 %) with (`moqc bench-kernels --shape olmoe-1b-7b`).
+    """  # noqa: D205
+
+    tasks: int = 8
+    ahead: int = 64
+    unroll: int = 1
+
+
+@dataclass(frozen=True)
+class PanelPlan(Plan):
+    """Many tokens: about `tasks` tasks a thread; with AMX, `batch` spans of columns are unpacked and
+    multiplied with up to `many` tiles of 16 tokens, and codes are asked for `ahead` lines before.
+    """  # noqa: D205
+
+    tasks: int = 8
+    batch: int = 4
+    many: int = 8
+    ahead: int = 64
+
+
+KERNELS = ("gate_up", "down")
+TUNED = {"few": 1, "many": 512}
+"""Part of `Plans` -> the number of tokens that it is searched for."""
+
+
+@dataclass(frozen=True)
+class Plans:
+    """The plans of one kernel, which serves any number of tokens; `recorded`: part -> where it was found."""
+
+    few: RowsPlan = RowsPlan()
+    many: PanelPlan = PanelPlan()
+    recorded: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def facts(self) -> dict[str, dict[str, str]]:
+        """What the attribute ``moqc.kernel`` says of them."""
+        return {"plans": {part: str(getattr(self, part)) for part in TUNED}, "recorded": dict(self.recorded)}
+
+
+def find_plans(target: Target, kernel: str, sizes: Sequence[int], formats: Sequence[Format]) -> Plans:
+    """The plans of a kernel, recorded or by default; `sizes` are experts, top_k, hidden and intermediate."""
+    plans = Plans()
+    for part, tokens in TUNED.items():
+        found = find(target, record_key(kernel, tokens, sizes, formats))
+        if found is not None:
+            text, source = found
+            recorded = {**plans.recorded, part: source}
+            plan = type(getattr(plans, part)).parse(text)
+            plans = replace(plans, **{part: plan, "recorded": recorded})
+    return plans

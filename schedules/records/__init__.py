@@ -1,0 +1,1 @@
+"""Plans found by searches, by target, for `moqc.schedules.plan_records`."""
