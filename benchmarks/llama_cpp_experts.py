@@ -108,6 +108,7 @@ def moqc_product(
     from moqc.schedules.cpu.families import FAMILIES
     from moqc.schedules.cpu.lower import _activation_types, _emit
     from moqc.schedules.cpu.packed_experts import ExpertsShape, gate_up_kernel
+    from moqc.schedules.cpu.plan import find_plans
     from moqc.schedules.cpu.quantize_activations import activations_kernel
     from moqc.schedules.cpu.route import lower_route
     from moqc.targets import find_target
@@ -126,6 +127,7 @@ def moqc_product(
         activation="relu2",
         mode="int8",
     )
+    plans = find_plans(target, "gate_up", shape.sizes, shape.formats("gate_up"))
     tokens = tirx.Var("t", "int64")
     types = packed_types(fmt, rows, columns, (experts,))
     parameters = {
@@ -151,7 +153,7 @@ def moqc_product(
             weights = [variables[name] for name in types]
             outputs = [([pairs, shape.padded_intermediate], "float32")]
             arguments = [*inputs, starts, active, variables["table"], *weights]
-            (result,) = _emit(bb, gate_up_kernel(family, shape), "up", arguments, outputs)
+            (result,) = _emit(bb, gate_up_kernel(family, shape, plans), "up", arguments, outputs)
             result = bb.emit_output(result)
         bb.emit_func_output(result)
     machine = relax.VirtualMachine(tvm.compile(bb.get(), tvm.target.Target(target.tvm)), tvm.cpu())

@@ -103,9 +103,10 @@ class Layer:
         self, operands: dict[str, NDArray[Any]], prefix: str, index: int, fmt: Format, rows: int, columns: int
     ) -> torch.Tensor:
         """One expert's matrix, float32 [1, N, K]."""
-        parts = {part: operands.get(prefix + part) for part in ("codes", "scales", "zeros")}
-        chosen = {part: None if array is None else array[index : index + 1] for part, array in parts.items()}
-        return find_layout(self.target.layout).unpack(Packed(**chosen), fmt, rows, columns).dequantize()
+        codes, scales = (operands[prefix + part][index : index + 1] for part in ("codes", "scales"))
+        zeros = None if fmt.symmetric else operands[f"{prefix}zeros"][index : index + 1]
+        packed = Packed(codes=codes, scales=scales, zeros=zeros)
+        return find_layout(self.target.layout).unpack(packed, fmt, rows, columns).dequantize()
 
     def measure(self, tokens: int, bandwidth: Callable[[], float]) -> tuple[float, float, float]:
         """Seconds a call, bytes of the experts it hits, and `bandwidth` measured in between; all medians.

@@ -14,7 +14,6 @@ import random
 import statistics
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -221,7 +220,7 @@ class _Bench:
         """The block compiled with `plans` in place of the default ones."""
         chosen = {kernel: Plans() for kernel in KERNELS}
         for (kernel, part), plan in plans.items():
-            chosen[kernel] = replace(chosen[kernel], **{part: plan})
+            chosen[kernel] = chosen[kernel].with_part(part, plan)
         return self._layer.compile(partial(lower_mixed_experts, plans=chosen))
 
     def _times(self, machines: Sequence[Any], tokens: int, seconds: float) -> list[dict[str, list[float]]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from moqc.errors import InternalError
 from moqc.quant.formats import Format
@@ -71,6 +71,11 @@ class Plans:
     many: PanelPlan = PanelPlan()
     recorded: Mapping[str, str] = field(default_factory=dict)
 
+    def with_part(self, part: str, plan: Plan) -> Plans:
+        """These plans but for one part."""
+        changed: dict[str, Any] = {part: plan}
+        return replace(self, **changed)
+
     @property
     def facts(self) -> dict[str, dict[str, str]]:
         """What the attribute ``moqc.kernel`` says of them."""
@@ -84,7 +89,6 @@ def find_plans(target: Target, kernel: str, sizes: Sequence[int], formats: Seque
         found = find(target, record_key(kernel, tokens, sizes, formats))
         if found is not None:
             text, source = found
-            recorded = {**plans.recorded, part: source}
-            plan = type(getattr(plans, part)).parse(text)
-            plans = replace(plans, **{part: plan, "recorded": recorded})
+            plans = plans.with_part(part, type(getattr(plans, part)).parse(text))
+            plans = replace(plans, recorded={**plans.recorded, part: source})
     return plans

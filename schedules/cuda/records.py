@@ -36,7 +36,8 @@ def find(kernel: str, shape: ExpertsShape, tokens: int) -> Plan | None:
 
 def plans(shape: ExpertsShape, shared: int, *, tuned: bool) -> tuple[dict[str, Plan], dict[str, str]]:
     """The plans of a layer's kernels by name, and the sources of records; `tuned`: there may be some."""
-    result, recorded = {"down_many": many_down_plan(shape, shared)}, {}
+    result = {"down_many": many_down_plan(shape, shared)}
+    recorded: dict[str, str] = {}
     for kernel, rule in (("gate_up", gate_up_rule), ("down", down_rule)):
         for tokens in (1, 8):
             name, found = f"{kernel}_{tokens}", find(kernel, shape, tokens) if tuned else None
