@@ -9,6 +9,7 @@ rule that the mask would follow (`moqc.frontend.masks`), which comes back with t
 from __future__ import annotations
 
 import types
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -164,25 +165,15 @@ def _attention_forward(
     **others: Any,
 ) -> tuple[torch.Tensor, None]:
     """Transformers' attention interface. Raises ModelError for arguments that the operator does not model."""
-    site = module.moqc_site
-    given = sorted(n for n, v in others.items() if isinstance(v, torch.Tensor) and n not in _SPENT)
-    unknown = [_MEANINGS.get(name, name) for name in given]
-    rule = masks.rule_of(attention_mask)
-    if rule is None:
-        unknown.append("a mask that it computes, none of transformers' causal, window and chunk masks")
-        rule = masks.Rule()
-    if dropout:
-        unknown.append("dropout")
+    site, rule = module.moqc_site, masks.rule_of(attention_mask)
     sinks = s_aux if s_aux is not None else sinks
-    if sinks is not None and sinks.dim() != 1:
-        unknown.append("sinks that depend on the input")
     most = 0 if indices is None else getattr(indices, "moqc_most", None)
-    if most is None:
-        unknown.append("indices")
-    if unknown:
+    if unknown := list(_unmodelled(rule, dropout, sinks, most, others)):
         raise ModelError(
             f"{site}: {type(module).__name__} uses {', '.join(unknown)}, which moqc does not model"
         )
+    assert rule is not None
+    assert most is not None
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
     window = min((size for size in (int(sliding_window or 0), rule.window) if size), default=0)
@@ -193,6 +184,26 @@ def _attention_forward(
     settings = (scale, window, rule.chunk, most, float(softcap or 0.0), bool(causal), latent)
     found: torch.Tensor = torch.ops.moqc.attention(query, key, value, sinks, site, *settings)
     return latents.expand(module, found) if latent else found, None
+
+
+def _unmodelled(
+    rule: masks.Rule | None,
+    dropout: float,
+    sinks: torch.Tensor | None,
+    most: int | None,
+    others: dict[str, Any],
+) -> Iterator[str]:
+    """What attention is given that the operator has no place for."""
+    given = sorted(n for n, v in others.items() if isinstance(v, torch.Tensor) and n not in _SPENT)
+    yield from (_MEANINGS.get(name, name) for name in given)
+    if rule is None:
+        yield "a mask that it computes, none of transformers' causal, window and chunk masks"
+    if dropout:
+        yield "dropout"
+    if sinks is not None and sinks.dim() != 1:
+        yield "sinks that depend on the input"
+    if most is None:
+        yield "indices"
 
 
 def _temperature(module: Any, query: torch.Tensor) -> torch.Tensor:

@@ -17,18 +17,12 @@ import tvm_ffi
 from torch._subclasses.fake_tensor import FakeTensor
 from tvm import relax
 from tvm.relax.frontend.torch.exported_program_translator import ExportedProgramImporter
-from tvm.sym import Analyzer
 
 from moqc.frontend.complex_numbers import Complex, complex_converters
+from moqc.frontend.slices import slice_converters
 from moqc.ir import ops
 
-_NO_END = 2**63 - 1  # torch's end of a slice without one
-
 Node = torch.fx.Node
-Piece = tuple[relax.Expr, int, int]
-"""A part of a concatenation, and its first and last + 1 position along the axis."""
-Pieces = tuple[int, list[Piece]]
-"""The axis of a concatenation, and its parts."""
 
 
 class Importer(ExportedProgramImporter):  # type: ignore[misc]  # tvm ships no types
@@ -40,7 +34,6 @@ class Importer(ExportedProgramImporter):  # type: ignore[misc]  # tvm ships no t
     def __init__(self, symbols: dict[str, str]) -> None:
         """Make an importer for one program."""
         self._symbols = symbols
-        self._pieces: dict[relax.Var, Pieces] = {}
         super().__init__()
 
     def create_convert_map(self) -> dict[str, Callable[[Node], Any]]:
@@ -51,9 +44,7 @@ class Importer(ExportedProgramImporter):  # type: ignore[misc]  # tvm ships no t
             **base,
             **self._moqc_converters(),
             **complex_,
-            "slice_scatter.default": self._assembler(base["slice_scatter.default"]),
-            "slice.Tensor": self._slicer(complex_["slice.Tensor"]),
-            "cat.default": self._joiner(base["cat.default"]),
+            **slice_converters(self, base | complex_),
         }
 
     def _process_derived_symbol(self, symbol: Any, known: Any) -> tuple[str, Any]:
@@ -169,7 +160,7 @@ class Importer(ExportedProgramImporter):  # type: ignore[misc]  # tvm ships no t
         given = list(node.args) + [node.kwargs[entry.name] for entry in schema[len(node.args) :]]
         return [self._retrieve_args(argument) for argument in given]
 
-    def _given(self, node: Node, *defaults: Any) -> list[Any]:
+    def given(self, node: Node, *defaults: Any) -> list[Any]:
         """The node's positional arguments, completed with the defaults of the last ones."""
         given = list(self._retrieve_args(node.args))
         known = len(node.target._schema.arguments) - len(defaults)  # type: ignore[union-attr]
@@ -210,7 +201,7 @@ class Importer(ExportedProgramImporter):  # type: ignore[misc]  # tvm ships no t
 
     def _layer_norm(self, node: Node) -> relax.Var:
         """Layer norm; TVM's converter wants a weight and a bias."""
-        x, shape, weight, bias, epsilon, _ = self._given(node, None, None, 1e-5, True)
+        x, shape, weight, bias, epsilon, _ = self.given(node, None, None, 1e-5, True)
         dtype = dtype_of(node)
         gamma = relax.const(np.ones(shape, dtype)) if weight is None else weight
         beta = relax.const(np.zeros(shape, dtype)) if bias is None else bias
@@ -219,12 +210,12 @@ class Importer(ExportedProgramImporter):  # type: ignore[misc]  # tvm ships no t
 
     def _top(self, node: Node) -> relax.Var:
         """topk; an unsorted one may come sorted."""
-        x, k, axis, largest, _ = self._given(node, -1, True, True)
+        x, k, axis, largest, _ = self.given(node, -1, True, True)
         call = relax.op.topk(x, k=k, axis=axis, largest=largest, ret_type="both", dtype="int64")
         return self.emit(call)
 
     def _largest(self, node: Node) -> relax.Var:
-        x, axes, keep = self._given(node, None, False)
+        x, axes, keep = self.given(node, None, False)
         return self.emit(relax.op.max(x, axis=axes or None, keepdims=bool(keep)))
 
     def _cast(self, node: Node) -> relax.Var:
@@ -241,74 +232,6 @@ class Importer(ExportedProgramImporter):  # type: ignore[misc]  # tvm ships no t
 
         return convert
 
-    def _assembler(self, base: Callable[[Node], Any]) -> Callable[[Node], Any]:
-        """Converter of ``x[..., start:end] = source``: a concatenation where sizes are known, else `base`.
-
-        Models that fill an empty tensor part by part then become one concatenation of the parts.
-        """
-
-        def convert(node: Node) -> Any:
-            x, source, axis, start, end, step = self._given(node, 0, None, None, 1)
-            axis %= len(x.ty.shape)
-            size = x.ty.shape[axis]
-            if step != 1 or not isinstance(size, tvm.tirx.IntImm):
-                return base(node)
-            begin, stop, _ = slice(start, end).indices(int(size))
-            if begin >= stop:
-                return x
-            before, after = [], []
-            for piece, low, high in self._pieces_of(x, axis):
-                before += self._part(piece, axis, low, low, min(high, begin))
-                after += self._part(piece, axis, low, max(low, stop), high)
-            pieces = [*before, (source, begin, stop), *after]
-            made = self.emit(relax.op.concat([piece for piece, _, _ in pieces], axis=axis))
-            self._pieces[made] = (axis, pieces)
-            return made
-
-        return convert
-
-    def _joiner(self, base: Callable[[Node], Any]) -> Callable[[Node], Any]:
-        """Converter of a concatenation, without parts of no extent: TVM cannot schedule those."""
-
-        def convert(node: Node) -> Any:
-            parts, axis = self._given(node, 0)
-            if any(isinstance(part, Complex) or part.ty.shape is None for part in parts):
-                return base(node)
-            kept = [part for part in parts if not _equal(part.ty.shape[axis % len(part.ty.shape)], 0)]
-            return kept[0] if len(kept) == 1 else self.emit(relax.op.concat(kept, axis=axis))
-
-        return convert
-
-    def _slicer(self, base: Callable[[Node], Any]) -> Callable[[Node], Any]:
-        """Converter of ``x[..., start:end:step]`` that sees when a slice is the whole, else `base`.
-
-        TVM's lets a symbolic extent grow to an expression that later reshapes cannot divide.
-        """
-
-        def convert(node: Node) -> Any:
-            x, axis, start, end, step = self._given(node, 0, None, None, 1)
-            if isinstance(x, Complex) or x.ty.shape is None or step != 1:
-                return base(node)
-            size = x.ty.shape[axis % len(x.ty.shape)]
-            from_start = start is None or _equal(start, 0) or _equal(start + size, 0)
-            to_end = end is None or _equal(end, size) or (isinstance(end, int) and end == _NO_END)
-            return x if from_start and to_end else base(node)
-
-        return convert
-
-    def _pieces_of(self, x: relax.Var, axis: int) -> list[Piece]:
-        """What `x` was concatenated from along `axis`, or `x` whole."""
-        known_axis, pieces = self._pieces.get(x, (axis, []))
-        return pieces if pieces and known_axis == axis else [(x, 0, int(x.ty.shape[axis]))]
-
-    def _part(self, piece: relax.Expr, axis: int, low: int, begin: int, end: int) -> list[Piece]:
-        """The part [begin, end) of a piece that starts at `low`; nothing when it is empty."""
-        if begin >= end:
-            return []
-        if end - begin < int(piece.ty.shape[axis]):
-            piece = self.emit(relax.op.strided_slice(piece, [axis], [begin - low], [end - low]))
-        return [(piece, begin, end)]
-
     def _fold(self, known: Callable[..., Any], symbolic: Callable[..., Any]) -> Callable[[Node], Any]:
         """Converter of a function of two sizes, either of which may be symbolic."""
 
@@ -323,11 +246,6 @@ class Importer(ExportedProgramImporter):  # type: ignore[misc]  # tvm ships no t
 def dtype_of(node: Node) -> str:
     """Dtype of the traced result, as TVM writes it."""
     return str(node.meta["val"].dtype).removeprefix("torch.")
-
-
-def _equal(first: Any, second: Any) -> bool:
-    """Whether two sizes, integers or TIR expressions, are the same for all values of their symbols."""
-    return bool(Analyzer().can_prove_equal(first, second))
 
 
 def _same_shape(have: list[Any], want: list[Any]) -> bool:
