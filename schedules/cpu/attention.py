@@ -7,13 +7,13 @@ dimension, folded into one vector; values are accumulated in registers, four row
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 from tvm import tirx
 from tvm.tirx.script import builder as T
 
 from moqc.schedules.activations import exp, tanh
+from moqc.schedules.cpu.attention_shape import AttentionShape
 from moqc.schedules.cpu.emit import Kernel, bind, int64, kernel, load, loop, store, when
 from moqc.schedules.cpu.vector import (
     PARALLEL_WORK,
@@ -31,43 +31,6 @@ KEYS = 64
 _REGISTER_ROWS = 4
 _REGISTER_VECTORS = 4
 _MASKED = -1e30
-
-
-@dataclass(frozen=True)
-class AttentionShape:
-    """What is fixed about one attention operator; batch, tokens and slots may be symbolic.
-
-    `scale` multiplies the scores; `window`, `chunk` and `softcap` of 0 mean none; `lanes` of a vector.
-    Keys that are `latent` end in the values, which are stored once; `key_width` is that of a query.
-    """
-
-    heads: int
-    key_heads: int
-    key_width: int
-    value_width: int
-    scale: float
-    window: int
-    softcap: float
-    causal: bool
-    sinks: bool
-    lanes: int
-    chunk: int = 0
-    latent: bool = False
-
-    @property
-    def own_width(self) -> int:
-        """Columns of a key that are no value."""
-        return self.key_width - self.value_width if self.latent else self.key_width
-
-    @property
-    def bounded(self) -> bool:
-        """Whether a token sees only positions from some first one on."""
-        return bool(self.window or self.chunk)
-
-    @property
-    def group(self) -> int:
-        """Query heads that share a key head."""
-        return self.heads // self.key_heads
 
 
 class _Buffers:

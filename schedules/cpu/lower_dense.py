@@ -7,7 +7,8 @@ from typing import Any
 from tvm import relax, tirx
 
 from moqc.ir.ops import EXPERT_OPERANDS, attributes, operands
-from moqc.schedules.cpu.attention import AttentionShape, attention_kernel
+from moqc.schedules.cpu.attention import attention_kernel
+from moqc.schedules.cpu.attention_shape import AttentionShape
 from moqc.schedules.cpu.dense_experts import DenseExpertsShape, dense_down_kernel, dense_up_kernel
 from moqc.schedules.cpu.dense_linear import dense_linear_kernel
 from moqc.schedules.cpu.rms_norm import rms_norm_kernel

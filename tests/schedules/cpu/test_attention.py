@@ -8,7 +8,8 @@ import pytest
 import tvm
 from tvm import tirx
 
-from moqc.schedules.cpu.attention import AttentionShape, attention_kernel
+from moqc.schedules.cpu.attention import attention_kernel
+from moqc.schedules.cpu.attention_shape import AttentionShape
 from moqc.targets import TARGETS
 
 SLOTS = 150

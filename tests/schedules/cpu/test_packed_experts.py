@@ -57,6 +57,14 @@ LAYERS = {
         "gelu_glu|hadamard32",
         "float",
     ),
+    # Several batches of columns, the last one smaller and ragged.
+    "long": Layer(
+        712,
+        48,
+        {"gate": ("int4-g64",), "up": ("int3-g128", "int2-g64"), "down": ("int4-g64",)},
+        "silu_glu",
+        "int8",
+    ),
     "plain": Layer(64, 32, {"up": ("int2-g64-sym",), "down": ("int4-g64",)}, "relu2", "int8"),
 }
 
@@ -156,6 +164,13 @@ def test_all_tokens_on_one_expert(layers, relative_error, name):
     ids = torch.tensor([[3, 3]] * 9)
     actual, expected = _compare(layers, name, ids)
     assert relative_error(actual, expected) < 1e-4
+
+
+def test_more_tokens_than_are_multiplied_at_once(layers, relative_error):
+    ids = torch.tensor([[1, 4]]).repeat(150, 1)
+    ids[70:, 1] = -1
+    actual, expected = _compare(layers, "long", ids)
+    assert relative_error(actual, expected) < 1e-3
 
 
 def test_no_tokens(layers):
