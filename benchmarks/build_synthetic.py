@@ -49,7 +49,7 @@ def main() -> None:
         logger.info("imported")
         mod = run_passes(passes, mod, PassContext(target, checkpoint), Debug())
         options.out.mkdir(parents=True, exist_ok=True)
-        export(build(mod, target), options.out / LIBRARY)
+        export(build(mod, target), options.out / LIBRARY, target)
         manifest = describe(mod, checkpoint, target, passes, chunk=MAX_CHUNK)
     (options.out / MANIFEST).write_text(manifest.to_text())
 

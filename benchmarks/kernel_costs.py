@@ -4,7 +4,7 @@
     python benchmarks/kernel_costs.py x86-64-v4-amx
 
 Reads ``schedules/records/NAME.json`` and writes ``schedules/kernel_costs/NAME.json``. For sm_90, formats in
-groups of 64 come from the decode kernels of ``results/h200.json``.
+groups of 64 come from the decode kernels of ``results/h200-kernels.json``.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ from workload import SHAPES
 from moqc.schedules import plan_records as records
 from moqc.schedules.kernel_times import FOLDER, SCHEMA, matrix_times
 
-RESULTS = Path(__file__).parent / "results" / "h200.json"
+RESULTS = Path(__file__).parent / "results" / "h200-kernels.json"
 
 
 def benched() -> Iterator[dict[str, Any]]:

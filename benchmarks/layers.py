@@ -1,8 +1,9 @@
 """Check and time whole MoE layers on a GPU: ``python benchmarks/layers.py LIBRARIES OUT.json [TOKENS...]``.
 
-LIBRARIES is a folder of ``layer_kernels.py``'s outputs. A layer is one call of its function, from the
-router's ids and weights to y, lists of experts included. y of the first call is compared with the
-dequantized float32 reference; then a graph of many calls is timed (`workload.graph_us`).
+LIBRARIES is a folder of ``layer_kernels.py``'s outputs, of several variants of plans if there are. A layer is
+one call of its function, from the router's ids and weights to y, lists of experts included. y of the first
+call is compared with the dequantized float32 reference; then a graph of many calls is timed
+(`workload.graph_us`).
 """
 
 from __future__ import annotations
@@ -111,8 +112,6 @@ def main() -> None:
             for tokens in tokens_list:
                 problem = Problem(shape_name, copies, tokens)
                 for each in mine:
-                    if tokens <= 8 and each["variant"] != mine[0]["variant"]:
-                        continue
                     function = functions[each["name"]]
                     error, us = problem.error(function), problem.time(function)
                     rows.append(

@@ -27,9 +27,10 @@ from workload import SHAPES, Shape, copy_of, graph_us, rotation, routing
 
 import moqc.schedules.cuda as package
 from moqc.quant.pack_mma import COLUMNS
-from moqc.schedules.cuda.plan import ExpertsShape, Plan, down_rule, gate_up_rule
-from moqc.schedules.cuda.space import down_space, gate_up_space, sample
-from moqc.schedules.cuda.templates import down_groups, down_of, gate_up_groups, gate_up_of
+from moqc.schedules.cuda.plan import ExpertsShape, down_rule, gate_up_rule
+from moqc.schedules.cuda.rows import RowsPlan
+from moqc.schedules.cuda.space import down_space, gate_up_space, rows_space, sample
+from moqc.schedules.cuda.templates import AnyPlan, down_groups, down_of, gate_up_groups, gate_up_of
 
 TUNED = {
     **{f"w{bits}{zeros}": (bits, False, bool(zeros)) for bits in (4, 3, 2, 1) for zeros in ("", "-asym")},
@@ -44,8 +45,8 @@ MARGIN = 0.98
 MILLISECONDS = 3.0
 LISTS = "const void* slots, const void* shares, const void* members, const void* hit"
 DECLARED = {
-    "gate_up": f"const float* x, int tokens, {LISTS}, const int* table, const void* gate_bias, "
-    "const void* up_bias, void* hidden, void* shifts, float* y",
+    "gate_up": f"const X* x, const void* factors, int tokens, {LISTS}, const int* table, "
+    "const void* gate_bias, const void* up_bias, void* hidden, void* shifts, float* y",
     "down": f"const void* hidden, const void* shifts, int tokens, {LISTS}, int top, const int* table, "
     "const void* bias, float* y",
 }
@@ -57,7 +58,7 @@ class Kernel:
 
     kind: str
     shape: ExpertsShape
-    plan: Plan
+    plan: AnyPlan
 
     @property
     def slots(self) -> int:
@@ -71,6 +72,8 @@ class Kernel:
 
     @property
     def _slices(self) -> int:
+        if isinstance(self.plan, RowsPlan):
+            return self.slots * (-(-self.shape.intermediate // COLUMNS) // self.plan.units)
         return -(-self.slots * -(-self.shape.intermediate // COLUMNS) // self.plan.warps)
 
     def function(self) -> tuple[str, int]:
@@ -84,7 +87,9 @@ class Kernel:
         """A kernel called `name`."""
         lists = (self.shape.gate, self.shape.up) if self.kind == "gate_up" else (self.shape.down,)
         packed = [f"p{number}" for number in range(3 * sum(map(len, lists)))]
-        declared = DECLARED[self.kind] + "".join(f", const char* {each}" for each in packed)
+        x = "float" if self.plan.tokens == 1 else "unsigned char"  # halves, as the layer makes them
+        declared = DECLARED[self.kind].replace("const X*", f"const {x}*")
+        declared += "".join(f", const char* {each}" for each in packed)
         given = [each.split()[-1].lstrip("*") for each in declared.split(", ")]
         head = f'extern "C" __global__ void __launch_bounds__({32 * self.plan.warps}) {name}({declared})'
         body = f"extern __shared__ char memory[];\n  {self.function()[0]}(memory, {', '.join(given)});"
@@ -92,19 +97,19 @@ class Kernel:
 
 
 def candidates(kind: str, shape: ExpertsShape, tokens: int) -> list[Kernel]:
-    """The plan of the rules first, then some of the space."""
+    """The plan of the rules first, then some of both spaces."""
     rule, space = (gate_up_rule, gate_up_space) if kind == "gate_up" else (down_rule, down_space)
-    plans = [
-        rule(shape, tokens),
-        *sample(space(shape, tokens), TRIALS[len(set((*shape.gate, *shape.up, *shape.down))) > 1]),
-    ]
+    count = TRIALS[len(set((*shape.gate, *shape.up, *shape.down))) > 1]
+    rows = sample(rows_space(kind, shape, tokens), count)
+    plans: list[AnyPlan] = [rule(shape, tokens), *sample(space(shape, tokens), count), *rows]
     return [Kernel(kind, shape, plan) for plan in dict.fromkeys(plans)]
 
 
 def compile_kernel(binary: Path, kernel: Kernel) -> None:
     """The kernel, called k, in a file of its own."""
     source = binary.with_suffix(".cu")
-    source.write_text(Path(package.__path__[0], "device.cu").read_text() + kernel.source("k"))
+    texts = [Path(package.__path__[0], name).read_text() for name in ("device.cu", "prefill.cu", "rows.cu")]
+    source.write_text("\n".join(texts) + kernel.source("k"))
     command = ["nvcc", "-std=c++17", "-O3", "-cubin", "-gencode=arch=compute_90a,code=sm_90a"]
     subprocess.run([*command, "-o", str(binary), str(source)], check=True, capture_output=True)
 
@@ -124,6 +129,9 @@ class Calls:
         self.lists = [self._list(*routing(shape, tokens, number)) for number in range(count)]
         units = -(-shape.intermediate // COLUMNS)
         self.x = torch.randn(tokens, shape.hidden, device="cuda")
+        if tokens > 1:
+            self.x = torch.nn.functional.pad(self.x, (0, -shape.hidden % COLUMNS)).half()
+        self.factors = torch.ones(tokens, device="cuda")
         self.hidden = torch.randn(self.slots, tokens, units * COLUMNS, device="cuda").half()
         self.shifts = torch.zeros(self.slots, tokens, 16 * units, dtype=torch.uint8, device="cuda")
         self.y = torch.zeros(tokens, shape.hidden, device="cuda")
@@ -153,7 +161,8 @@ class Calls:
                 packed += (pointers + pointers[:1])[:3]
         hidden = [self.hidden.data_ptr(), self.shifts.data_ptr()]
         if kind == "gate_up":
-            return [self.x.data_ptr(), tokens, *lists, table, table, table, *hidden, y, *packed]
+            given = [self.x.data_ptr(), self.factors.data_ptr()]
+            return [*given, tokens, *lists, table, table, table, *hidden, y, *packed]
         return [*hidden, tokens, *lists, cupy.int32(top_k), table, table, y, *packed]
 
 

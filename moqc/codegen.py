@@ -21,7 +21,7 @@ from tvm.relax.vm_build import VMExecutable
 from moqc.errors import TargetError
 from moqc.ir.annotations import CACHE
 from moqc.ir.sites import bindings, input_count
-from moqc.launch_plan import plan_launches
+from moqc.launch_plan import memory_passes, plan_launches
 from moqc.launches import FILE
 from moqc.manifest import LIBRARY
 from moqc.page import write_page
@@ -118,11 +118,7 @@ def _gpu_pipeline() -> tvm.transform.Pass:
     """From scheduled kernels to instructions of the virtual machine."""
     return tvm.transform.Sequential(
         [
-            relax.transform.RewriteDataflowReshape(),
-            relax.transform.ToNonDataflow(),
-            relax.transform.RemovePurityChecking(),
-            relax.transform.CallTIRRewrite(),
-            relax.transform.StaticPlanBlockMemory(),
+            *memory_passes(),
             relax.transform.LowerAllocTensor(),
             relax.transform.KillAfterLastUse(),
             relax.transform.LowerRuntimeBuiltin(),

@@ -55,7 +55,7 @@ class Planner:
         self._machine = tvm.target.Target(target.tvm)
         self._functions: dict[str, DeviceCode] = {}
         with self._machine:
-            self._mod = _memory_pipeline()(mod)
+            self._mod = tvm.transform.Sequential(memory_passes())(mod)
         self.names = weight_names(self._mod)
 
     def program(self, name: str, caches: int) -> Program:
@@ -96,16 +96,15 @@ class Planner:
                 )
 
 
-def _memory_pipeline() -> tvm.transform.Pass:
-    return tvm.transform.Sequential(
-        [
-            relax.transform.RewriteDataflowReshape(),
-            relax.transform.ToNonDataflow(),
-            relax.transform.RemovePurityChecking(),
-            relax.transform.CallTIRRewrite(),
-            relax.transform.StaticPlanBlockMemory(),
-        ]
-    )
+def memory_passes() -> list[tvm.transform.Pass]:
+    """From scheduled kernels to calls of them, with the memory of intermediate tensors planned."""
+    return [
+        relax.transform.RewriteDataflowReshape(),
+        relax.transform.ToNonDataflow(),
+        relax.transform.RemovePurityChecking(),
+        relax.transform.CallTIRRewrite(),
+        relax.transform.StaticPlanBlockMemory(),
+    ]
 
 
 @dataclass

@@ -11,7 +11,8 @@
 
 `bits` is the width of the widest code, `several`: whether there are several formats, `zeros`: whether any is
 asymmetric. `rule` is the plan used without a record. "format", where all experts have the same one, is what
-was measured.
+was measured. "timed" is "layer" where the times are those of whole layers, in which the plan was chosen; such
+a record has no format, and no kernel's time is made of it.
 """
 
 from __future__ import annotations

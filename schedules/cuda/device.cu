@@ -88,6 +88,22 @@ template <int BYTES> __device__ __forceinline__ void copy(word shared, const voi
 __device__ __forceinline__ void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int LEFT> __device__ __forceinline__ void copy_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "memory"); }
 __device__ __forceinline__ void add(float* p, float v) { asm volatile("red.global.add.f32 [%0], %1;" ::"l"(p), "f"(v) : "memory"); }
+// Issued here, wherever the value is used: lists are read together, not one after the other.
+__device__ __forceinline__ int load_now(const int* p) {
+  int v;
+  asm volatile("ld.global.s32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
+  return v;
+}
+__device__ __forceinline__ long long load_now(const long long* p) {
+  long long v;
+  asm volatile("ld.global.s64 %0, [%1];" : "=l"(v) : "l"(p) : "memory");
+  return v;
+}
+__device__ __forceinline__ float load_now(const float* p) {
+  float v;
+  asm volatile("ld.global.f32 %0, [%1];" : "=f"(v) : "l"(p) : "memory");
+  return v;
+}
 __device__ __forceinline__ void wait_for_previous_kernel() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
@@ -140,17 +156,17 @@ template <int BITS> __device__ __forceinline__ void fragment(word (&a)[4], const
   }
 }
 
-// c += step s (0..15) of a unit: 16 of its columns. For one bit, a word of codes is the metadata of four steps: its even
+// c += step s (0..15) of a unit: 16 of its columns, which x has (4 registers for one bit, else 2). For one bit, a word of codes is the metadata of four steps: its even
 // bits of two, its odd bits of two, each from another two lanes of four; bit 1 of a field says which of two it picks.
 template <int BITS> __device__ __forceinline__ void step(float (&c)[4], const word* w, const word* x, int s) {
   if constexpr (BITS == 1) {
     const word metadata = ((w[s / 4] >> (s / 2 % 2)) & 0x55555555u) | 0x88888888u;
-    if (s % 2 == 0) mma_sparse<0>(c, metadata, x + 4 * s);
-    else mma_sparse<1>(c, metadata, x + 4 * s);
+    if (s % 2 == 0) mma_sparse<0>(c, metadata, x);
+    else mma_sparse<1>(c, metadata, x);
   } else {
     word a[4];
     fragment<BITS>(a, w + s / 8 * (2 * BITS), s % 8);
-    mma(c, a, x[2 * s], x[2 * s + 1]);
+    mma(c, a, x[0], x[1]);
   }
 }
 
@@ -182,7 +198,7 @@ template <class F> __device__ __forceinline__ void prepare(word* x, float* sums)
 #pragma unroll
     for (int s = group * STEPS; s < (group + 1) * STEPS; ++s) {
       if constexpr (F::BITS == 1) {
-        step<1>(c, ones, x, s);
+        step<1>(c, ones, x + 4 * s, s);
       } else {
         const word p = 0x00010001u << position<F::BITS>(2 * s % 16), q = 0x00010001u << position<F::BITS>((2 * s + 1) % 16);
         const word a[4] = {p, p, q, q};
@@ -219,7 +235,7 @@ __device__ __forceinline__ void dot(float (&acc)[4], const word* w, const word* 
       c[0] *= z0, c[1] *= z0, c[2] *= z8, c[3] *= z8;
     }
 #pragma unroll
-    for (int s = group * STEPS; s < (group + 1) * STEPS; ++s) step<F::BITS>(c, w, x, s);
+    for (int s = group * STEPS; s < (group + 1) * STEPS; ++s) step<F::BITS>(c, w, x + (F::BITS == 1 ? 4 : 2) * s, s);
     const float2 scale = __half22float2(scale_of<F>(scales, group));
     acc[0] = fmaf(scale.x, c[0], acc[0]), acc[1] = fmaf(scale.x, c[1], acc[1]);
     acc[2] = fmaf(scale.y, c[2], acc[2]), acc[3] = fmaf(scale.y, c[3], acc[3]);
@@ -263,8 +279,8 @@ __device__ __forceinline__ float2 factors(float mine, int lane) {
 }
 
 // The lane's 64 of the unit's 256 columns: chunk v is columns first + 32 v + 8 (lane % 4) .. + 7 of `row`, zero from N on.
-// Returns what the products of the accumulators' two columns are to be multiplied by, for large activations.
-template <int N, class T> __device__ __forceinline__ float2 load_x(word* x, const T* row, int first, bool there, int lane) {
+// Returns whether any of the warp's is too large.
+template <int N, class T> __device__ __forceinline__ bool load_raw(word* x, const T* row, int first, bool there, int lane) {
   __half2 largest = __float2half2_rn(0.0f);
 #pragma unroll
   for (int v = 0; v < 8; ++v) {
@@ -275,8 +291,11 @@ template <int N, class T> __device__ __forceinline__ float2 load_x(word* x, cons
   }
 #pragma unroll
   for (int i = 0; i < 32; ++i) largest = __hmax2(largest, __habs2(*(const __half2*)&x[i]));
-  if (!__any_sync(0xffffffffu, largest_of(largest) >= LIMIT)) return make_float2(1.0f, 1.0f);
-  using Pair = typename PairOf<T>::type;   // once more, from what may be beyond fp16
+  return __any_sync(0xffffffffu, largest_of(largest) >= LIMIT);
+}
+// The power of two that large columns of the lane's token are to be divided by, from what may be beyond fp16.
+template <int N, class T> __device__ __forceinline__ int shift_in(const T* row, int first, bool there, int lane) {
+  using Pair = typename PairOf<T>::type;
   float most = 0.0f;
 #pragma unroll 1
   for (int i = 0; i < 32; ++i) {
@@ -285,7 +304,10 @@ template <int N, class T> __device__ __forceinline__ float2 load_x(word* x, cons
   }
   most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, 1));
   most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, 2));
-  const int shift = shift_of(most);
+  return shift_of(most);
+}
+template <int N, class T> __device__ __forceinline__ void load_divided(word* x, const T* row, int first, bool there, int lane, int shift) {
+  using Pair = typename PairOf<T>::type;
 #pragma unroll
   for (int i = 0; i < 32; ++i) {
     const int k = first + 32 * (i / 4) + 8 * (lane % 4) + 2 * (i % 4);
@@ -293,32 +315,48 @@ template <int N, class T> __device__ __forceinline__ float2 load_x(word* x, cons
     if (there && (N % COLUMNS == 0 || k < N)) pair = scaled(*(const Pair*)(row + k), power(-shift));
     x[i] = *(const word*)&pair;
   }
+}
+// All of it. Returns what the products of the accumulators' two columns are to be multiplied by.
+template <int N, class T> __device__ __forceinline__ float2 load_x(word* x, const T* row, int first, bool there, int lane) {
+  if (!load_raw<N>(x, row, first, there, lane)) return make_float2(1.0f, 1.0f);
+  const int shift = shift_in<N>(row, first, there, lane);
+  load_divided<N>(x, row, first, there, lane, shift);
   return factors(power(shift), lane);
 }
 
-// The same from `hidden`, of which each 16 columns are divided by 2^shift: a byte each in `shifts`, 16 a unit.
-template <int N> __device__ __forceinline__ float2 load_hidden(word* x, const __half* row, const unsigned char* shifts, int first, bool there, int lane) {
-  uint4 given = {0, 0, 0, 0};
-  if (there) given = load_columns((const __half*)shifts);
-  word each[4] = {given.x, given.y, given.z, given.w};
+// The same of activations that `route_and_halve` made: fp16, rows padded to whole units, none too large.
+__device__ __forceinline__ void load_halves(word* x, const __half* row, int first, bool there, int lane) {
 #pragma unroll
   for (int v = 0; v < 8; ++v) {
-    const int k = first + 32 * v + 8 * (lane % 4);
     uint4 values = {0, 0, 0, 0};
-    if (there && (N % COLUMNS == 0 || k < N)) values = load_columns(row + k);
+    if (there) values = load_columns(row + first + 32 * v + 8 * (lane % 4));
     x[4 * v] = values.x, x[4 * v + 1] = values.y, x[4 * v + 2] = values.z, x[4 * v + 3] = values.w;
   }
+}
+template <class X> constexpr bool HALVES = false;   // what X* points to, if it is those
+template <> constexpr bool HALVES<unsigned char> = true;
+
+// The same from `hidden`, of which each 16 columns are divided by 2^shift: a byte each in `shifts`, 16 a unit; here the unit's.
+template <int N> __device__ __forceinline__ uint4 load_shifts(const unsigned char* shifts, int first, bool there) {
+  uint4 given = {0, 0, 0, 0};
+  if (there) given = load_columns((const __half*)(shifts + first / ROWS));
   if (N % COLUMNS != 0) {   // nobody wrote the bytes past the last row tile
     const int tiles = (N + ROWS - 1) / ROWS - first / ROWS;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
+    const auto kept = [&](int i) {
       const int valid = min(max(tiles - 4 * i, 0), 4);
-      each[i] &= valid == 4 ? 0xffffffffu : (1u << (8 * valid)) - 1;
-    }
+      return valid == 4 ? 0xffffffffu : (1u << (8 * valid)) - 1;
+    };
+    given.x &= kept(0), given.y &= kept(1), given.z &= kept(2), given.w &= kept(3);
   }
-  if (!__any_sync(0xffffffffu, (each[0] | each[1] | each[2] | each[3]) != 0)) return make_float2(1.0f, 1.0f);
-  const word most4 = __vmaxu4(__vmaxu4(each[0], each[1]), __vmaxu4(each[2], each[3]));
-  const int most = max(max(most4 & 255, most4 >> 8 & 255), max(most4 >> 16 & 255, most4 >> 24));
+  return given;
+}
+__device__ __forceinline__ int largest_byte(uint4 bytes) {
+  const word most = __vmaxu4(__vmaxu4(bytes.x, bytes.y), __vmaxu4(bytes.z, bytes.w));
+  return max(max(most & 255, most >> 8 & 255), max(most >> 16 & 255, most >> 24));
+}
+// x, as it was loaded, made what it is times 2^-most.
+__device__ __forceinline__ void apply_shifts(word* x, uint4 given, int most, int lane) {
+  const word each[4] = {given.x, given.y, given.z, given.w};
 #pragma unroll
   for (int v = 0; v < 8; ++v) {
     const int shift = each[v / 2] >> (8 * (v % 2 * 2 + lane % 4 / 2)) & 255;
@@ -329,6 +367,22 @@ template <int N> __device__ __forceinline__ float2 load_hidden(word* x, const __
       x[i] = *(const word*)&pair;
     }
   }
+}
+template <int N> __device__ __forceinline__ void load_hidden_raw(word* x, const __half* row, int first, bool there, int lane) {
+#pragma unroll
+  for (int v = 0; v < 8; ++v) {
+    const int k = first + 32 * v + 8 * (lane % 4);
+    uint4 values = {0, 0, 0, 0};
+    if (there && (N % COLUMNS == 0 || k < N)) values = load_columns(row + k);
+    x[4 * v] = values.x, x[4 * v + 1] = values.y, x[4 * v + 2] = values.z, x[4 * v + 3] = values.w;
+  }
+}
+template <int N> __device__ __forceinline__ float2 load_hidden(word* x, const __half* row, const unsigned char* shifts, int first, bool there, int lane) {
+  const uint4 given = load_shifts<N>(shifts, first, there);
+  load_hidden_raw<N>(x, row, first, there, lane);
+  if (!__any_sync(0xffffffffu, (given.x | given.y | given.z | given.w) != 0)) return make_float2(1.0f, 1.0f);
+  const int most = largest_byte(given);
+  apply_shifts(x, given, most, lane);
   return factors(power(most), lane);
 }
 
@@ -555,23 +609,20 @@ __device__ __forceinline__ void multiply(char* ring, float* partials, const Unit
 // ---------------------------------------------------------------------------------------------- routing
 // (class, index) of `expert`, from `table` [EXPERTS][2]. A single class holds every expert in order, so there is
 // nothing to read; else all lanes read the table while the expert's number is still on its way.
-template <int COUNT, int EXPERTS, class Id> __device__ __forceinline__ int2 find(const int* table, const Id* slot, long long& expert, int lane) {
+template <int COUNT, int EXPERTS> __device__ __forceinline__ int2 find(const int* table, long long expert, int lane) {
   constexpr int EACH = (EXPERTS + 31) / 32;
   if constexpr (COUNT == 1) {
-    expert = *slot;
     return make_int2(0, (int)expert);
   } else if constexpr (EACH <= 8) {
     int2 entries[EACH];
 #pragma unroll
     for (int i = 0; i < EACH; ++i) entries[i] = __ldg((const int2*)table + min(32 * i + lane, EXPERTS - 1));
-    expert = *slot;
     int2 mine = entries[0];
 #pragma unroll
     for (int i = 1; i < EACH; ++i)
       if ((int)expert / 32 == i) mine = entries[i];
     return make_int2(__shfl_sync(0xffffffffu, mine.x, (int)expert % 32), __shfl_sync(0xffffffffu, mine.y, (int)expert % 32));
   } else {
-    expert = *slot;
     const bool known = expert >= 0 && expert < EXPERTS;
     return __ldg((const int2*)table + (known ? expert : 0));
   }
@@ -611,12 +662,27 @@ template <int H_, int I_, int EXPERTS_, int BIASES_, class Activation_> struct L
   using Activation = Activation_;
 };
 
+// One value of `hidden`, row `out` of line `at`; 16 lanes together have those of a row tile.
+template <class L>
+__device__ __forceinline__ void store_hidden(__half* hidden, unsigned char* shifts, long long at, int out, bool inside, float value, int lane) {
+  const word sixteen = 0xffffu << (lane & 16);
+  float most = fabsf(value);
+  int shift = 0;
+  if (__ballot_sync(sixteen, most >= LIMIT) != 0) {
+#pragma unroll
+    for (int other = 8; other > 0; other /= 2) most = fmaxf(most, __shfl_xor_sync(sixteen, most, other));
+    shift = shift_of(most), value *= power(-shift);
+  }
+  if (inside) hidden[at * L::I + out] = __float2half(value);
+  if (out % ROWS == 0) shifts[at * L::SHIFTS + out / ROWS] = (unsigned char)shift;
+}
+
 // hidden[slot][column][I] = share * act(gate x + bias, up x + bias) in fp16, with `shifts` (see load_hidden); y [tokens][H]
-// is set to 0 for `down` to add to. For 1 token, slots and shares are the router's ids and weights; else `members` names
+// is set to 0 for `down` to add to, unless x is what `route_and_halve` made, with `factor_list`. For 1 token, slots and shares are the router's ids and weights; else `members` names
 // the token of each of a slot's 8 columns (-1: none, its share is 0).
 // Grid: slots x (row tiles of I / TILES); WARPS == units of H.
 template <class L, class P, class Gates, class Ups, class All, class Id, class X, class... Tensors>
-__device__ __forceinline__ void gate_up(void* memory, const X* x, int tokens, const void* slot_list, const void* share_list, const void* member_list,
+__device__ __forceinline__ void gate_up(void* memory, const X* x, const void* factor_list, int tokens, const void* slot_list, const void* share_list, const void* member_list,
                                         const void* hit, const int* table, const void* gate_bias, const void* up_bias, void* hidden_rows,
                                         void* shift_rows, float* y, const Tensors*... packed) {
   constexpr int UNITS = (L::H + COLUMNS - 1) / COLUMNS, ROW_TILES = (L::I + ROWS - 1) / ROWS, GROUPS = ROW_TILES / (P::TILES * P::ITEMS);
@@ -629,13 +695,18 @@ __device__ __forceinline__ void gate_up(void* memory, const X* x, int tokens, co
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, slot = blockIdx.x / GROUPS, tile = blockIdx.x % GROUPS * (P::TILES * P::ITEMS);
   wait_for_previous_kernel();
   start_next_kernel();
-  for (long long i = (long long)blockIdx.x * P::THREADS + threadIdx.x; i < (long long)tokens * L::H; i += (long long)gridDim.x * P::THREADS) y[i] = 0.0f;
-  if (P::TOKENS > 1 && slot >= *(const int*)hit) return;
+  const int used = P::TOKENS > 1 ? load_now((const int*)hit) : 0;
+  const long long expert = load_now(slots + slot);
+  const int token = P::TOKENS == 1 ? 0 : load_now((const int*)member_list + slot * P::TOKENS + lane / 4);
+  constexpr bool SAME_COLUMN = P::THREADS / ROWS % P::TOKENS == 0;   // a thread finishes values of one column
+  const float early = load_now(shares + slot * P::TOKENS + threadIdx.x / ROWS % P::TOKENS);
+  if (!HALVES<X>)
+    for (long long i = (long long)blockIdx.x * P::THREADS + threadIdx.x; i < (long long)tokens * L::H; i += (long long)gridDim.x * P::THREADS) y[i] = 0.0f;
+  if (P::TOKENS > 1 && slot >= used) return;
   const void* const tensors[] = {packed...};
-  long long expert;
   constexpr int CLASSES = largest(Gates::COUNT, Ups::COUNT);
-  const int2 second_place = find<CLASSES, L::EXPERTS>(table + 2 * L::EXPERTS, slots + slot, expert, lane);
-  const int2 first_place = L::GATED ? find<CLASSES, L::EXPERTS>(table, slots + slot, expert, lane) : second_place;
+  const int2 second_place = find<CLASSES, L::EXPERTS>(table + 2 * L::EXPERTS, expert, lane);
+  const int2 first_place = L::GATED ? find<CLASSES, L::EXPERTS>(table, expert, lane) : second_place;
   if (expert < 0 || expert >= L::EXPERTS) return;
   const long long unit = (long long)tile * UNITS + warp, matrix = (long long)ROW_TILES * UNITS;
   const Unit second = locate(Ups{}, tensors + 3 * Gates::COUNT, second_place, matrix, unit, lane);
@@ -643,8 +714,15 @@ __device__ __forceinline__ void gate_up(void* memory, const X* x, int tokens, co
   if constexpr (L::GATED) first = locate(Gates{}, tensors, first_place, matrix, unit, lane);
   float* partials = (float*)memory;
   char* ring = (char*)memory + PHASES * P::TILES * TILE * 4 + warp * (P::RINGS * All::SLOT);
-  const int token = P::TOKENS == 1 ? 0 : ((const int*)member_list)[slot * P::TOKENS + lane / 4];
-  const auto get_x = [&](word* values) { return load_x<L::H>(values, x + (long long)token * L::H, warp * COLUMNS, token >= 0, lane); };
+  const auto get_x = [&](word* values) {
+    if constexpr (HALVES<X>) {
+      const float given = token >= 0 ? ((const float*)factor_list)[token] : 1.0f;
+      load_halves(values, (const __half*)x + (long long)token * (UNITS * COLUMNS), warp * COLUMNS, token >= 0, lane);
+      return factors(given, lane);
+    } else {
+      return load_x<L::H>(values, x + (long long)token * L::H, warp * COLUMNS, token >= 0, lane);
+    }
+  };
   const auto finish = [&](int item) {
     __syncthreads();
     for (int i = threadIdx.x; i < P::TILES * ROWS * P::TOKENS; i += P::THREADS) {
@@ -654,19 +732,8 @@ __device__ __forceinline__ void gate_up(void* memory, const X* x, int tokens, co
       float up = L::GATED ? sum_partials<P::WARPS, P::TOKENS>(partials + (P::TILES + t) * TILE, row, column) : gate;
       if ((L::BIASES & 1) && inside) gate += ((const float*)gate_bias)[expert * L::I + out];
       if ((L::BIASES & 2) && inside) up += ((const float*)up_bias)[expert * L::I + out];
-      const float share = shares[slot * P::TOKENS + column];
-      float value = share == 0.0f || !inside ? 0.0f : share * L::Activation::of(gate, up);
-      const word sixteen = 0xffffu << (lane & 16);   // the lanes of this row tile and column
-      float most = fabsf(value);
-      int shift = 0;
-      if (__ballot_sync(sixteen, most >= LIMIT) != 0) {
-#pragma unroll
-        for (int other = 8; other > 0; other /= 2) most = fmaxf(most, __shfl_xor_sync(sixteen, most, other));
-        shift = shift_of(most), value *= power(-shift);
-      }
-      const long long at = (long long)slot * P::TOKENS + column;
-      if (inside) hidden[at * L::I + out] = __float2half(value);
-      if (row == 0) shifts[at * L::SHIFTS + out / ROWS] = (unsigned char)shift;
+      const float share = SAME_COLUMN ? early : shares[slot * P::TOKENS + column], value = share == 0.0f || !inside ? 0.0f : share * L::Activation::of(gate, up);
+      store_hidden<L>(hidden, shifts, (long long)slot * P::TOKENS + column, out, inside, value, lane);
     }
     if (item + 1 < P::ITEMS) __syncthreads();   // before the partial sums are overwritten
   };
@@ -693,9 +760,10 @@ __device__ __forceinline__ void down(void* memory, const void* hidden, const voi
   if (P::TOKENS > 1 && (MANY ? slot >= experts : number - warp >= experts * UNITS)) return;
   const void* const tensors[] = {packed...};
   float* partials = (float*)memory;
-  long long expert = -1;
+  const bool mine_to_do = slot < experts && column < UNITS;
+  const long long expert = mine_to_do ? (long long)slots[slot] : -1;
   int2 at = {0, 0};
-  if (slot < experts && column < UNITS) at = find<Downs::COUNT, L::EXPERTS>(table + 4 * L::EXPERTS, slots + slot, expert, lane);
+  if (mine_to_do) at = find<Downs::COUNT, L::EXPERTS>(table + 4 * L::EXPERTS, expert, lane);
   const auto biases = [&](int column, int out) {   // of the slots whose first unit is in this block
     float sum = 0.0f;
     const int first = MANY ? slot : (slice * P::WARPS + UNITS - 1) / UNITS, last = MANY ? slot + (slice % SLICES == 0) : (slice * P::WARPS + P::WARPS + UNITS - 1) / UNITS;
@@ -723,7 +791,7 @@ __device__ __forceinline__ void down(void* memory, const void* hidden, const voi
     const Unit unit = locate(Downs{}, tensors, at, (long long)ROW_TILES * UNITS, (long long)tile * UNITS + column, lane);
     const long long line = (long long)slot * P::TOKENS + (P::TOKENS == 1 ? 0 : lane / 4);
     const __half* row = (const __half*)hidden + line * L::I;
-    const unsigned char* shift_row = (const unsigned char*)shifts + line * L::SHIFTS + column * 16;
+    const unsigned char* shift_row = (const unsigned char*)shifts + line * L::SHIFTS;
     char* const ring = (char*)memory + P::TILES * TILE * 4 + warp * (P::RINGS * All::SLOT);
     const auto get_x = [&](word* values) { return load_hidden<L::I>(values, row, shift_row, column * COLUMNS, true, lane); };
     multiply<P, All, UNITS, 1>(ring, mine, unit, unit, lane, [] { wait_for_previous_kernel(); }, get_x, finish);

@@ -21,6 +21,7 @@ SOURCES = (
     "device.cu",
     "routing.cu",
     "prefill.cu",
+    "rows.cu",
     "linear.cu",
     "prefill_mma.cu",
     "attention.cu",

@@ -18,31 +18,54 @@ from tvm import tirx
 from moqc.errors import UserError
 from moqc.quant.pack_mma import COLUMNS, ROWS
 from moqc.schedules.cuda.emit import Kernel, kernel
-from moqc.schedules.cuda.plan import COLUMN_TOKENS, ExpertsShape, Plan
-from moqc.schedules.cuda.templates import distinct, down_groups, down_of, gate_up_groups, gate_up_of
+from moqc.schedules.cuda.plan import COLUMN_TOKENS, ExpertsShape
+from moqc.schedules.cuda.rows import RowsPlan
+from moqc.schedules.cuda.templates import (
+    AnyPlan,
+    distinct,
+    down_groups,
+    down_of,
+    gate_up_groups,
+    gate_up_of,
+)
 
 Pointers = Mapping[str, Any]
 """Addresses by name: a parameter's, a workspace section's; lists of them for ``gate``, ``up`` and
 ``down``."""
 
 
-def launch_route(k: Kernel, shape: ExpertsShape, at: Pointers, tokens: tirx.Var) -> None:
-    """List the slots: `at` has ids and weights, and the outputs slots, members, shares and hit."""
+def launch_route(
+    k: Kernel, shape: ExpertsShape, at: Pointers, tokens: tirx.Var, *, halve: bool = False
+) -> None:
+    """List the slots: `at` has ids and weights, and the outputs slots, members, shares and hit.
+
+    `halve`: also make the float16 copies of x that `launch_gate_up` reads, into images, and clear y.
+    """
     if shape.experts > 1024:
         raise UserError(f"{shape.experts} experts: the CUDA kernels take up to 1024")
     threads = max(-(-shape.experts // 32) * 32, 512)
     names = ("slots", "members", "shares", "hit")
     arguments = [at["ids"], at["weights"], tirx.Cast("int32", tokens), *(at[name] for name in names)]
-    k.launch(1, threads, 0, f"moqc::route<{shape.experts}, {shape.top_k}>", *arguments)
+    sizes = f"{shape.experts}, {shape.top_k}"
+    if halve:
+        more = [at[name] for name in ("x", "images", "factors", "y")]
+        function = f"moqc::route_and_halve<{sizes}, {shape.hidden}>"
+        k.launch(tokens + 1, threads, 0, function, *arguments, *more)
+    else:
+        k.launch(1, threads, 0, f"moqc::route<{sizes}>", *arguments)
 
 
 def launch_gate_up(
-    k: Kernel, shape: ExpertsShape, plan: Plan, at: Pointers, tokens: tirx.Var, slots: Any, id_dtype: str
+    k: Kernel, shape: ExpertsShape, plan: AnyPlan, at: Pointers, tokens: tirx.Var, slots: Any, id_dtype: str
 ) -> None:
-    """The first product, for as many as `slots` slots; of `id_dtype`, and for 1 token the router's ids."""
+    """The first product, for as many as `slots` slots; of `id_dtype`, and for 1 token the router's ids.
+
+    What `at` has as x are activations, or bytes of the workspace: what `launch_route` made of them.
+    """
     function, shared = gate_up_of(shape, plan, id_dtype)
     names = ("slots", "shares", "members", "hit", "table", "gate_bias", "up_bias", "hidden", "shifts", "y")
-    arguments = [at["x"], tirx.Cast("int32", tokens), *(at[name] for name in names)]
+    factors = at.get("factors", at["table"])  # not read with activations as they are
+    arguments = [at["x"], factors, tirx.Cast("int32", tokens), *(at[name] for name in names)]
     blocks = slots * gate_up_groups(shape, plan)
     k.launch(blocks, 32 * plan.warps, shared, function, *arguments, *at["gate"], *at["up"])
 
@@ -50,7 +73,7 @@ def launch_gate_up(
 def launch_down(
     k: Kernel,
     shape: ExpertsShape,
-    plan: Plan,
+    plan: AnyPlan,
     at: Pointers,
     tokens: tirx.Var,
     slots: Any,
@@ -63,11 +86,14 @@ def launch_down(
     Where one block sees all experts (1 token and ``plan.warps >= top_k * ceil(I / 256)``), y is written and
     its bits are the same every time; else the order in which blocks add to it is not fixed.
     """
-    units = -(-shape.intermediate // COLUMNS)
-    slices = slots * -(-units // plan.warps) if many else -(-slots * units // plan.warps)
-    if not isinstance(slots, int) and not many:
+    units, adds = -(-shape.intermediate // COLUMNS), True
+    if isinstance(plan, RowsPlan):
+        slices = slots * (units // plan.units)
+    elif many:
+        slices = slots * -(-units // plan.warps)
+    else:
         slices = (slots * units + (plan.warps - 1)) // plan.warps
-    adds = plan.tokens > 1 or slices > 1
+        adds = plan.tokens > 1 or slices > 1
     function, shared = down_of(shape, plan, id_dtype, adds=adds, many=many)
     arguments = [at["hidden"], at["shifts"], tirx.Cast("int32", tokens)]
     arguments += [at[name] for name in ("slots", "shares", "members", "hit")]
@@ -116,7 +142,9 @@ def route_kernel(shape: ExpertsShape, dtype: str) -> tirx.PrimFunc:
     return k.finish()
 
 
-def gate_up_kernel(shape: ExpertsShape, plan: Plan, x_dtype: str, id_dtype: str = "int32") -> tirx.PrimFunc:
+def gate_up_kernel(
+    shape: ExpertsShape, plan: AnyPlan, x_dtype: str, id_dtype: str = "int32"
+) -> tirx.PrimFunc:
     """Build the first product with the activation function by itself.
 
     Parameters of the PrimFunc: x `x_dtype` ``[T, H]`` (float16 or float32, read as float16), slots
@@ -141,7 +169,7 @@ def gate_up_kernel(shape: ExpertsShape, plan: Plan, x_dtype: str, id_dtype: str 
 
 
 def down_kernel(
-    shape: ExpertsShape, plan: Plan, id_dtype: str = "int32", *, many: bool = False
+    shape: ExpertsShape, plan: AnyPlan, id_dtype: str = "int32", *, many: bool = False
 ) -> tirx.PrimFunc:
     """Build the second product with the weighted sum over a token's experts by itself.
 
@@ -163,7 +191,7 @@ def down_kernel(
 
 
 def _declare_slots(
-    k: Kernel, shape: ExpertsShape, plan: Plan, slots: tirx.Var, id_dtype: str
+    k: Kernel, shape: ExpertsShape, plan: AnyPlan, slots: tirx.Var, id_dtype: str
 ) -> dict[str, Any]:
     at = {
         "slots": k.parameter("slots", [slots], id_dtype),
@@ -176,7 +204,7 @@ def _declare_slots(
     return {"members": at["table"], "hit": at["table"]} | at
 
 
-def _declare_hidden(k: Kernel, shape: ExpertsShape, plan: Plan, slots: tirx.Var) -> dict[str, Any]:
+def _declare_hidden(k: Kernel, shape: ExpertsShape, plan: AnyPlan, slots: tirx.Var) -> dict[str, Any]:
     shifts = -(-shape.intermediate // COLUMNS) * (COLUMNS // ROWS)
     return {
         "hidden": k.parameter("hidden", [slots, plan.tokens, shape.intermediate], "float16"),

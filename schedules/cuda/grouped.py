@@ -53,6 +53,14 @@ def rings(formats: Sequence[Format], slots: int) -> tuple[str, int]:
     return f"moqc::Rings<{numbers}, {formats_of(formats)}>", fixed + stages * stage
 
 
+def launch_tiles(k: Kernel, shape: ExpertsShape, at: Pointers, slots: int) -> None:
+    """List tiles of up to `slots` of an expert's slots, from the lists of `launch_route`."""
+    threads = max(-(-shape.experts // 32) * 32, 256)
+    k.launch(
+        1, threads, 0, f"moqc::list_tiles<{shape.experts}, {slots}>", at["slots"], at["hit"], at["tiles"]
+    )
+
+
 def launch_grouped(
     k: Kernel,
     shape: ExpertsShape,
@@ -64,9 +72,7 @@ def launch_grouped(
 ) -> None:
     """Both products for at most `slots` listed slots; the workspace has room for `capacity`."""
     count, room = tirx.Cast("int32", tokens), tirx.Cast("int32", capacity)
-    threads = max(-(-shape.experts // 32) * 32, 256)
-    lister = f"moqc::list_tiles<{shape.experts}, {tile}>"
-    k.launch(1, threads, 0, lister, at["slots"], at["hit"], at["tiles"])
+    launch_tiles(k, shape, at, tile)
     given = [at[name] for name in ("members", "hit", "images", "factors", "over")]
     k.launch(slots, 256, 0, f"moqc::gather<{shape.hidden}>", at["x"], count, *given, room, at["y"])
     types, shared = rings(distinct(shape.gate, shape.up), tile)

@@ -13,6 +13,7 @@ from tvm import tirx
 from moqc.quant.pack_mma import COLUMNS
 from moqc.schedules.cuda.emit import Kernel
 from moqc.schedules.cuda.experts import Pointers
+from moqc.schedules.cuda.grouped import launch_tiles
 from moqc.schedules.cuda.plan import COLUMN_TOKENS, MULTIPROCESSORS, ExpertsShape
 from moqc.schedules.cuda.templates import distinct, formats_of, layer_of
 
@@ -24,9 +25,7 @@ STAGED_BYTES = 2 * TILE_SLOTS * COLUMN_TOKENS * (COLUMNS + 8) * 2
 
 def launch_tiled(k: Kernel, shape: ExpertsShape, at: Pointers, tokens: tirx.Var) -> None:
     """Both products for the listed slots."""
-    lister = f"moqc::list_tiles<{shape.experts}, {TILE_SLOTS}>"
-    threads = max(-(-shape.experts // 32) * 32, 256)
-    k.launch(1, threads, 0, lister, at["slots"], at["hit"], at["tiles"])
+    launch_tiles(k, shape, at, TILE_SLOTS)
     given = [at[name] for name in ("hit", "images", "factors", "over", "y")]
     k.launch(tokens, 256, 0, f"moqc::halve<{shape.hidden}>", at["x"], *given)
     first = ("tiles", "hit", "images", "factors", "shares", "members", "over", "table")

@@ -1,12 +1,13 @@
 """One MoE layer with packed weights as one PrimFunc, for any number of tokens, on NVIDIA GPUs.
 
 The host looks at the number of tokens and launches what suits it: for 1 token the two decode kernels; for
-more, lists of slots first; for many, the grouped product. What the kernels leave for each other lies in one
-workspace.
+more, lists of slots first; for many, tiles of slots or the grouped product (see `ladder`). What the kernels
+leave for each other lies in one workspace.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tvm import tirx
@@ -20,11 +21,12 @@ from moqc.schedules.cuda.experts import (
     launch_gate_up,
     launch_route,
 )
-from moqc.schedules.cuda.grouped import SMALL_PAIRS, SMALL_SLOTS, TILE_SLOTS, launch_grouped
+from moqc.schedules.cuda.grouped import SMALL_PAIRS, SMALL_SLOTS, TILE_SLOTS, launch_grouped, launch_tiles
 from moqc.schedules.cuda.grouped_mma import launch_tiled
-from moqc.schedules.cuda.plan import COLUMN_TOKENS, SHARED_BYTES, ExpertsShape, Plan
+from moqc.schedules.cuda.ladder import Rung, ladder
+from moqc.schedules.cuda.plan import COLUMN_TOKENS, SHARED_BYTES, ExpertsShape
 from moqc.schedules.cuda.records import plans
-from moqc.schedules.cuda.templates import BIASES
+from moqc.schedules.cuda.templates import BIASES, AnyPlan
 from moqc.schedules.cuda.workspace import ALIGNMENT, capacity_of, sections, workspace_bytes
 
 GROUPED_PAIRS = 12
@@ -44,11 +46,13 @@ def experts_function(
     grouped: int | None = None,
     warp_groups: bool = True,
     shared: int = SHARED_BYTES,
+    chosen: Mapping[str, AnyPlan] | None = None,
 ) -> tirx.PrimFunc:
     """Build the function of a layer; from `grouped` tokens on it uses the grouped product.
 
     That is the one of `warp_groups`, which needs sm_90, or the one without. `shared` is what a block may have
-    of shared memory. Plans found by search on an H200 (`records`) are used with warp groups only.
+    of shared memory. Plans found by search on an H200 (`records`) are used with warp groups only; those of
+    `chosen`, by name, before all others (above 8 tokens plans of a pair have tiles of as many slots).
 
     Its parameters: x `x_dtype` ``[T, H]`` (float16 or float32), ids `id_dtype` ``[T, top_k]`` (those out of
     range are dropped), weights float32 ``[T, top_k]``, table int32 ``[3, E, 2]`` (projection, expert ->
@@ -59,6 +63,7 @@ def experts_function(
     """
     formats = {name: [str(fmt) for fmt in getattr(shape, name)] for name in ("gate", "up", "down")}
     cut, recorded = plans(shape, shared, tuned=warp_groups)
+    cut |= chosen or {}
     facts = {"plans": {name: str(plan) for name, plan in cut.items()}, "recorded": recorded}
     with kernel("experts", **formats, **facts) as k:
         tokens = tirx.Var("t", "int64")
@@ -89,48 +94,66 @@ def experts_function(
 def _several(
     k: Kernel,
     shape: ExpertsShape,
-    cut: dict[str, Plan],
+    cut: dict[str, AnyPlan],
     at: dict[str, Any],
     tokens: tirx.Var,
     grouped: int | None,
     warp_groups: bool,
 ) -> None:
-    """Two or more tokens: slots of 8."""
-    pairs = tokens * shape.top_k
-    few = tirx.min(pairs, tirx.const(shape.experts, "int64"))
-    most = tirx.min(pairs, shape.experts + pairs // COLUMN_TOKENS)
-    launch_route(k, shape, at, tokens)
-    if grouped is None:
-        _slots(k, shape, cut, at, tokens, few, most)
-        return
-    with T.If(tokens < grouped):
-        with T.Then():
-            _slots(k, shape, cut, at, tokens, few, most)
-        with T.Else():
-            if not warp_groups:
-                launch_tiled(k, shape, at, tokens)
-                return
-            many = SMALL_PAIRS * shape.experts // shape.top_k
-            with T.If(tokens <= many):
-                for tile, branch in ((SMALL_SLOTS, T.Then()), (TILE_SLOTS, T.Else())):
-                    with branch:
-                        launch_grouped(k, shape, at, tokens, most, capacity_of(shape, tokens), tile)
+    """Two or more tokens: slots of 8, tiles of slots, or the grouped product."""
+    few = tirx.min(tokens * shape.top_k, tirx.const(shape.experts, "int64"))
 
+    def climb(rungs: Sequence[Rung]) -> None:
+        rung, above = rungs[0], rungs[1:]
+        if not above:
+            launch(rung)
+            return
+        with T.If(tokens <= rung.upper):
+            with T.Then():
+                launch(rung)
+            with T.Else():
+                climb(above)
 
-def _slots(
-    k: Kernel,
-    shape: ExpertsShape,
-    cut: dict[str, Plan],
-    at: dict[str, Any],
-    tokens: tirx.Var,
-    few: Any,
-    most: Any,
-) -> None:
-    """Each slot by itself: `few` slots up to 8 tokens, else `most`."""
-    slots = tirx.if_then_else(tokens <= COLUMN_TOKENS, few, most)
-    launch_gate_up(k, shape, cut["gate_up_8"], at, tokens, slots, "int32")
+    def launch(rung: Rung) -> None:
+        if rung.gate_up is None or rung.down is None:
+            _grouped(k, shape, at, tokens, warp_groups)
+        else:
+            _tiles(k, shape, rung.gate_up, rung.down, at, tokens)
+
     with T.If(tokens <= COLUMN_TOKENS):
         with T.Then():
-            launch_down(k, shape, cut["down_8"], at, tokens, few, "int32")
+            launch_route(k, shape, at, tokens, halve=True)
+            halves = at | {"x": at["images"]}
+            launch_gate_up(k, shape, cut["gate_up_8"], halves, tokens, few, "int32")
+            launch_down(k, shape, cut["down_8"], halves, tokens, few, "int32")
         with T.Else():
-            launch_down(k, shape, cut["down_many"], at, tokens, most, "int32", many=True)
+            climb(ladder(cut, grouped))
+
+
+def _tiles(
+    k: Kernel, shape: ExpertsShape, gate_up: AnyPlan, down: AnyPlan, at: dict[str, Any], tokens: tirx.Var
+) -> None:
+    """More than 8 tokens: slots, or tiles of as many slots as both plans have."""
+    launch_route(k, shape, at, tokens, halve=True)
+    at = at | {"x": at["images"]}
+    if gate_up.slots > 1:
+        launch_tiles(k, shape, at, gate_up.slots)
+        at["slots"] = at["tiles"]
+    pairs = tokens * shape.top_k
+    most = tirx.min(pairs, shape.experts + pairs // (COLUMN_TOKENS * gate_up.slots))
+    launch_gate_up(k, shape, gate_up, at, tokens, most, "int32")
+    launch_down(k, shape, down, at, tokens, most, "int32", many=True)
+
+
+def _grouped(k: Kernel, shape: ExpertsShape, at: dict[str, Any], tokens: tirx.Var, warp_groups: bool) -> None:
+    """The grouped product, where there are warp groups with smaller tiles up to some number of tokens."""
+    launch_route(k, shape, at, tokens)
+    if not warp_groups:
+        launch_tiled(k, shape, at, tokens)
+        return
+    pairs = tokens * shape.top_k
+    most = tirx.min(pairs, shape.experts + pairs // COLUMN_TOKENS)
+    with T.If(tokens <= SMALL_PAIRS * shape.experts // shape.top_k):
+        for tile, branch in ((SMALL_SLOTS, T.Then()), (TILE_SLOTS, T.Else())):
+            with branch:
+                launch_grouped(k, shape, at, tokens, most, capacity_of(shape, tokens), tile)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from moqc.errors import InternalError, UserError
 from moqc.quant.formats import Format
@@ -60,6 +61,8 @@ class Plan:
     registers: bool
     tokens: int
     items: int = 1
+    slots: ClassVar[int] = 1
+    """Of a block."""
 
     @classmethod
     def parse(cls, text: str) -> Plan:

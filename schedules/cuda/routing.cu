@@ -97,6 +97,33 @@ __device__ __forceinline__ void route(const Id* ids, const float* weights, int t
   else route_many<EXPERTS, TOP>(ids, weights, tokens, (int*)slots, (int*)members, (float*)shares, (int*)hit);
 }
 
+// The same by block 0; every other block makes the fp16 copy of a token's activations, padded with zeros to whole units and
+// divided by the power of two in `factors` where they reach LIMIT, and clears its y.
+template <int EXPERTS, int TOP, int H, class Id, class X>
+__device__ __forceinline__ void route_and_halve(const Id* ids, const float* weights, int tokens, void* slots, void* members, void* shares, void* hit,
+                                                const X* x, void* halves, void* factors, float* y) {
+  if (blockIdx.x == 0) {
+    route<EXPERTS, TOP>(ids, weights, tokens, slots, members, shares, hit);
+    return;
+  }
+  constexpr int PADDED = (H + COLUMNS - 1) / COLUMNS * COLUMNS;
+  __shared__ float found[32];
+  wait_for_previous_kernel();
+  start_next_kernel();
+  const long long token = blockIdx.x - 1;
+  const X* row = x + token * H;
+  float most = 0.0f;
+  for (int k = threadIdx.x; k < H; k += blockDim.x) most = fmaxf(most, fabsf((float)row[k])), y[token * H + k] = 0.0f;
+#pragma unroll
+  for (int i = 16; i > 0; i /= 2) most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, i));
+  if (threadIdx.x % 32 == 0) found[threadIdx.x / 32] = most;
+  __syncthreads();
+  for (int i = 0; i < blockDim.x / 32; ++i) most = fmaxf(most, found[i]);
+  const int shift = shift_of(most);
+  for (int k = threadIdx.x; k < PADDED; k += blockDim.x) ((__half*)halves)[token * PADDED + k] = __float2half(k < H ? (float)row[k] * power(-shift) : 0.0f);
+  if (threadIdx.x == 0) ((float*)factors)[token] = power(shift);
+}
+
 // Keeps of each token's experts those that are worth their work, see moqc/quant/routing.py: a warp a token, a lane a pair.
 // What is dropped gets the id -1 and the weight 0. limits: limit, peak, margin; slopes [EXPERTS][H] or null.
 template <int EXPERTS, int TOP, int H, bool MASS, bool RENORMALIZE, class Id>

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from itertools import product
+from typing import TypeVar
 
 from moqc.quant.formats import Format
 from moqc.quant.pack_mma import COLUMNS, ROWS
@@ -21,10 +23,16 @@ from moqc.schedules.cuda.plan import (
     divisors,
     shared_bytes,
 )
+from moqc.schedules.cuda.rows import RowsPlan, rows_bytes
 
+P = TypeVar("P")
 WAVES = (0.4, 12.0)
 """Blocks of a launch for each multiprocessor."""
 MOST_TILES = 32
+REGISTERS = 65536
+"""Of a multiprocessor."""
+FEWEST_WARPS = 9
+"""On a multiprocessor, where warps own rows."""
 
 
 def gate_up_space(shape: ExpertsShape, tokens: int) -> list[Plan]:
@@ -45,18 +53,55 @@ def down_space(shape: ExpertsShape, tokens: int) -> list[Plan]:
     return found
 
 
-def sample(plans: list[Plan], count: int, seed: int = 0) -> list[Plan]:
+def rows_space(kernel: str, shape: ExpertsShape, tokens: int) -> list[RowsPlan]:
+    """Plans of kernels whose warps own rows: ``gate_up`` or ``down`` of a call of `tokens` tokens."""
+    first = kernel == "gate_up"
+    rows, columns = shape.intermediate, shape.hidden
+    formats, projections = (*shape.gate, *shape.up), 2 if shape.gate else 1
+    if not first:
+        rows, columns, formats, projections = columns, rows, shape.down, 1
+    units, pairs = -(-columns // COLUMNS), -(-rows // (2 * ROWS))
+    mean = tokens * shape.top_k / shape.experts  # tokens of an expert
+    tiles = [1] if tokens == 1 else [8] if len(set(formats)) > 1 else [8, 16, 24, 32]
+    found = []
+    for tile, some, each in product(tiles, [units] if first else divisors(units), divisors(pairs)):
+        if tile > max(COLUMN_TOKENS, 2 * mean):
+            continue
+        hit = shape.experts * (1 - (1 - shape.top_k / shape.experts) ** tokens)
+        items = shape.top_k if tokens == 1 else hit * max(1.0, 0.5 + mean / tile)
+        blocks = items * (pairs // each) * (units // some)
+        if not 0.7 <= blocks / MULTIPROCESSORS <= WAVES[1]:
+            continue
+        for split, warps, depth in product(
+            divisors(some), (4, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32), (1, 2, 3)
+        ):
+            plan = RowsPlan(warps, each, some, split, depth, tile)
+            if _keeps_busy(plan, projections, formats, blocks):
+                found.append(plan)
+    return found
+
+
+def _keeps_busy(plan: RowsPlan, projections: int, formats: tuple[Format, ...], blocks: float) -> bool:
+    """Whether a plan fits a block, deals its runs evenly, and puts enough warps on a multiprocessor."""
+    runs = plan.pairs * plan.split * (projections if plan.slots == 1 else 1)
+    shared = rows_bytes(plan, projections, formats)
+    if shared > SHARED_BYTES or runs < plan.warps or (plan.slots > 1 and plan.split > 1):
+        return False
+    if runs % plan.warps and runs < 3.5 * plan.warps:
+        return False
+    bits = max(fmt.bits for fmt in formats)
+    needed = 48 + 8 * bits * plan.depth + 20 * (plan.slots - 1)  # registers a thread, about
+    if needed > REGISTERS / (32 * plan.warps):
+        return False
+    resident = min(
+        SHARED_BYTES // (shared + 1024), max(1, 64 // plan.warps), -(-int(blocks) // MULTIPROCESSORS)
+    )
+    return resident * plan.warps >= FEWEST_WARPS
+
+
+def sample(plans: list[P], count: int, seed: int = 0) -> list[P]:
     """At most `count` of them, drawn without replacement."""
     return plans if len(plans) <= count else random.Random(seed).sample(plans, count)
-
-
-def neighbours(plan: Plan, plans: list[Plan]) -> list[Plan]:
-    """Those of `plans` that differ from `plan` in one respect: warps, tiles, items or the way of loading."""
-
-    def facts(each: Plan) -> tuple[object, ...]:
-        return each.warps, each.tiles, each.items, (each.registers, each.stages)
-
-    return [each for each in plans if sum(a != b for a, b in zip(facts(each), facts(plan), strict=True)) == 1]
 
 
 def _fitting(

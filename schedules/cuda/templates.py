@@ -10,9 +10,23 @@ from moqc.quant.activations import parse_activation
 from moqc.quant.formats import Format
 from moqc.quant.pack_mma import COLUMNS, ROWS
 from moqc.schedules.cuda.plan import COLUMN_TOKENS, SHARED_BYTES, ExpertsShape, Plan, shared_bytes
+from moqc.schedules.cuda.rows import RowsPlan, rows_bytes
 
+AnyPlan = Plan | RowsPlan
 CPP = {"int32": "int", "int64": "long long"}
 BIASES = ("gate_bias", "up_bias", "down_bias")
+
+
+def parse_plan(text: str) -> AnyPlan:
+    """Read a plan of either kind; the inverse of `str`."""
+    return RowsPlan.parse(text) if "p" in text else Plan.parse(text)
+
+
+def block_bytes(plan: AnyPlan, projections: int, formats: Sequence[Format]) -> int:
+    """Shared memory of a block."""
+    if isinstance(plan, RowsPlan):
+        return rows_bytes(plan, projections, formats)
+    return shared_bytes(plan, projections, formats)
 
 
 def format_of(format: Format) -> str:
@@ -43,40 +57,63 @@ def distinct(*lists: Sequence[Format]) -> list[Format]:
     return sorted({fmt for formats in lists for fmt in formats}, key=lambda fmt: (-fmt.bits, fmt))
 
 
-def gate_up_of(shape: ExpertsShape, plan: Plan, id_dtype: str) -> tuple[str, int]:
+def gate_up_of(shape: ExpertsShape, plan: AnyPlan, id_dtype: str) -> tuple[str, int]:
     """The function of the first product, and the shared memory of a block."""
-    formats = distinct(shape.gate, shape.up)
-    shared = _check(plan, shape.intermediate, 2 if shape.gate else 1, formats)
-    if plan.warps != -(-shape.hidden // COLUMNS):
-        raise InternalError(f"plan {plan}: gate and up want a warp for each {COLUMNS} of {shape.hidden}")
+    formats, projections = distinct(shape.gate, shape.up), 2 if shape.gate else 1
     lists = ", ".join(map(formats_of, (shape.gate, shape.up, formats)))
-    return f"moqc::gate_up<{layer_of(shape)}, {_plan(plan)}, {lists}, {CPP[id_dtype]}>", shared
+    if isinstance(plan, RowsPlan):
+        plan.check(shape.hidden, whole=True)
+        shared, function = _fitting(plan, rows_bytes(plan, projections, formats)), "gate_up_rows"
+    else:
+        shared, function = _check(plan, shape.intermediate, projections, formats), "gate_up"
+        if plan.warps != -(-shape.hidden // COLUMNS):
+            raise InternalError(f"plan {plan}: gate and up want a warp for each {COLUMNS} of {shape.hidden}")
+    return f"moqc::{function}<{layer_of(shape)}, {_plan(plan)}, {lists}, {CPP[id_dtype]}>", shared
 
 
 def down_of(
-    shape: ExpertsShape, plan: Plan, id_dtype: str, *, adds: bool, many: bool = False
+    shape: ExpertsShape, plan: AnyPlan, id_dtype: str, *, adds: bool, many: bool = False
 ) -> tuple[str, int]:
     """The same of the second product; `adds`: to y, for several blocks share a result."""
     formats = distinct(shape.down)
+    lists = f"{formats_of(shape.down)}, {formats_of(formats)}"
+    if isinstance(plan, RowsPlan):
+        plan.check(shape.intermediate, whole=False)
+        shared = _fitting(plan, rows_bytes(plan, 1, formats))
+        return f"moqc::down_rows<{layer_of(shape)}, {_plan(plan)}, {lists}, {CPP[id_dtype]}>", shared
     shared = _check(plan, shape.hidden, 1, formats)
     flags = f"{str(adds).lower()}, {str(many).lower()}"
-    lists = f"{formats_of(shape.down)}, {formats_of(formats)}"
     return f"moqc::down<{layer_of(shape)}, {_plan(plan)}, {flags}, {lists}, {CPP[id_dtype]}>", shared
 
 
-def gate_up_groups(shape: ExpertsShape, plan: Plan) -> int:
-    """Blocks of the first product for each slot."""
-    return -(-shape.intermediate // ROWS) // (plan.tiles * plan.items)
+def gate_up_groups(shape: ExpertsShape, plan: AnyPlan) -> int:
+    """Blocks of the first product for each slot, or tile of slots."""
+    return _groups(plan, shape.intermediate)
 
 
-def down_groups(shape: ExpertsShape, plan: Plan) -> int:
+def down_groups(shape: ExpertsShape, plan: AnyPlan) -> int:
     """Blocks of the second product for each of its slices of columns."""
-    return -(-shape.hidden // ROWS) // (plan.tiles * plan.items)
+    return _groups(plan, shape.hidden)
 
 
-def _plan(plan: Plan) -> str:
+def _groups(plan: AnyPlan, rows: int) -> int:
+    if isinstance(plan, RowsPlan):
+        return plan.groups(rows)
+    return -(-rows // ROWS) // (plan.tiles * plan.items)
+
+
+def _plan(plan: AnyPlan) -> str:
+    if isinstance(plan, RowsPlan):
+        numbers = plan.warps, plan.pairs, plan.units, plan.split, plan.depth, plan.tokens
+        return f"moqc::RowsPlan<{', '.join(map(str, numbers))}>"
     registers = str(plan.registers).lower()
     return f"moqc::Plan<{plan.warps}, {plan.tiles}, {plan.stages}, {registers}, {plan.tokens}, {plan.items}>"
+
+
+def _fitting(plan: RowsPlan, shared: int) -> int:
+    if shared > SHARED_BYTES:
+        raise InternalError(f"plan {plan} does not fit a block ({shared} bytes of shared memory)")
+    return shared
 
 
 def _check(plan: Plan, rows: int, projections: int, formats: Sequence[Format]) -> int:

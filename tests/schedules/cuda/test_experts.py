@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -22,6 +22,7 @@ from moqc.schedules.cuda.experts import down_kernel, gate_up_kernel, route_kerne
 from moqc.schedules.cuda.layer import experts_function
 from moqc.schedules.cuda.plan import ExpertsShape, Plan, many_down_plan, shared_bytes
 from moqc.schedules.cuda.prune import prune_function
+from moqc.schedules.cuda.rows import RowsPlan
 from moqc.schedules.cuda.workspace import workspace_bytes
 from moqc.schedules.pruning import PruneShape
 
@@ -57,6 +58,7 @@ class Layer:
             "layer": experts_function(self.shape, x_dtype=self.x_dtype),
             "grouped": experts_function(self.shape, x_dtype=self.x_dtype, grouped=2),
             "tiled": experts_function(self.shape, x_dtype=self.x_dtype, grouped=2, warp_groups=False),
+            "rows": experts_function(self.shape, x_dtype=self.x_dtype, chosen=self.rows()),
             "route": route_kernel(self.shape, "int64"),
             "down_many": down_kernel(self.shape, many_down_plan(self.shape), many=True),
         }
@@ -65,6 +67,21 @@ class Layer:
             functions[f"gate_up_{up.tokens}"] = gate_up_kernel(self.shape, up, self.x_dtype, ids)
             functions[f"down_{down.tokens}"] = down_kernel(self.shape, down, ids)
         return functions
+
+    def rows(self) -> dict[str, RowsPlan]:
+        """Plans of the kernels whose warps own rows; tiles of several slots where there is one format."""
+        first, second = -(-self.hidden // 256), -(-self.intermediate // 256)
+        single = len({name for names in self.classes.values() for name in names}) == 1
+        plans = {
+            "gate_up_1": RowsPlan(2, 3, first, first, 2, 1),
+            "down_1": RowsPlan(3, 2, 1, 1, 1, 1),
+            "gate_up_8": RowsPlan(3, 2, first, 1, 2, 8),
+            "down_8": RowsPlan(2, 3, second, second, 2, 8),
+        }
+        for tokens, tile in ((16, 16), (64, 24)):
+            plans[f"gate_up_{tokens}"] = replace(plans["gate_up_8"], tokens=tile if single else 8)
+            plans[f"down_{tokens}"] = RowsPlan(2, 3, second, 1, 1, tile if single else 8)
+        return plans
 
 
 def _plans(warps: int, tiles: int, *stages: str, items: int = 1) -> tuple[Plan, Plan]:
@@ -235,7 +252,7 @@ def run(
     return y
 
 
-WHOLE = ("layer", "grouped", "tiled")
+WHOLE = ("layer", "grouped", "tiled", "rows")
 OPERANDS = (("gate", "up", "gate_bias", "up_bias"), ("down", "down_bias"))
 LAYER_OPERANDS = ("table", "gate", "up", "down", "gate_bias", "up_bias", "down_bias")
 

@@ -11,8 +11,9 @@ from moqc.quant.formats import Format
 from moqc.quant.pack_mma import ROWS
 from moqc.schedules.cuda import records
 from moqc.schedules.cuda.plan import SHARED_BYTES, ExpertsShape, Plan, gate_up_rule, shared_bytes
+from moqc.schedules.cuda.rows import RowsPlan, rows_bytes
 from moqc.schedules.cuda.space import down_space, gate_up_space, sample
-from moqc.schedules.cuda.templates import down_of, gate_up_of
+from moqc.schedules.cuda.templates import down_of, gate_up_of, parse_plan
 
 INT4 = (Format.parse("int4-g128-sym"),)
 QWEN3 = ExpertsShape(128, 8, 2048, 768, INT4, INT4, INT4)
@@ -23,10 +24,16 @@ def test_records_name_their_machine_and_are_in_the_space():
     assert "H200" in found.source
     assert len(found.plans) == len(found.rows)
     for row in found.rows:
-        plan = Plan.parse(row["plan"])
-        rows = row["intermediate"] if row["kernel"] == "gate_up" else row["hidden"]
-        assert -(-rows // ROWS) % (plan.tiles * plan.items) == 0
-        assert plan.tokens == row["tokens"]
+        plan = parse_plan(row["plan"])
+        rows, columns = row["intermediate"], row["hidden"]
+        if row["kernel"] == "down":
+            rows, columns = columns, rows
+        if isinstance(plan, RowsPlan):
+            plan.check(columns, whole=row["kernel"] == "gate_up")
+            assert plan.tokens <= row["tokens"]
+        else:
+            assert -(-rows // ROWS) % (plan.tiles * plan.items) == 0
+            assert plan.tokens == row["tokens"]
         assert row["microseconds"] <= row["rule_microseconds"]
 
 
@@ -61,6 +68,19 @@ def test_plans_are_read_as_written():
     assert Plan.parse(str(plan)) == plan
     with pytest.raises(InternalError, match="no plan"):
         Plan.parse("w8t")
+    assert str(parse_plan("w28p28u16k1d1m8")) == "w28p28u16k1d1m8"
+    with pytest.raises(InternalError, match="no plan"):
+        parse_plan("w28p")
+
+
+def test_a_plan_whose_warps_own_rows_cuts_whole_units():
+    plan = RowsPlan(12, 12, 8, 1, 1, 16)
+    assert gate_up_of(QWEN3, plan, "int32")[1] == rows_bytes(plan, 2, INT4) == 2 * (32 + 8 * (4096 + 64))
+    for wrong in (replace(plan, units=4), replace(plan, split=2), replace(plan, warps=33)):
+        with pytest.raises(InternalError, match="does not fit 8 units"):
+            gate_up_of(QWEN3, wrong, "int32")
+    with pytest.raises(InternalError, match="shared memory"):
+        gate_up_of(QWEN3, replace(plan, tokens=64), "int32")
 
 
 def test_smaller_shared_memory_means_smaller_plans():
