@@ -3,8 +3,9 @@
     python benchmarks/quantizer_throughput.py --shapes mixtral-8x7b,qwen3-30b-a3b
 
 A layer's experts go in one batch, as in a compilation, with random weights and Hessians of random correlated
-inputs. Projected for a compilation: every expert weight once in each format, for the costs, and once more in
-the chosen one, for which the mean of the formats is taken. Needs torch only.
+inputs. Projected for a compilation: every expert weight in all formats together, for the costs (the Hessians
+are factored once), and once more in the chosen one, for which the mean of the formats is taken. Needs torch
+only.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch
 
 from moqc.quant.device import compute_device
 from moqc.quant.formats import Format
-from moqc.quant.gptq import quantize_gptq
+from moqc.quant.gptq import quantize_gptq_each
 
 SHAPES = {"mixtral-8x7b": (8, 4096, 14336, 32), "qwen3-30b-a3b": (128, 2048, 768, 48)}
 """Experts of a layer, hidden and intermediate size, layers."""
@@ -35,12 +36,12 @@ def hessians(batch: int, columns: int, device: torch.device) -> torch.Tensor:
     return found
 
 
-def seconds(weights: torch.Tensor, moments: torch.Tensor, fmt: Format) -> float:
-    """Of one batch of matrices."""
+def seconds(weights: torch.Tensor, moments: torch.Tensor, formats: list[Format]) -> float:
+    """Of one batch of matrices in all of `formats`."""
     if weights.is_cuda:
         torch.cuda.synchronize()
     start = time.perf_counter()
-    quantize_gptq(weights, moments, fmt)
+    quantize_gptq_each(weights, moments, formats)
     if weights.is_cuda:
         torch.cuda.synchronize()
     return time.perf_counter() - start
@@ -49,12 +50,12 @@ def seconds(weights: torch.Tensor, moments: torch.Tensor, fmt: Format) -> float:
 def measure(
     experts: int, rows: int, columns: int, formats: list[Format], device: torch.device
 ) -> list[float]:
-    """Seconds of a projection in each format; the first is done twice, so that libraries are loaded."""
+    """Seconds of a projection in each format, and in all together. Done before once: libraries are loaded."""
     generator = torch.Generator(device).manual_seed(1)
     weights = torch.randn(experts, rows, columns, device=device, generator=generator)
     moments = hessians(experts, columns, device)
-    seconds(weights[:1], moments[:1], formats[0])
-    return [seconds(weights, moments, fmt) for fmt in formats]
+    seconds(weights[:1], moments[:1], formats)
+    return [seconds(weights, moments, some) for some in (*([fmt] for fmt in formats), formats)]
 
 
 def main() -> None:
@@ -72,10 +73,12 @@ def main() -> None:
         ups = measure(experts, intermediate, hidden, formats, device)
         downs = measure(experts, hidden, intermediate, formats, device)
         layer = [2 * up + down for up, down in zip(ups, downs, strict=True)]
-        for fmt, up, down, total in zip(formats, ups, downs, layer, strict=True):
-            rate = 3 * experts * hidden * intermediate / total / 1e6
-            print(f"| {name} | {fmt} | {up:.2f} | {down:.2f} | {rate:.0f} | {total * layers / 60:.1f} |")
-        whole = sum(layer) * (1 + 1 / len(layer)) * layers / 60
+        weights = 3 * experts * hidden * intermediate
+        for what, up, down, total in zip([*formats, "all"], ups, downs, layer, strict=True):
+            rate = weights * (len(formats) if what == "all" else 1) / total / 1e6
+            print(f"| {name} | {what} | {up:.2f} | {down:.2f} | {rate:.0f} | {total * layers / 60:.1f} |")
+        *single, together = layer
+        whole = (together + sum(single) / len(single)) * layers / 60
         print(f"\n{name}, a compilation: {whole:.1f} min\n", flush=True)
 
 

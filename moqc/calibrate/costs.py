@@ -87,9 +87,9 @@ def measure_costs(
             weights, measured = model.experts(site), statistics.of(site)
             weights = weights.rotated() if rotate else weights
             sample = measured.sample if gradients is None else gradients.sample(site)
+            found = _site_costs(weights, measured, sample, missing, quantizer)
             for fmt in missing:
-                found = _site_costs(weights, measured, sample, fmt, quantizer)
-                workspace.save_json(keys[fmt], found)
+                workspace.save_json(keys[fmt], found[fmt])
         by_format = {str(fmt): workspace.load_json(keys[fmt]) for fmt in formats}
         projections = next(iter(by_format.values())).keys()
         costs[site] = {name: {fmt: by_format[fmt][name] for fmt in by_format} for name in projections}
@@ -98,24 +98,29 @@ def measure_costs(
 
 @torch.inference_mode()
 def _site_costs(
-    weights: ExpertWeights, measured: SiteStatistics, sample: Sample, fmt: Format, quantizer: str
-) -> dict[str, UnitCosts]:
-    """Costs of each projection in one format."""
+    weights: ExpertWeights,
+    measured: SiteStatistics,
+    sample: Sample,
+    formats: Sequence[Format],
+    quantizer: str,
+) -> dict[Format, dict[str, UnitCosts]]:
+    """Format -> costs of each projection."""
     exact = weights.output(slice(None), sample.x)
     rotated = parse_activation(weights.activation).rotated
-    costs: dict[str, UnitCosts] = {}
+    costs: dict[Format, dict[str, UnitCosts]] = {fmt: {} for fmt in formats}
     for projection in weights.projections:
         hessians = measured.hessians(projection, rotated=rotated).matrices
-        quantized = STORABLE[quantizer].run(weights.matrices(projection), hessians, fmt)
-        block = weights.substitute(**{projection: quantized.dequantize()})
-        squared = (block.output(slice(None), sample.x) - exact).square_()
-        if sample.curvature is not None:
-            squared *= sample.curvature
-        errors = squared.sum(2)
-        costs[projection] = {
-            "datasets": sample.totals(errors * sample.weights.square()).tolist(),
-            "even": sample.even(errors).tolist(),
-        }
+        made = STORABLE[quantizer].each(weights.matrices(projection), hessians, formats)
+        for fmt, quantized in zip(formats, made, strict=True):
+            block = weights.substitute(**{projection: quantized.dequantize()})
+            squared = (block.output(slice(None), sample.x) - exact).square_()
+            if sample.curvature is not None:
+                squared *= sample.curvature
+            errors = squared.sum(2)
+            costs[fmt][projection] = {
+                "datasets": sample.totals(errors * sample.weights.square()).tolist(),
+                "even": sample.even(errors).tolist(),
+            }
     return costs
 
 

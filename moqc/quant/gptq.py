@@ -14,6 +14,7 @@ Inside, matrices are stored by columns, ``[B, K, N]``, so that a column is conti
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -59,12 +60,30 @@ def quantize_gptq(
         The quantized matrices and ``tr(D H D^T)``, ``D = w - dequantized``, H not damped: float64 ``[B]``.
 
     """
+    [found] = quantize_gptq_each(w, hessian, [fmt], damping=damping, act_order=act_order)
+    return found
+
+
+def quantize_gptq_each(
+    w: torch.Tensor,
+    hessian: torch.Tensor,
+    formats: Sequence[Format],
+    *,
+    damping: float = 0.3,
+    act_order: bool = True,
+) -> list[tuple[Quantized, torch.Tensor]]:
+    """`quantize_gptq` in each of `formats`; the Hessians are factored once for all of them."""
     # Of a matrix there are twice as many temporaries as of a Hessian.
     count = max(1, chunk(w.device, _CHUNK) // (w[0].numel() + hessian[0].numel() // 2))
-    parts = [
-        _quantize(w[i : i + count].float(), hessian[i : i + count], fmt, damping, act_order)
-        for i in range(0, w.shape[0], count)
-    ]
+    parts = []
+    for start in range(0, w.shape[0], count):
+        some = slice(start, start + count)
+        system = _System.of(hessian[some], damping, act_order)
+        parts.append([_quantize(w[some].float(), system, fmt) for fmt in formats])
+    return [_joined(fmt, one) for fmt, one in zip(formats, zip(*parts, strict=True), strict=True)]
+
+
+def _joined(fmt: Format, parts: Sequence[tuple[Quantized, torch.Tensor]]) -> tuple[Quantized, torch.Tensor]:
     zeros = [part.zeros for part, _ in parts if part.zeros is not None]
     quantized = Quantized(
         format=fmt,
@@ -75,18 +94,41 @@ def quantize_gptq(
     return quantized, torch.cat([loss for _, loss in parts])
 
 
-def _quantize(
-    w: torch.Tensor, hessian: torch.Tensor, fmt: Format, damping: float, act_order: bool
-) -> tuple[Quantized, torch.Tensor]:
-    curvature = damped(hessian, damping)
-    found = find_grid(w, curvature.diagonal(dim1=-2, dim2=-1), fmt)
+@dataclass(frozen=True, eq=False)
+class _System:
+    """What all formats need of Hessians [B, K, K].
+
+    `curvature` [B, K, K]: damped. `order` int64 [B, K]: of the columns. `factor` [B, K, K]: of the inverse,
+    of the damped Hessian in that order.
+    """
+
+    hessian: torch.Tensor
+    curvature: torch.Tensor
+    order: torch.Tensor
+    factor: torch.Tensor
+
+    @classmethod
+    def of(cls, hessian: torch.Tensor, damping: float, act_order: bool) -> _System:
+        curvature = damped(hessian, damping)
+        batch, columns, _ = curvature.shape
+        order = torch.arange(columns, device=curvature.device).expand(batch, columns)
+        if act_order:
+            order = curvature.diagonal(dim1=-2, dim2=-1).argsort(dim=-1, descending=True)
+        rows, across = order.unsqueeze(-1), order.unsqueeze(1)
+        permuted = curvature.gather(1, rows.expand_as(curvature)).gather(2, across.expand_as(curvature))
+        with tensor_cores():
+            return cls(hessian, curvature, order, inverse_factor(permuted))
+
+
+def _quantize(w: torch.Tensor, system: _System, fmt: Format) -> tuple[Quantized, torch.Tensor]:
+    found = find_grid(w, system.curvature.diagonal(dim1=-2, dim2=-1), fmt)
     state = _State.start(w, found, fmt)
     with tensor_cores():
-        _propagate(state, w.mT.contiguous(), curvature, act_order)
+        _propagate(state, w.mT.contiguous(), system)
         for _ in range(TRELLIS_SWEEPS if fmt.trellis else SWEEPS):
-            _descend(state, curvature)
+            _descend(state, system.curvature)
     quantized = state.quantized()
-    return quantized, output_error(w - quantized.dequantize(), hessian)
+    return quantized, output_error(w - quantized.dequantize(), system.hessian)
 
 
 @dataclass(eq=False)
@@ -112,21 +154,13 @@ class _State:
         return assemble(self.values.mT, flat, self.format)
 
 
-def _propagate(state: _State, w: torch.Tensor, hessian: torch.Tensor, act_order: bool) -> None:
+def _propagate(state: _State, w: torch.Tensor, system: _System) -> None:
     """One GPTQ pass over ``w[B, K, N]``; fills the state's values and residual."""
-    batch, columns, rows = w.shape
-    order = torch.arange(columns, device=w.device).expand(batch, columns)
-    if act_order:
-        order = hessian.diagonal(dim1=-2, dim2=-1).argsort(dim=-1, descending=True)
-    by_row = order.unsqueeze(-1)
-    permuted = hessian.gather(1, by_row.expand(-1, -1, columns)).gather(
-        2, order.unsqueeze(1).expand(-1, columns, -1)
-    )
-    groups = (by_row // state.format.group).expand(-1, -1, rows)
-    by_row = by_row.expand(-1, -1, rows)
+    by_row = system.order.unsqueeze(-1).expand_as(w)
+    groups = by_row // state.format.group
     levels = grid.Grid(state.scale.gather(1, groups), state.zero.gather(1, groups))
     target = w.gather(1, by_row)
-    values = _gptq(target.clone(), inverse_factor(permuted), levels, state.format)
+    values = _gptq(target.clone(), system.factor, levels, state.format)
     state.values.scatter_(1, by_row, values)
     state.residual.scatter_(1, by_row, target - levels.scale * (values - levels.zero))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +10,7 @@ import torch
 from moqc.errors import UserError
 from moqc.quant.awq import quantize_awq
 from moqc.quant.formats import Format
-from moqc.quant.gptq import quantize_gptq
+from moqc.quant.gptq import quantize_gptq, quantize_gptq_each
 from moqc.quant.hqq import quantize_hqq
 from moqc.quant.rtn import quantize_rtn
 from moqc.quant.tensor import Quantized
@@ -21,12 +21,22 @@ class Quantizer:
     """One quantizer. `run` takes matrices [B, N, K], Hessians [B, K, K] (None if `data_free`), a format.
 
     `rotates`: inputs of down are rotated for it where the target's kernels can; the others are as published.
+    `together`: as `run`, with several formats, where they have work in common.
     """
 
     doc: str
     data_free: bool
     run: Callable[[torch.Tensor, torch.Tensor | None, Format], Quantized]
     rotates: bool = False
+    together: Callable[[torch.Tensor, torch.Tensor, Sequence[Format]], list[Quantized]] | None = None
+
+    def each(
+        self, matrices: torch.Tensor, hessian: torch.Tensor, formats: Sequence[Format]
+    ) -> list[Quantized]:
+        """The matrices in each of `formats`."""
+        if self.together is not None:
+            return self.together(matrices, hessian, formats)
+        return [self.run(matrices, hessian, fmt) for fmt in formats]
 
 
 def _with_data(
@@ -57,5 +67,6 @@ STORABLE: dict[str, Quantizer] = {
         False,
         _with_data(lambda w, hessian, fmt: quantize_gptq(w, hessian, fmt)[0]),
         rotates=True,
+        together=lambda w, hessian, formats: [q for q, _ in quantize_gptq_each(w, hessian, formats)],
     ),
 }

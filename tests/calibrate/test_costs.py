@@ -77,7 +77,9 @@ def test_costs_are_cached_by_format(
     asked: list[Format] = []
     original = costs._site_costs
     monkeypatch.setattr(
-        costs, "_site_costs", lambda w, m, s, fmt, q: asked.append(fmt) or original(w, m, s, fmt, q)
+        costs,
+        "_site_costs",
+        lambda w, m, s, formats, q: asked.extend(formats) or original(w, m, s, formats, q),
     )
     four = Format.parse("int4-g32")
     second = measure_costs(checkpoint, statistics, [*FORMATS, four], quantizer="rtn")

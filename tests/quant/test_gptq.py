@@ -5,7 +5,7 @@ import torch
 
 from moqc.quant import gptq
 from moqc.quant.formats import BITS, Format
-from moqc.quant.gptq import quantize_gptq
+from moqc.quant.gptq import quantize_gptq, quantize_gptq_each
 from moqc.quant.hessian import damped, output_error
 from moqc.quant.mcmoe import quantize_mcmoe
 from moqc.quant.rtn import quantize_rtn
@@ -129,3 +129,19 @@ def test_a_batch_equals_its_matrices(monkeypatch) -> None:
     assert isinstance(apart, Quantized)
     torch.testing.assert_close(loss_apart, loss, rtol=1e-2, atol=0)
     assert (apart.codes != together.codes).float().mean() < 0.02
+
+
+def test_several_formats_share_what_does_not_depend_on_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gptq, "_CHUNK", 1)  # a matrix at a time
+    w, h = problem(seed=9)
+    formats = [Format(2, 64), Format(3, 128), Format.tcq(2, 128)]
+    apart = [quantize_gptq(w, h, fmt) for fmt in formats]
+    factored: list[int] = []
+    original = gptq.inverse_factor
+    monkeypatch.setattr(gptq, "inverse_factor", lambda m: factored.append(len(m)) or original(m))
+    together = quantize_gptq_each(w, h, formats)
+    assert factored == [1] * len(w)
+    for (one, loss), (other, expected) in zip(together, apart, strict=True):
+        assert torch.equal(one.codes, other.codes)
+        assert torch.equal(one.scales, other.scales)
+        torch.testing.assert_close(loss, expected)
