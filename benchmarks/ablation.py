@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 from concurrent.futures import as_completed
 
-from workers import add_options, bench, context, on_cores, prepare, processes
+from workers import add_options, bench, context, prepare, processes
 
 from moqc.calibrate.quantize import quantize_experts
 from moqc.ir.annotations import BITS
@@ -64,16 +64,15 @@ def measure(name: str, bits: str, seed: int) -> list[float]:
     ctx, opened = context(seed), bench()
     reference = opened.measure(None, {})
     mod = run_passes(Pipeline.parse(passes), opened.mod, ctx, Debug())
-    with on_cores():
-        mod = run_passes(Pipeline.parse(f"allocate-bits{{bits={bits}{allocation}}}"), mod, ctx, Debug())
-        store = quantize_experts(
-            opened.checkpoint,
-            BITS.of(mod),
-            quantizer,
-            ctx.calibration,
-            opened.workspace,
-            rotate=quantizer == "gptq" and "rotate=true" in passes,
-        )
+    mod = run_passes(Pipeline.parse(f"allocate-bits{{bits={bits}{allocation}}}"), mod, ctx, Debug())
+    store = quantize_experts(
+        opened.checkpoint,
+        BITS.of(mod),
+        quantizer,
+        ctx.calibration,
+        opened.workspace,
+        rotate=quantizer == "gptq" and "rotate=true" in passes,
+    )
     found = opened.measure(store, {})
     size = opened.expert_bits(store) / opened.counts.expert_weights
     unseen = found["unseen"]["files"]

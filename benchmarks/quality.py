@@ -18,15 +18,13 @@ import time
 from concurrent.futures import as_completed
 from dataclasses import dataclass, replace
 
-from workers import add_options, bench, context, on_cores, prepare, processes
+from workers import add_options, bench, context, prepare, processes
 
-from moqc.calibrate.quantize import quantize_experts
 from moqc.errors import BudgetError
 from moqc.evaluate.compare import Budget, Comparison, compare_plans, keep
 from moqc.evaluate.summary import markdown
-from moqc.ir.annotations import BITS
 from moqc.passes.pipeline import Pipeline
-from moqc.pipelines import DEFAULT_CANDIDATES, Debug, Plan, allocation_pipeline, run_passes
+from moqc.pipelines import DEFAULT_CANDIDATES, Plan, allocation_pipeline
 
 ALL = (
     "global,pmq:mcmoe,pmq,moqa,uniform:gptq,uniform:rtn,frequency,mxmoe,gemq,block-importance,outlier-score,"
@@ -55,19 +53,11 @@ class Job:
 
 def evaluate(job: Job) -> Comparison | None:
     """The comparison of one row; None where the budget is out of the plan's reach."""
-    ctx, plan = context(job.seed), Plan.parse(job.plan)
     try:
-        with on_cores():
-            chosen = BITS.of(run_passes(job.pipeline, bench().mod, ctx, Debug()))
-            quantize_experts(
-                bench().checkpoint,
-                chosen,
-                plan.quantizer,
-                ctx.calibration,
-                bench().workspace,
-                rotate=plan.rotates,
-            )
-        return compare_plans({job.seed: ctx}, bench(), [(job.plan, plan)], [job.budget], formats=job.formats)
+        plan = (job.plan, Plan.parse(job.plan))
+        return compare_plans(
+            {job.seed: context(job.seed)}, bench(), [plan], [job.budget], formats=job.formats
+        )
     except BudgetError as error:
         print(f"{job.plan} at {job.budget}: {error}", file=sys.stderr, flush=True)
         return None

@@ -18,11 +18,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 from workers import DOMAINS
 
-from moqc.calibrate.layers import LayeredModel, split_batches
-from moqc.calibrate.quantize import experts_function, quantize_experts
+from moqc.calibrate.forward import experts_function
+from moqc.calibrate.layers import LayeredModel
+from moqc.calibrate.quantize import quantize_experts
 from moqc.calibrate.routers import recalibrate_routers
 from moqc.calibrate.routing import PrunedExperts
 from moqc.calibrate.store import ExpertStore
+from moqc.calibrate.stream import split_batches
 from moqc.evaluate.metrics import evaluation_windows
 from moqc.evaluate.skip_scores import Tally
 from moqc.frontend.checkpoint import Checkpoint

@@ -1,27 +1,27 @@
 """Processes that plan, quantize and evaluate, for quality.py and ablation.py: what they share.
 
-GPTQ on small matrices is bound by launches on a GPU, and a machine has more cores than GPUs: costs and losses
-are measured on the GPU where there is one, experts are quantized on the cores. Everything is cached, so the
-processes divide the work by what they ask for.
+GPTQ on small matrices is bound by launches on a GPU, and a machine has more cores than GPUs: models run on
+a GPU where there is one, quantizers on the cores. Everything is cached, so the processes divide the work by
+what they ask for.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import lru_cache
 from multiprocessing import current_process, get_context
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
+from torch import Tensor
 
 from moqc import log
+from moqc.calibrate import quantize
 from moqc.evaluate.bench import Bench
 from moqc.evaluate.metrics import evaluation_windows
 from moqc.evaluate.probes import ChoiceProbe, ExactProbe, Probe, TextProbe
@@ -35,6 +35,8 @@ from moqc.passes.measure_linears import MeasureLinears
 from moqc.passes.pipeline import Pipeline
 from moqc.passes.profile_activation import ProfileActivation
 from moqc.pipelines import Debug, run_passes
+from moqc.quant.quantizers import STORABLE
+from moqc.quant.tensor import Quantized
 
 DOMAINS = ("en_novels", "fr_novels", "math", "multi_misc")
 TASKS = ("arc_easy", "arc_challenge", "openbook_qa", "piqa", "winogrande")
@@ -70,6 +72,7 @@ def _start(options: dict[str, Any]) -> None:
     if options["gpus"]:
         (number,) = current_process()._identity  # type: ignore[attr-defined]
         torch.cuda.set_device(number % options["gpus"])
+        _quantize_on_cores()
     log.be_quiet()
     torch.set_num_threads(1)
     _OPTIONS.update(options)
@@ -108,16 +111,34 @@ def _reference() -> None:
 
 
 def _measure(text: str, seed: int) -> None:
-    pipeline = Pipeline.parse(text)
-    with on_cores() if isinstance(pipeline.passes[-1], MeasureCosts) else nullcontext():
-        run_passes(pipeline, bench().mod, context(seed), Debug())
+    run_passes(Pipeline.parse(text), bench().mod, context(seed), Debug())
 
 
-@contextmanager
-def on_cores() -> Iterator[None]:
-    """Compute on the CPU meanwhile."""
-    with mock.patch("torch.cuda.is_available", return_value=False):
-        yield
+def _quantize_on_cores() -> None:
+    for name, quantizer in STORABLE.items():
+        together = quantizer.together and _on_cpu(quantizer.together)
+        STORABLE[name] = replace(quantizer, run=_on_cpu(quantizer.run), together=together)
+    quantize.quantize_mcmoe = _on_cpu(quantize.quantize_mcmoe)  # type: ignore[attr-defined]
+
+
+def _on_cpu(quantizer: Callable[..., Any]) -> Callable[..., Any]:
+    """The quantizer on the CPU, for matrices and Hessians on any device, whose results go there again."""
+
+    def run(matrices: Tensor, hessian: Tensor | None, wanted: Any) -> Any:
+        found = quantizer(matrices.cpu(), None if hessian is None else hessian.cpu(), wanted)
+        return _moved(found, matrices.device)
+
+    return run
+
+
+def _moved(found: Any, device: torch.device) -> Any:
+    """Tensors, and what is made of them, on `device`."""
+    if isinstance(found, Tensor):
+        return found.to(device)
+    if isinstance(found, Quantized):
+        parts = {name: _moved(getattr(found, name), device) for name in ("codes", "scales", "zeros")}
+        return replace(found, **parts)
+    return type(found)(_moved(one, device) for one in found) if isinstance(found, list | tuple) else found
 
 
 @lru_cache

@@ -11,8 +11,9 @@ import torch
 
 import moqc
 import moqc.api
+from moqc.calibrate.forward import experts_function, reference_forward
 from moqc.calibrate.layers import LayeredModel
-from moqc.calibrate.quantize import experts_function, quantize_experts, reference_forward
+from moqc.calibrate.quantize import quantize_experts
 from moqc.calibrate.routing import PrunedExperts
 from moqc.calibrate.skipping import Skipping
 from moqc.calibrate.workspace import Workspace

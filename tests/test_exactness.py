@@ -17,7 +17,7 @@ import torch
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 import moqc
-from moqc.calibrate.quantize import reference_forward
+from moqc.calibrate.forward import reference_forward
 from moqc.calibrate.store import ProjectionResult
 from moqc.evaluate.metrics import Accumulator, evaluation_windows
 from moqc.frontend.checkpoint import Checkpoint

@@ -8,7 +8,8 @@ import torch
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import moqc
-from moqc.calibrate.quantize import quantize_experts, reference_forward
+from moqc.calibrate.forward import reference_forward
+from moqc.calibrate.quantize import quantize_experts
 from moqc.calibrate.workspace import Workspace
 from moqc.errors import ModelError, UserError
 from moqc.frontend.checkpoint import Checkpoint

@@ -15,7 +15,8 @@ from torch.nn.functional import cosine_similarity
 
 from moqc.calibrate.capture import Batches
 from moqc.calibrate.experts import ExpertWeights
-from moqc.calibrate.layers import ExpertsCall, ExpertsFunction, LayeredModel
+from moqc.calibrate.layers import LayeredModel
+from moqc.calibrate.stream import ExpertsCall, ExpertsFunction
 from moqc.calibrate.text import CalibrationSet
 from moqc.calibrate.workspace import Workspace, digest
 from moqc.frontend.checkpoint import Checkpoint

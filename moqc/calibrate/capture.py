@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from moqc.calibrate.experts import ExpertWeights, routed
-from moqc.calibrate.layers import ExpertsCall, LayeredModel, Stream, split_batches
+from moqc.calibrate.layers import LayeredModel
+from moqc.calibrate.stream import ExpertsCall, Stream, split_batches
 from moqc.calibrate.text import CalibrationSet
 from moqc.calibrate.workspace import Workspace, digest
 from moqc.log import logger, track

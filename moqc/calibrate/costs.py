@@ -20,9 +20,10 @@ from torch import Tensor
 from moqc.calibrate.capture import Batches, Captured, analyze_sites
 from moqc.calibrate.experts import ExpertWeights
 from moqc.calibrate.gradients import Gradients
-from moqc.calibrate.layers import ExpertsCall, ExpertsFunction, LayeredModel, Stream
+from moqc.calibrate.layers import LayeredModel
 from moqc.calibrate.statistics import VERSION as STATISTICS_VERSION
 from moqc.calibrate.statistics import Sample, SiteStatistics, Statistics
+from moqc.calibrate.stream import ExpertsCall, ExpertsFunction, Stream
 from moqc.calibrate.text import CalibrationSet
 from moqc.calibrate.workspace import Workspace, digest
 from moqc.frontend.checkpoint import Checkpoint

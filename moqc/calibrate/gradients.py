@@ -20,8 +20,9 @@ from torch import Tensor
 
 from moqc.calibrate.capture import Batches, Captured, Recorder
 from moqc.calibrate.experts import ExpertWeights
-from moqc.calibrate.layers import ExpertsCall, LayeredModel, Stream
+from moqc.calibrate.layers import LayeredModel
 from moqc.calibrate.statistics import Sample, count_pairs, draw_sample
+from moqc.calibrate.stream import ExpertsCall, Stream
 from moqc.calibrate.text import CalibrationSet
 from moqc.calibrate.workspace import Workspace, digest
 from moqc.frontend.checkpoint import Checkpoint

@@ -14,7 +14,7 @@ after its last layer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -24,70 +24,17 @@ import torch
 from torch import Tensor, nn
 
 from moqc.calibrate.experts import ExpertWeights
+from moqc.calibrate.stream import ExpertsCall, ExpertsFunction, Stream, computed
+from moqc.calibrate.stubs import ExpertsStub, LayerStub
 from moqc.errors import ModelError
 from moqc.frontend.checkpoint import Checkpoint
-from moqc.frontend.experts import ExpertLayout
-from moqc.frontend.plain_experts import run_block
 from moqc.frontend.skeleton import build_skeleton
 from moqc.quant import reference
 from moqc.quant.device import compute_device
 from moqc.quant.reference import Activations
 
-BATCH_TOKENS = 4096
-"""Tokens a batch: bounds the memory of attention scores and logits."""
-GPU_BATCH_TOKENS = 16_384
-"""The same on a GPU, which needs more to be busy."""
-
-
-@dataclass(frozen=True)
-class ExpertsCall:
-    """One experts block on one batch: `x` [T, H] float32, `ids` int64 [T, k], `weights` float32 [T, k]."""
-
-    site: str
-    batch: int
-    x: Tensor
-    ids: Tensor
-    weights: Tensor
-
-
-ExpertsFunction: TypeAlias = Callable[[ExpertsCall], Tensor]
-"""Computes the block's output [T, H] float32."""
-
 Override: TypeAlias = Callable[[str], "Tensor | None"]
 """In-model parameter name -> float32 tensor to use instead of the checkpoint's, or None."""
-
-
-@dataclass
-class Stream:
-    """Activations on their way through the layers.
-
-    `tokens`: int64 [n, window] a batch. `hidden`: float32 [n, window, H] a batch, input of the next layer.
-    `arguments`: what the model passes to each layer beside the hidden states, [batch][layer].
-    """
-
-    tokens: list[Tensor]
-    hidden: list[Tensor]
-    arguments: list[list[tuple[tuple[Any, ...], dict[str, Any]]]]
-
-    def fork(self) -> Stream:
-        """A second stream from the same point; what is shared is never written in place."""
-        return Stream(self.tokens, list(self.hidden), self.arguments)
-
-
-def computed(blocks: Mapping[str, ExpertWeights], activations: Activations = "float") -> ExpertsFunction:
-    """The experts function of the given weights, site -> block."""
-    return lambda call: blocks[call.site].apply(call.x, call.ids, call.weights, activations)
-
-
-def batch_tokens() -> int:
-    """Most tokens of a batch on `compute_device()`."""
-    return BATCH_TOKENS if compute_device().type == "cpu" else GPU_BATCH_TOKENS
-
-
-def split_batches(windows: Tensor, tokens: int | None = None) -> list[Tensor]:
-    """Batches of at most `tokens` (None: `batch_tokens()`), at least a window, of `windows` [n, window]."""
-    rows = max(1, (tokens or batch_tokens()) // windows.shape[1])
-    return [windows[at : at + rows] for at in range(0, len(windows), rows)]
 
 
 class LayeredModel:
@@ -114,7 +61,7 @@ class LayeredModel:
         self._batch = 0
         for site in self.layouts:
             parent, _, name = site.rpartition(".")
-            block = _Experts(self.layouts[site], self._model.get_submodule(site), self._run_experts)
+            block = ExpertsStub(self.layouts[site], self._model.get_submodule(site), self._run_experts)
             setattr(self._model.get_submodule(parent), name, block)
         self._real_layers = list(self._layers)
 
@@ -195,8 +142,8 @@ class LayeredModel:
             raise ModelError(f"{site}: an experts block outside the decoder layers is not supported")
         return self._call(ExpertsCall(site, self._batch, x, ids, weights))
 
-    def _stub_layers(self) -> list[_Stub]:
-        stubs = [_Stub(layer) for layer in self._real_layers]
+    def _stub_layers(self) -> list[LayerStub]:
+        stubs = [LayerStub(layer) for layer in self._real_layers]
         for index, stub in enumerate(stubs):
             self._layers[index] = stub
         return stubs
@@ -309,56 +256,6 @@ class LoadedLayer:
                 )
             found.append(leaf.grad)
         return found
-
-
-class _Forwarding(nn.Module):
-    """A stand-in that answers for the attributes of the module it replaces, without owning its weights."""
-
-    def __init__(self, original: nn.Module) -> None:
-        super().__init__()
-        object.__setattr__(self, "_original", original)
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(self.__dict__["_original"], name)
-
-
-class _Stub(_Forwarding):
-    """Takes the place of a decoder layer and notes how it is called."""
-
-    hidden: Tensor
-    arguments: tuple[tuple[Any, ...], dict[str, Any]]
-
-    def __init__(self, original: nn.Module) -> None:
-        super().__init__(original)
-        self.output: Tensor | None = None
-
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        if args:
-            hidden, *rest = args
-        else:
-            hidden, rest = kwargs.pop("hidden_states"), []
-        object.__setattr__(self, "hidden", hidden)
-        object.__setattr__(self, "arguments", (tuple(rest), kwargs))
-        return hidden if self.output is None else self.output
-
-
-class _Experts(_Forwarding):
-    """Takes the place of an experts block: hands its inputs to the caller's function."""
-
-    def __init__(
-        self, layout: ExpertLayout, original: nn.Module, call: Callable[[str, Tensor, Tensor, Tensor], Tensor]
-    ) -> None:
-        super().__init__(original)
-        object.__setattr__(self, "_layout", layout)
-        object.__setattr__(self, "_call", call)
-
-    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        layout: ExpertLayout = self.__dict__["_layout"]
-        compute = partial(self.__dict__["_call"], layout.site)
-        return run_block(compute, hidden_states, top_k_index, top_k_weights.float(), layout.identities_from)
 
 
 def _inputs(tokens: Tensor) -> dict[str, Any]:

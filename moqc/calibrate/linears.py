@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from moqc.calibrate.capture import Batches
-from moqc.calibrate.layers import LayeredModel, Stream
+from moqc.calibrate.layers import LayeredModel
+from moqc.calibrate.stream import Stream
 from moqc.calibrate.text import CalibrationSet
 from moqc.calibrate.workspace import Workspace, digest
 from moqc.frontend.checkpoint import Checkpoint

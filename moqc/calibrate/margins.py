@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from moqc.calibrate.capture import Batches
-from moqc.calibrate.layers import LayeredModel, LoadedLayer, Stream
+from moqc.calibrate.layers import LayeredModel, LoadedLayer
 from moqc.calibrate.routers import observe, router_weight
+from moqc.calibrate.stream import Stream
 from moqc.calibrate.text import CalibrationSet
 from moqc.calibrate.workspace import Workspace, digest
 from moqc.errors import PipelineError

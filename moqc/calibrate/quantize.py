@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,10 +13,11 @@ from torch import Tensor
 
 from moqc.calibrate.capture import Batches, Captured, Recorder
 from moqc.calibrate.experts import ExpertWeights
-from moqc.calibrate.layers import ExpertsFunction, LayeredModel, LoadedLayer, Stream, computed, split_batches
+from moqc.calibrate.layers import LayeredModel, LoadedLayer
 from moqc.calibrate.progress import report_site
 from moqc.calibrate.statistics import hidden_moments, input_moments, shrink
-from moqc.calibrate.store import ExpertStore, ProjectionResult, read_projections
+from moqc.calibrate.store import ExpertStore, ProjectionResult, read_projections, substituted
+from moqc.calibrate.stream import Stream, computed
 from moqc.calibrate.text import CalibrationSet
 from moqc.calibrate.workspace import Workspace, digest
 from moqc.errors import PipelineError
@@ -26,7 +27,6 @@ from moqc.quant.formats import Format
 from moqc.quant.mcmoe import quantize_mcmoe
 from moqc.quant.protection import Protection
 from moqc.quant.quantizers import STORABLE
-from moqc.quant.reference import Activations
 from moqc.quant.tensor import Quantized
 from moqc.quant.versions import QUANTIZER_VERSIONS
 
@@ -133,17 +133,11 @@ def _save(workspace: Workspace, key: str, result: SiteResult) -> None:
     workspace.save_tensors(key, tensors)
 
 
-def _weights(model: LayeredModel, site: str, store: ExpertStore) -> ExpertWeights:
-    """The original weights of `site`, rotated or not as the `store` will have them."""
-    weights = model.experts(site)
-    return weights.rotated() if store.rotated else weights
-
-
 def _round_sites(model: LayeredModel, plan: Plan, quantizer: str, store: ExpertStore) -> None:
     keys, workspace = store.keys, store.workspace
     for site in track(list(keys), "rounding experts"):
         if not workspace.has(keys[site]):
-            weights, protection = _weights(model, site, store), store.protections.get(site)
+            weights, protection = store.original(model.experts(site)), store.protections.get(site)
             result = {
                 name: _by_format(quantizer, weights, name, plan[site][name], None, protection)
                 for name in weights.projections
@@ -176,7 +170,7 @@ def _calibrated_sites(
         done: dict[str, ExpertWeights] = {}
         with model.layer(index) as layer:
             for site in model.sites(index):
-                weights, protection = _weights(model, site, store), store.protections.get(site)
+                weights, protection = store.original(model.experts(site)), store.protections.get(site)
                 if not workspace.has(keys[site]):
                     start = time.monotonic()
                     captured = _inputs_of(site, layer, stream, done)
@@ -184,10 +178,10 @@ def _calibrated_sites(
                         result = procedure(_Site(site, weights, plan[site], captured, protection))
                     _save(workspace, keys[site], result)
                     seconds = time.monotonic() - start
-                    changed = _substituted(weights, result, protection)
+                    changed = substituted(weights, result, protection)
                     report_site(site, weights, changed, captured, seconds)
                 found = read_projections(workspace.load_tensors(keys[site]))
-                done[site] = _substituted(weights, found, protection)
+                done[site] = substituted(weights, found, protection)
             layer.run(stream, computed(done))
 
 
@@ -195,14 +189,6 @@ def _inputs_of(site: str, layer: LoadedLayer, stream: Stream, done: dict[str, Ex
     recorder = Recorder(done)
     layer.run(stream, recorder, keep=False)
     return recorder.take(site)
-
-
-def _substituted(
-    weights: ExpertWeights, result: SiteResult, protection: Protection | None = None
-) -> ExpertWeights:
-    device = weights.down.device
-    dense = weights.substitute(**{name: part.dense().to(device) for name, part in result.items()})
-    return replace(dense, protection=protection)
 
 
 def _storable_site(quantizer: str, site: _Site) -> SiteResult:
@@ -214,7 +200,7 @@ def _storable_site(quantizer: str, site: _Site) -> SiteResult:
     for name in weights.projections[:-1]:
         formats = site.formats[name]
         result[name] = _by_format(quantizer, weights, name, formats, hessians.matrices, site.protection)
-    quantized = _substituted(weights, result, site.protection)
+    quantized = substituted(weights, result, site.protection)
     before_down = shrink(hidden_moments(site.captured, quantized), counts)
     result["down"] = _by_format(quantizer, weights, "down", site.formats["down"], before_down.matrices)
     starved = sorted({*hessians.starved, *before_down.starved})
@@ -261,64 +247,3 @@ def _mcmoe_site(site: _Site) -> SiteResult:
             total += size
         result[name] = ProjectionResult({}, simulated, total)
     return result
-
-
-def reference_forward(
-    checkpoint: Checkpoint,
-    tokens: Tensor,
-    store: ExpertStore | None = None,
-    *,
-    activations: Activations = "float",
-    linears: Mapping[str, Quantized] | None = None,
-) -> Iterator[Tensor]:
-    """Logits float32 [n, window, vocabulary] of batches of `tokens` int64 [N, window], in order, on the CPU.
-
-    Experts come from `store` (None: the original ones), other linears and embeddings from `linears` (site ->
-    matrix) where given. `activations` "int8" quantizes the inputs of what is quantized, and of nothing else.
-    """
-    batches = split_batches(tokens)
-    for logits in reference_logits(checkpoint, batches, store, activations=activations, linears=linears):
-        yield logits.cpu()
-
-
-def reference_logits(
-    checkpoint: Checkpoint,
-    batches: Sequence[Tensor],
-    store: ExpertStore | None = None,
-    *,
-    activations: Activations = "float",
-    linears: Mapping[str, Quantized] | None = None,
-) -> Iterator[Tensor]:
-    """As `reference_forward`, for batches of any windows, on `compute_device()`."""
-    model = overridden(checkpoint, linears or {}, activations)
-    stream = model.start(batches)
-    for index in range(model.layer_count):
-        experts = experts_function(model, index, store, activations)
-        with model.layer(index) as layer:
-            layer.run(stream, experts)
-    yield from model.logits(stream)
-
-
-def overridden(
-    checkpoint: Checkpoint, linears: Mapping[str, Quantized], activations: Activations = "float"
-) -> LayeredModel:
-    """The model with the matrices `linears` (site -> matrix) in place of its own."""
-    replaced = {f"{site}.weight": matrix for site, matrix in linears.items()}
-
-    def override(name: str) -> Tensor | None:
-        return replaced[name].dequantize() if name in replaced else None
-
-    return LayeredModel(checkpoint, override=override, activations=activations)
-
-
-def experts_function(
-    model: LayeredModel, index: int, store: ExpertStore | None, activations: Activations
-) -> ExpertsFunction:
-    """Layer `index` with the experts of `store`, or with the original ones."""
-    if store is None:
-        return model.original_experts(index)
-    blocks = {
-        site: _substituted(_weights(model, site, store), store.site(site), store.protections.get(site))
-        for site in model.sites(index)
-    }
-    return computed(blocks, activations)

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from moqc.calibrate.capture import Batches
-from moqc.calibrate.layers import ExpertsCall, ExpertsFunction, LayeredModel, LoadedLayer, Stream
-from moqc.calibrate.quantize import experts_function
+from moqc.calibrate.forward import experts_function
+from moqc.calibrate.layers import LayeredModel, LoadedLayer
 from moqc.calibrate.store import ExpertStore
+from moqc.calibrate.stream import ExpertsCall, ExpertsFunction, Stream
 from moqc.calibrate.text import CalibrationSet
 from moqc.calibrate.workspace import Workspace, digest
 from moqc.errors import PipelineError

@@ -17,7 +17,8 @@ from torch import Tensor
 from moqc.calibrate.capture import Batches, Captured, analyze_sites
 from moqc.calibrate.experts import ExpertWeights, routed
 from moqc.calibrate.gradients import run_backward
-from moqc.calibrate.layers import ExpertsCall, ExpertsFunction, LayeredModel, Stream
+from moqc.calibrate.layers import LayeredModel
+from moqc.calibrate.stream import ExpertsCall, ExpertsFunction, Stream
 from moqc.calibrate.text import CalibrationSet
 from moqc.calibrate.workspace import Workspace, digest
 from moqc.frontend.checkpoint import Checkpoint

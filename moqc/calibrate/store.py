@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
+from moqc.calibrate.experts import ExpertWeights
 from moqc.calibrate.workspace import Workspace
 from moqc.errors import InternalError
 from moqc.quant.formats import Format
@@ -79,6 +80,15 @@ def _read_class(kind: str, parts: dict[str, Tensor]) -> tuple[Tensor, Quantized]
     return parts["experts"], matrices
 
 
+def substituted(
+    weights: ExpertWeights, results: Mapping[str, ProjectionResult], protection: Protection | None = None
+) -> ExpertWeights:
+    """The block with the dequantized weights of `results`, by projection."""
+    device = weights.down.device
+    dense = weights.substitute(**{name: part.dense().to(device) for name, part in results.items()})
+    return replace(dense, protection=protection)
+
+
 @dataclass
 class ExpertStore:
     """Quantized experts of all sites. `keys`: site -> workspace key; the site read last stays in memory.
@@ -103,6 +113,14 @@ class ExpertStore:
         if self._last is None or self._last[0] != site:
             self._last = (site, read_projections(self.workspace.load_tensors(self.keys[site])))
         return self._last[1]
+
+    def original(self, weights: ExpertWeights) -> ExpertWeights:
+        """A block's original `weights`, rotated or not as they are here."""
+        return weights.rotated() if self.rotated else weights
+
+    def block(self, site: str, weights: ExpertWeights) -> ExpertWeights:
+        """The block of `site`, whose original `weights` these are, as quantized."""
+        return substituted(self.original(weights), self.site(site), self.protections.get(site))
 
     def get(self, site: str, projection: str, expert: int) -> Quantized:
         """One quantized matrix [N, K]. Raises InternalError when the quantizer only simulates."""

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 from tvm import IRModule
 
-from moqc.calibrate.quantize import reference_logits
+from moqc.calibrate.forward import reference_logits
 from moqc.calibrate.store import ExpertStore
 from moqc.calibrate.workspace import Workspace, digest
 from moqc.describe import count_weights

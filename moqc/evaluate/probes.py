@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from moqc.calibrate.layers import batch_tokens, split_batches
+from moqc.calibrate.stream import batch_tokens, split_batches
 from moqc.calibrate.workspace import digest
 from moqc.errors import InternalError
 from moqc.evaluate.tasks import Scored

@@ -10,10 +10,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from moqc.calibrate.layers import ExpertsFunction, LayeredModel, Stream, split_batches
-from moqc.calibrate.quantize import experts_function, overridden
+from moqc.calibrate.forward import experts_function, overridden
+from moqc.calibrate.layers import LayeredModel
 from moqc.calibrate.routing import PrunedExperts
 from moqc.calibrate.store import ExpertStore
+from moqc.calibrate.stream import ExpertsFunction, Stream, split_batches
 from moqc.calibrate.workspace import digest
 from moqc.errors import InternalError
 from moqc.evaluate.bench import Bench, Linears

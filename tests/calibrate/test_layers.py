@@ -7,7 +7,8 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from moqc.calibrate.layers import LayeredModel, computed, split_batches
+from moqc.calibrate.layers import LayeredModel
+from moqc.calibrate.stream import computed, split_batches
 from moqc.errors import ModelError
 from moqc.frontend.checkpoint import Checkpoint
 from moqc.quant import reference

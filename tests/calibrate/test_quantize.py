@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from moqc.calibrate.experts import ExpertWeights
+from moqc.calibrate.forward import reference_forward
 from moqc.calibrate.layers import LayeredModel
-from moqc.calibrate.quantize import QUANTIZERS, quantize_experts, reference_forward
+from moqc.calibrate.quantize import QUANTIZERS, quantize_experts
 from moqc.calibrate.statistics import collect_statistics, shrink
 from moqc.calibrate.store import ExpertStore
 from moqc.calibrate.text import CalibrationSet

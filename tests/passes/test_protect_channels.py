@@ -11,7 +11,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from tvm import IRModule, relax
 
 import moqc
-from moqc.calibrate.quantize import quantize_experts, reference_forward
+from moqc.calibrate.forward import reference_forward
+from moqc.calibrate.quantize import quantize_experts
 from moqc.calibrate.statistics import collect_statistics
 from moqc.calibrate.workspace import ParamStore, Workspace
 from moqc.errors import BudgetError, ModelError, PipelineError, TargetError
