@@ -11,18 +11,26 @@ from __future__ import annotations
 import argparse
 from concurrent.futures import as_completed
 
+import torch
 from workers import add_options, bench, context, prepare, processes
 
 from moqc.calibrate.quantize import quantize_experts
 from moqc.ir.annotations import BITS
+from moqc.passes.allocation_problem import OWN_FORMATS
 from moqc.passes.pipeline import Pipeline
-from moqc.pipelines import Debug, run_passes
+from moqc.pipelines import ASYMMETRIC_FORMATS, PRIOR, TRELLIS_FORMATS, Debug, run_passes
 
-TRELLIS = "tcq1-g128+tcq2-g128+tcq3-g128+int4-g128-s8"
-MANY = "int1-g128+int1-g64+int2-g128+int2-g64+int3-g128+int3-g64+int4-g128+int4-g64"
+TRELLIS_THREADS = 4
+"""Trellises take the longest: rows of them get more cores than one."""
+TRELLIS = "+".join(TRELLIS_FORMATS)
+ASYMMETRIC = "+".join(ASYMMETRIC_FORMATS)
+MANY = (
+    "int1-g128-sym-s8+int1-g64-s8+int2-g128-sym-s8+int2-g64-s8+int3-g128-sym-s8+int3-g64-s8+int4-g128-s8+"
+    "int4-g128-sym-s8"
+)
 
 
-def analyses(options: str = "", prior: str = "0.5", rotate: str = "true") -> str:
+def analyses(options: str = "", prior: float = PRIOR, rotate: str = "true") -> str:
     """The default ones with other options of measure-costs."""
     given = f"curvature=token prior={prior} rotate={rotate} {options}".strip()
     return f"profile-channels,measure-gradients,measure-costs{{{given}}}"
@@ -30,16 +38,18 @@ def analyses(options: str = "", prior: str = "0.5", rotate: str = "true") -> str
 
 VARIANTS = {
     "default": (analyses(), "", "gptq"),
-    "prior 0": (analyses(prior="0.0"), "", "gptq"),
-    "prior 0.05": (analyses(prior="0.05"), "", "gptq"),
-    "prior 0.1": (analyses(prior="0.1"), "", "gptq"),
-    "prior 0.25": (analyses(prior="0.25"), "", "gptq"),
-    "prior 1": (analyses(prior="1.0"), "", "gptq"),
+    **{f"prior {p}": (analyses(prior=p), "", "gptq") for p in (0.0, 0.1, 0.25, 0.5, 1.0)},
+    **{
+        f"trellis formats, prior {p}": (analyses(f"formats={TRELLIS}", prior=p), "", "gptq")
+        for p in (0.0, 0.1, 0.25, 0.5)
+    },
+    "formats with zero points": (analyses(f"formats={ASYMMETRIC}"), "", "gptq"),
+    "more formats": (analyses(f"formats={MANY}"), "", "gptq"),
     "inputs of down not rotated": (analyses(rotate="false"), "", "gptq"),
     "curvature by block": (
-        "profile-channels,measure-sensitivity,measure-costs{prior=0.5 rotate=true}", "", "gptq",
+        f"profile-channels,measure-sensitivity,measure-costs{{prior={PRIOR} rotate=true}}", "", "gptq",
     ),
-    "no curvature": ("profile-channels,measure-costs{prior=0.5 rotate=true}", "", "gptq"),
+    "no curvature": (f"profile-channels,measure-costs{{prior={PRIOR} rotate=true}}", "", "gptq"),
     "costs of round-to-nearest": (analyses("quantizer=rtn"), "", "gptq"),
     "mean + 0.5 std over datasets": (analyses("robustness=0.5"), "", "gptq"),
     "mean + 1 std over datasets": (analyses("robustness=1.0"), "", "gptq"),
@@ -47,12 +57,12 @@ VARIANTS = {
     "whole experts": (analyses(), " tie=expert", "gptq"),
     "at most 2 classes a block": (analyses(), " classes=2", "gptq"),
     "at most 3 classes a block": (analyses(), " classes=3", "gptq"),
-    "every block the same bits (MxMoE's problem)": (analyses(), " allocator=mxmoe", "gptq"),
-    "more formats": (analyses(f"formats={MANY}"), "", "gptq"),
-    "trellis formats": (analyses(f"formats={TRELLIS}"), "", "gptq"),
-    "one format (no allocation)": (analyses(), " allocator=uniform", "gptq"),
+    "MxMoE": (
+        f"profile-channels,measure-costs{{formats={'+'.join(OWN_FORMATS['mxmoe'])} rotate=true}}",
+        " allocator=mxmoe", "gptq",
+    ),
+    "one format (no allocation)": ("", " allocator=uniform", "gptq"),
     "default plan, rounded to nearest": (analyses(), "", "rtn"),
-    "default plan, HQQ": (analyses(), "", "hqq"),
     "default plan, MC-MoE's quantizer": (analyses(), "", "mcmoe"),
 }  # fmt: skip
 """Name -> (passes before allocate-bits, options of it, quantizer)."""
@@ -62,16 +72,17 @@ def measure(name: str, bits: str, seed: int) -> list[float]:
     """Expert file bits a weight, increase on the domains, and on every unseen file."""
     passes, allocation, quantizer = VARIANTS[name]
     ctx, opened = context(seed), bench()
+    torch.set_num_threads(TRELLIS_THREADS if "tcq" in passes else 1)
     reference = opened.measure(None, {})
-    mod = run_passes(Pipeline.parse(passes), opened.mod, ctx, Debug())
-    mod = run_passes(Pipeline.parse(f"allocate-bits{{bits={bits}{allocation}}}"), mod, ctx, Debug())
+    chosen = f"{passes},allocate-bits{{bits={bits}{allocation}}}".lstrip(",")
+    mod = run_passes(Pipeline.parse(chosen), opened.mod, ctx, Debug())
     store = quantize_experts(
         opened.checkpoint,
         BITS.of(mod),
         quantizer,
         ctx.calibration,
         opened.workspace,
-        rotate=quantizer == "gptq" and "rotate=true" in passes,
+        rotate=quantizer == "gptq" and "rotate=false" not in passes,
     )
     found = opened.measure(store, {})
     size = opened.expert_bits(store) / opened.counts.expert_weights
@@ -94,7 +105,8 @@ def main() -> None:
     columns = ["variant", "bits", "expert file bits", "increase", *options.unseen]
     print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}", flush=True)
     with processes(options) as pool:
-        prepare(pool, [(Pipeline.parse(VARIANTS[name][0]), options.seed) for name in options.only])
+        measured = [VARIANTS[name][0] for name in options.only if VARIANTS[name][0]]
+        prepare(pool, [(Pipeline.parse(text), options.seed) for text in measured])
         jobs = {
             pool.submit(measure, name, bits, options.seed): (name, bits)
             for bits in options.bits.split(",")

@@ -21,10 +21,10 @@ from dataclasses import dataclass, replace
 from workers import add_options, bench, context, prepare, processes
 
 from moqc.errors import BudgetError
-from moqc.evaluate.compare import Budget, Comparison, compare_plans, keep
+from moqc.evaluate.compare import Budget, Comparison, compare_plans, keep, plan_pipeline
 from moqc.evaluate.summary import markdown
 from moqc.passes.pipeline import Pipeline
-from moqc.pipelines import DEFAULT_CANDIDATES, Plan, allocation_pipeline
+from moqc.pipelines import DEFAULT_CANDIDATES, Plan
 
 ALL = (
     "global,pmq:mcmoe,pmq,moqa,uniform:gptq,uniform:rtn,frequency,mxmoe,gemq,block-importance,outlier-score,"
@@ -45,10 +45,7 @@ class Job:
     @property
     def pipeline(self) -> Pipeline:
         """The passes up to the choice of bits."""
-        whole = self.budget.bits if self.budget.whole else None
-        return allocation_pipeline(
-            Plan.parse(self.plan), self.budget.bits, model_bits=whole, formats=self.formats
-        )
+        return plan_pipeline(Plan.parse(self.plan), self.budget, self.formats)
 
 
 def evaluate(job: Job) -> Comparison | None:

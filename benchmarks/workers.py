@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Callable, Iterable
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from functools import lru_cache
 from multiprocessing import current_process, get_context
@@ -22,19 +22,25 @@ from torch import Tensor
 
 from moqc import log
 from moqc.calibrate import quantize
+from moqc.calibrate.costs import measure_costs
+from moqc.calibrate.gradients import measure_gradients
+from moqc.calibrate.statistics import collect_statistics
 from moqc.evaluate.bench import Bench
 from moqc.evaluate.metrics import evaluation_windows
 from moqc.evaluate.probes import ChoiceProbe, ExactProbe, Probe, TextProbe
 from moqc.evaluate.tasks import multiple_choice, worked_problems
 from moqc.frontend.checkpoint import Checkpoint
 from moqc.inputs import open_workspace, read_calibration
+from moqc.ir.sites import find_experts
 from moqc.passes.allocate_bits import AllocateBits
-from moqc.passes.base import Pass, PassContext
+from moqc.passes.base import PassContext
 from moqc.passes.measure_costs import MeasureCosts
-from moqc.passes.measure_linears import MeasureLinears
+from moqc.passes.measure_gradients import MeasureGradients
 from moqc.passes.pipeline import Pipeline
 from moqc.passes.profile_activation import ProfileActivation
+from moqc.passes.profile_channels import ProfileChannels
 from moqc.pipelines import Debug, run_passes
+from moqc.quant.formats import Format
 from moqc.quant.quantizers import STORABLE
 from moqc.quant.tensor import Quantized
 
@@ -81,29 +87,48 @@ def _start(options: dict[str, Any]) -> None:
 def prepare(pool: ProcessPoolExecutor, wanted: Iterable[tuple[Pipeline, int]]) -> None:
     """Measure what the passes of all pipelines (each with its seed) read, every thing once.
 
-    First what needs nothing, a pass at a time, and the unquantized model; then costs, a format at a time.
+    First what costs are made of, then costs, by format and layer, and everything else.
     """
     first: dict[tuple[str, int], None] = {}
     second: dict[tuple[str, int], None] = {}
-    reference = pool.submit(_reference)
+    costs: dict[tuple[MeasureCosts, str, int], None] = {}
     for pipeline, seed in wanted:
-        before: tuple[Pass, ...] = ()
         for item in pipeline.passes:
+            alone = (str(Pipeline((item,))), seed)
             if isinstance(item, MeasureCosts):
                 for name in item.formats:  # what is made of the errors afterwards needs no time
-                    one = replace(item, formats=(name,), prior=0.0, robustness=0.0)
-                    second[str(Pipeline((*before, one))), seed] = None
-            elif isinstance(item, MeasureLinears):
-                first[str(Pipeline((item,))), seed] = None
-            elif not isinstance(item, AllocateBits):
-                before += (item,)
-                if not isinstance(item, ProfileActivation):  # reads what profile-channels does
-                    first[str(Pipeline((item,))), seed] = None
-    trellis_first = sorted(second, key=lambda key: "tcq" not in key[0])
-    for wave in (list(first), trellis_first):
-        for done in as_completed([pool.submit(_measure, text, seed) for text, seed in wave]):
-            done.result()
-    reference.result()
+                    costs[replace(item, formats=(), prior=0.0, robustness=0.0), name, seed] = None
+            elif isinstance(item, ProfileChannels | MeasureGradients):
+                first[alone] = None
+            elif not isinstance(item, AllocateBits | ProfileActivation):  # reads what profile-channels does
+                second[alone] = None
+    for done in [pool.submit(_reference), *(pool.submit(_measure, *one) for one in first)]:
+        done.result()
+    sites = pool.submit(_sites).result()
+    trellis_first = sorted(costs, key=lambda key: "tcq" not in key[1])
+    jobs = [pool.submit(_costs, *one, site) for one in trellis_first for site in sites]
+    for done in [*(pool.submit(_measure, *one) for one in second), *jobs]:
+        done.result()
+
+
+def _costs(item: MeasureCosts, name: str, seed: int, site: str) -> None:
+    """Costs of one format at one site."""
+    ctx, opened = context(seed), bench()
+    assert ctx.calibration is not None
+    sources = (opened.checkpoint, ctx.calibration, opened.workspace)
+    statistics = collect_statistics(*sources)
+    measure_costs(
+        opened.checkpoint,
+        replace(statistics, keys={site: statistics.keys[site]}),
+        [Format.parse(name)],
+        quantizer=item.quantizer,
+        gradients=measure_gradients(*sources) if item.curvature == "token" else None,
+        rotate=item.rotate,
+    )
+
+
+def _sites() -> list[str]:
+    return [site.site for site in find_experts(bench().mod)]
 
 
 def _reference() -> None:

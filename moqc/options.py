@@ -252,7 +252,7 @@ class CompareOptions(ScoringOptions):
 
     plans: Sequence[str] = option(
         (),
-        "allocator, or allocator:quantizer [default: all; with --prune: global]",
+        "allocator, allocator:quantizer or allocator:quantizer:formats [default: all; with --prune: global]",
         metavar="PLAN,...",
         flags=("--allocators",),
         parse=split,

@@ -12,6 +12,7 @@ from moqc.errors import BudgetError, UserError
 from moqc.log import event
 from moqc.options import Debug
 from moqc.passes.allocate_bits import MOST_BITS, AllocateBits
+from moqc.passes.allocation_problem import OWN_FORMATS
 from moqc.passes.base import PassContext
 from moqc.passes.measure_costs import FORMATS
 from moqc.passes.pipeline import Pipeline
@@ -24,7 +25,8 @@ from moqc.recipe import Recipe
 
 DEFAULT_QUANTIZER = "gptq"
 TRELLIS_FORMATS = ("tcq1-g128", "tcq2-g128", "tcq3-g128", "int4-g128-s8")
-CANDIDATES = {"integer": FORMATS, "trellis": TRELLIS_FORMATS}
+ASYMMETRIC_FORMATS = ("int1-g128", "int2-g128", "int2-g64", "int3-g128", "int4-g128")
+CANDIDATES = {"integer": FORMATS, "asymmetric": ASYMMETRIC_FORMATS, "trellis": TRELLIS_FORMATS}
 """Families of formats to choose from. Trellises lose less at equal size, take about three times as long to
 quantize and longer to multiply with; docs/methods.md has the measurements."""
 DEFAULT_CANDIDATES = "integer"
@@ -35,6 +37,8 @@ WIDEST_BITS = 4.0
 """Budget up to which 8-bit candidates are not worth their measurement."""
 MCMOE_EXTRA_BITS = (32 - 24) / 128
 """Bits a weight by which MC-MoE's storage (float16 scale and zero) exceeds that of its plans' formats."""
+PRIOR = 0.25
+"""Share of a cost that is that of text which calibration lacks; docs/quality.md has what others give."""
 ANALYSES = {
     "uniform": (),
     "frequency": ("profile-activation",),
@@ -44,12 +48,15 @@ ANALYSES = {
     "moqa": ("profile-activation",),
     "pmq": ("profile-activation", "measure-block-errors"),
     "gemq": ("measure-gradients",),
-    "mxmoe": ("profile-channels", "measure-costs{{quantizer={quantizer} formats={formats}{rotate}}}"),
+    "mxmoe": (
+        "profile-channels",
+        f"measure-costs{{{{quantizer={{quantizer}} formats={'+'.join(OWN_FORMATS['mxmoe'])}{{rotate}}}}}}",
+    ),
     "global": (
         "profile-activation",
         "profile-channels",
         "measure-gradients",
-        "measure-costs{{quantizer={quantizer} formats={formats} curvature=token prior=0.5{rotate}}}",
+        "measure-costs{{quantizer={quantizer} formats={formats} curvature=token prior={prior}{rotate}}}",
     ),
 }
 """What an allocator reads is measured by these passes; any other allocator gets all of them."""
@@ -59,18 +66,26 @@ REPORTED = "profile-coactivation{probe=none}"
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Which allocator decides on bits, and which quantizer rounds: ``allocator:quantizer``."""
+    """Which allocator decides on bits, which quantizer rounds, and to what: ``allocator:quantizer:formats``.
+
+    `formats`: candidates, as for `candidate_formats`; None where that is said elsewhere.
+    """
 
     allocator: str
     quantizer: str = DEFAULT_QUANTIZER
+    formats: str | None = None
 
     @classmethod
     def parse(cls, text: str) -> Plan:
-        """Read ``global`` or ``uniform:rtn``. Raises UserError for an unknown allocator or quantizer."""
+        """Read ``global``, ``uniform:rtn`` or ``global:gptq:trellis``; a ``+`` stands between formats.
+
+        Raises UserError for an unknown allocator or quantizer.
+        """
         from moqc.calibrate.quantize import QUANTIZERS
 
-        allocator, _, quantizer = text.partition(":")
-        plan = cls(allocator, quantizer or DEFAULT_QUANTIZER)
+        allocator, _, rest = text.partition(":")
+        quantizer, _, formats = rest.partition(":")
+        plan = cls(allocator, quantizer or DEFAULT_QUANTIZER, formats.replace("+", ",") or None)
         find_allocator(plan.allocator)
         if plan.quantizer not in QUANTIZERS:
             raise UserError(f"unknown quantizer {plan.quantizer!r}: known are {', '.join(QUANTIZERS)}")
@@ -133,6 +148,8 @@ def candidate_formats(
     `chosen` is a name of `CANDIDATES`, or formats separated by commas. Raises UserError for an unknown one,
     and for trellises where the kernels of `layout` cannot read them or `quantizer` cannot round to them.
     """
+    if chosen == DEFAULT_CANDIDATES and quantizer == "hqq":
+        chosen = "asymmetric"  # zero points are what it chooses
     formats = CANDIDATES.get(chosen) or tuple(str(Format.parse(name.strip())) for name in chosen.split(","))
     trellis = any(Format.parse(name).trellis for name in formats)
     if trellis and not (layout == DEFAULT_LAYOUT and quantizer in TRELLIS_QUANTIZERS):
@@ -168,7 +185,8 @@ def allocation_pipeline(
         candidates = (*candidates, WIDE)
     names = "+".join(candidates)
     rotated = _rotation(plan, rotate)
-    texts = [text.format(quantizer=quantizer, formats=names, rotate=rotated) for text in analyses]
+    values = {"quantizer": quantizer, "formats": names, "rotate": rotated, "prior": PRIOR}
+    texts = [text.format(**values) for text in analyses]
     if plan.quantizer == "mcmoe":
         bits -= MCMOE_EXTRA_BITS
     texts += [] if model_bits is None else ["measure-linears"]

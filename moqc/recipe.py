@@ -31,7 +31,7 @@ class Recipe:
     )
     formats: str = option(
         "integer",
-        "to choose from: integer, trellis (smaller loss, slower), or formats separated by commas",
+        "to choose from: integer, asymmetric, trellis (smaller loss, slower), or formats separated by commas",
         metavar="NAMES",
     )
     overrides: Sequence[Override] = option(

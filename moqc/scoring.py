@@ -46,7 +46,7 @@ def evaluate(artifact: str | Path, texts: Sequence[Path | str], options: EvalOpt
 
 @keywords(CompareOptions)
 def compare(model: str | Path, texts: Sequence[Path | str], options: CompareOptions) -> Comparison:
-    """Evaluate every plan (``allocator[:quantizer]``) at every budget; see `moqc.evaluate.compare`.
+    """Evaluate every plan (``allocator[:quantizer[:formats]]``) at every budget; see `moqc.evaluate.compare`.
 
     `bits` are budgets of the routed experts, `model_bits` of the whole model, which only ``global`` can meet.
     Task and problem files are those of `moqc.evaluate.tasks`. Raises UserError as the commands do.

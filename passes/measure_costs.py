@@ -20,7 +20,8 @@ from moqc.passes.scaling import NATS, to_integers
 from moqc.quant.formats import Format
 from moqc.quant.quantizers import STORABLE
 
-FORMATS = ("int1-g128", "int2-g128", "int2-g64", "int3-g128", "int4-g128")
+FORMATS = ("int1-g128-sym-s8", "int2-g128-sym-s8", "int3-g128-sym-s8", "int4-g128-s8")
+"""Zero points would not pay for their bits; docs/methods.md has the costs."""
 LARGEST = 1e12
 """The largest cost where costs are no nats."""
 

@@ -32,9 +32,18 @@ def test_candidates_can_be_stored_and_rounded_to(layout: str, quantizer: str, bi
 def test_costs_are_measured_for_the_candidates() -> None:
     assert "tcq2-g128" in str(allocation_pipeline(Plan("global"), 2.5, formats="trellis"))
     assert "tcq" not in str(allocation_pipeline(Plan("global"), 2.5))
-    assert "formats=int4-g64+int2-g32 " in str(
-        allocation_pipeline(Plan("mxmoe"), 3.0, formats="int4-g64, int2-g32")
-    )
+    chosen = "formats=int4-g64+int2-g32 "
+    assert chosen in str(allocation_pipeline(Plan("global"), 3.0, formats="int4-g64, int2-g32"))
+    # MxMoE's are those of its paper.
+    own = "formats=int1-g128+int2-g128+int3-g128+int4-g128 "
+    assert own in str(allocation_pipeline(Plan("mxmoe"), 3.0, formats="int4-g64, int2-g32"))
+
+
+def test_plans_are_spelled_with_colons() -> None:
+    assert Plan.parse("global") == Plan("global", "gptq", None)
+    assert Plan.parse("uniform:rtn") == Plan("uniform", "rtn", None)
+    assert Plan.parse("global:gptq:trellis") == Plan("global", "gptq", "trellis")
+    assert Plan.parse("global::int2-g64+int4-g64") == Plan("global", "gptq", "int2-g64,int4-g64")
 
 
 @pytest.mark.parametrize(

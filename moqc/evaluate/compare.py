@@ -21,6 +21,7 @@ from moqc.ir.annotations import BITS, LINEAR_PLAN
 from moqc.log import logger
 from moqc.options import Debug
 from moqc.passes.base import PassContext
+from moqc.passes.pipeline import Pipeline
 from moqc.passes.quantize_linears import QuantizeLinears
 from moqc.pipelines import (
     DEFAULT_CANDIDATES,
@@ -149,6 +150,13 @@ def compare_plans(
     return found
 
 
+def plan_pipeline(plan: Plan, budget: Budget, formats: str = DEFAULT_CANDIDATES) -> Pipeline:
+    """The passes that choose bits for `plan`, from its own candidates or those of `formats` if it can."""
+    wanted = plan.formats or (formats if plan.quantizer in TRELLIS_QUANTIZERS else DEFAULT_CANDIDATES)
+    whole = budget.bits if budget.whole else None
+    return allocation_pipeline(plan, budget.bits, model_bits=whole, formats=wanted)
+
+
 @dataclass(frozen=True)
 class _Entry:
     """What a row is to be about; `text` is the plan's."""
@@ -177,10 +185,7 @@ def _row(
     """Plan, quantize and evaluate; `linears` where the plan does not say."""
     logger.info("planning %s", entry)
     plan, budget = entry.plan, entry.budget
-    wanted = formats if plan.quantizer in TRELLIS_QUANTIZERS else DEFAULT_CANDIDATES
-    whole = budget.bits if budget.whole else None
-    passes = allocation_pipeline(plan, budget.bits, model_bits=whole, formats=wanted)
-    mod = run_passes(passes, bench.mod, ctx, Debug())
+    mod = run_passes(plan_pipeline(plan, budget, formats), bench.mod, ctx, Debug())
     own = LINEAR_PLAN.get(mod) if budget.whole else None
     if own is not None:
         linears = {site: Format.parse(name) for site, name in own.items()}
