@@ -20,7 +20,7 @@ from moqc.passes.allocation_problem import OWN_FORMATS
 from moqc.passes.pipeline import Pipeline
 from moqc.pipelines import ASYMMETRIC_FORMATS, PRIOR, TRELLIS_FORMATS, Debug, run_passes
 
-TRELLIS_THREADS = 4
+TRELLIS_THREADS = 3
 """Trellises take the longest: rows of them get more cores than one."""
 TRELLIS = "+".join(TRELLIS_FORMATS)
 ASYMMETRIC = "+".join(ASYMMETRIC_FORMATS)
