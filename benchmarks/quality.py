@@ -90,7 +90,6 @@ def main() -> None:
     merged: Comparison | None = None
     with processes(options) as pool:
         prepare(pool, [(job.pipeline, job.seed) for job in jobs])
-        print(f"{time.monotonic() - start:.0f} s: prepared", file=sys.stderr, flush=True)
         for done in as_completed([pool.submit(evaluate, job) for job in jobs]):
             part = done.result()
             if part is None:

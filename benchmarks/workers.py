@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
+import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
@@ -102,13 +104,20 @@ def prepare(pool: ProcessPoolExecutor, wanted: Iterable[tuple[Pipeline, int]]) -
                 first[alone] = None
             elif not isinstance(item, AllocateBits | ProfileActivation):  # reads what profile-channels does
                 second[alone] = None
+    start = time.monotonic()
     for done in [pool.submit(_reference), *(pool.submit(_measure, *one) for one in first)]:
         done.result()
+    _say(start, "statistics and gradients")
     sites = pool.submit(_sites).result()
     trellis_first = sorted(costs, key=lambda key: "tcq" not in key[1])
     jobs = [pool.submit(_costs, *one, site) for one in trellis_first for site in sites]
     for done in [*(pool.submit(_measure, *one) for one in second), *jobs]:
         done.result()
+    _say(start, "costs")
+
+
+def _say(start: float, what: str) -> None:
+    print(f"{time.monotonic() - start:.0f} s: {what} measured", file=sys.stderr, flush=True)
 
 
 def _costs(item: MeasureCosts, name: str, seed: int, site: str) -> None:
