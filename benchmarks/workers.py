@@ -1,8 +1,7 @@
 """Processes that plan, quantize and evaluate, for quality.py and ablation.py: what they share.
 
-GPTQ on small matrices is bound by launches on a GPU, and a machine has more cores than GPUs: models run on
-a GPU where there is one, quantizers on the cores. Everything is cached, so the processes divide the work by
-what they ask for.
+Models and quantizers run on a GPU where there is one, but for trellises and MC-MoE's quantizer, which would be
+bound by its launches. Everything is cached, so the processes divide the work by what they ask for.
 """
 
 from __future__ import annotations
@@ -80,7 +79,7 @@ def _start(options: dict[str, Any]) -> None:
     if options["gpus"]:
         (number,) = current_process()._identity  # type: ignore[attr-defined]
         torch.cuda.set_device(number % options["gpus"])
-        _quantize_on_cores()
+        _trellises_on_cores()
     log.be_quiet()
     torch.set_num_threads(1)
     _OPTIONS.update(options)
@@ -148,7 +147,8 @@ def _measure(text: str, seed: int) -> None:
     run_passes(Pipeline.parse(text), bench().mod, context(seed), Debug())
 
 
-def _quantize_on_cores() -> None:
+def _trellises_on_cores() -> None:
+    """What goes column after column without a fused kernel is bound by launches on a GPU."""
     for name, quantizer in STORABLE.items():
         together = quantizer.together and _on_cpu(quantizer.together)
         STORABLE[name] = replace(quantizer, run=_on_cpu(quantizer.run), together=together)
@@ -156,9 +156,12 @@ def _quantize_on_cores() -> None:
 
 
 def _on_cpu(quantizer: Callable[..., Any]) -> Callable[..., Any]:
-    """The quantizer on the CPU, for matrices and Hessians on any device, whose results go there again."""
+    """The quantizer on the CPU but for integer formats; results go to where the matrices are."""
 
     def run(matrices: Tensor, hessian: Tensor | None, wanted: Any) -> Any:
+        formats = wanted if isinstance(wanted, list) else [wanted]
+        if all(isinstance(fmt, Format) and not fmt.trellis for fmt in formats):
+            return quantizer(matrices, hessian, wanted)
         found = quantizer(matrices.cpu(), None if hessian is None else hessian.cpu(), wanted)
         return _moved(found, matrices.device)
 
