@@ -1,7 +1,7 @@
 """Processes that plan, quantize and evaluate, for quality.py and ablation.py: what they share.
 
-Models and quantizers run on a GPU where there is one, but for trellises and MC-MoE's quantizer, which would be
-bound by its launches. Everything is cached, so the processes divide the work by what they ask for.
+Models and quantizers run on a GPU where there is one, but for trellises and MC-MoE's quantizer, which would
+be bound by its launches. Everything is cached, so the processes divide the work by what they ask for.
 """
 
 from __future__ import annotations
