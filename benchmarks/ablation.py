@@ -11,8 +11,7 @@ from __future__ import annotations
 import argparse
 from concurrent.futures import as_completed
 
-import torch
-from workers import add_options, bench, context, prepare, processes
+from workers import add_options, bench, context, prepare, processes, set_threads
 
 from moqc.calibrate.quantize import quantize_experts
 from moqc.ir.annotations import BITS
@@ -20,8 +19,6 @@ from moqc.passes.allocation_problem import OWN_FORMATS
 from moqc.passes.pipeline import Pipeline
 from moqc.pipelines import ASYMMETRIC_FORMATS, PRIOR, TRELLIS_FORMATS, Debug, run_passes
 
-TRELLIS_THREADS = 3
-"""Trellises take the longest: rows of them get more cores than one."""
 TRELLIS = "+".join(TRELLIS_FORMATS)
 ASYMMETRIC = "+".join(ASYMMETRIC_FORMATS)
 MANY = (
@@ -30,9 +27,9 @@ MANY = (
 )
 
 
-def analyses(options: str = "", prior: float = PRIOR, rotate: str = "true") -> str:
+def analyses(options: str = "", prior: float = PRIOR, rotate: str = "true", curvature: str = "expert") -> str:
     """The default ones with other options of measure-costs."""
-    given = f"curvature=token prior={prior} rotate={rotate} {options}".strip()
+    given = f"curvature={curvature} prior={prior} rotate={rotate} {options}".strip()
     return f"profile-channels,measure-gradients,measure-costs{{{given}}}"
 
 
@@ -46,6 +43,7 @@ VARIANTS = {
     "formats with zero points": (analyses(f"formats={ASYMMETRIC}"), "", "gptq"),
     "more formats": (analyses(f"formats={MANY}"), "", "gptq"),
     "inputs of down not rotated": (analyses(rotate="false"), "", "gptq"),
+    "curvature by token": (analyses(curvature="token"), "", "gptq"),
     "curvature by block": (
         f"profile-channels,measure-sensitivity,measure-costs{{prior={PRIOR} rotate=true}}", "", "gptq",
     ),
@@ -72,7 +70,7 @@ def measure(name: str, bits: str, seed: int) -> list[float]:
     """Expert file bits a weight, increase on the domains, and on every unseen file."""
     passes, allocation, quantizer = VARIANTS[name]
     ctx, opened = context(seed), bench()
-    torch.set_num_threads(TRELLIS_THREADS if "tcq" in passes else 1)
+    set_threads("tcq" in passes)
     reference = opened.measure(None, {})
     chosen = f"{passes},allocate-bits{{bits={bits}{allocation}}}".lstrip(",")
     mod = run_passes(Pipeline.parse(chosen), opened.mod, ctx, Debug())

@@ -18,7 +18,7 @@ import time
 from concurrent.futures import as_completed
 from dataclasses import dataclass, replace
 
-from workers import add_options, bench, context, prepare, processes
+from workers import add_options, bench, context, prepare, processes, set_threads
 
 from moqc.errors import BudgetError
 from moqc.evaluate.compare import Budget, Comparison, compare_plans, keep, plan_pipeline
@@ -51,6 +51,7 @@ class Job:
 def evaluate(job: Job) -> Comparison | None:
     """The comparison of one row; None where the budget is out of the plan's reach."""
     try:
+        set_threads("tcq" in str(job.pipeline))
         plan = (job.plan, Plan.parse(job.plan))
         return compare_plans(
             {job.seed: context(job.seed)}, bench(), [plan], [job.budget], formats=job.formats

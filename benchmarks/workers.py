@@ -59,6 +59,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--calib-tokens", type=int, default=32_768)
     parser.add_argument("--questions", type=int, default=200)
     parser.add_argument("--workers", type=int, default=os.cpu_count())
+    parser.add_argument("--trellis-threads", type=int, default=4)
 
 
 def processes(options: argparse.Namespace) -> ProcessPoolExecutor:
@@ -130,7 +131,8 @@ def _costs(item: MeasureCosts, name: str, seed: int, site: str) -> None:
         replace(statistics, keys={site: statistics.keys[site]}),
         [Format.parse(name)],
         quantizer=item.quantizer,
-        gradients=measure_gradients(*sources) if item.curvature == "token" else None,
+        gradients=None if item.curvature == "block" else measure_gradients(*sources),
+        by_token=item.curvature == "token",
         rotate=item.rotate,
     )
 
@@ -145,6 +147,11 @@ def _reference() -> None:
 
 def _measure(text: str, seed: int) -> None:
     run_passes(Pipeline.parse(text), bench().mod, context(seed), Debug())
+
+
+def set_threads(trellis: bool) -> None:
+    """One thread a process, and more for plans of trellises, which take the longest."""
+    torch.set_num_threads(_OPTIONS["trellis_threads"] if trellis else 1)
 
 
 def _trellises_on_cores() -> None:

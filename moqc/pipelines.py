@@ -56,7 +56,7 @@ ANALYSES = {
         "profile-activation",
         "profile-channels",
         "measure-gradients",
-        "measure-costs{{quantizer={quantizer} formats={formats} curvature=token prior={prior}{rotate}}}",
+        "measure-costs{{quantizer={quantizer} formats={formats} curvature=expert prior={prior}{rotate}}}",
     ),
 }
 """What an allocator reads is measured by these passes; any other allocator gets all of them."""

@@ -22,6 +22,8 @@ from moqc.quant.quantizers import STORABLE
 
 FORMATS = ("int1-g128-sym-s8", "int2-g128-sym-s8", "int3-g128-sym-s8", "int4-g128-s8")
 """Zero points would not pay for their bits; docs/methods.md has the costs."""
+WEIGHTED = ("expert", "token")
+"""Curvatures that are made of gradients."""
 LARGEST = 1e12
 """The largest cost where costs are no nats."""
 
@@ -31,8 +33,9 @@ class MeasureCosts(Pass):
     """Quantize every expert projection alone, in every format, and measure the block's output error.
 
     `quantizer` is one of gptq, awq, rtn and hqq. A unit's cost on a dataset is the squared error a token,
-    multiplied by the block's SENSITIVITY where that was measured; with ``curvature=token``, every component
-    of the error is weighted by the squared gradient of the loss there instead. The cost is the mean over the
+    multiplied by the block's SENSITIVITY where that was measured. With ``curvature=expert`` it is weighted by
+    half the mean squared gradient of the loss in the expert's output instead, with ``curvature=token`` every
+    component by that of its own token and channel. The cost is the mean over the
     datasets plus `robustness` times their standard deviation, of which a share of `prior` is replaced by the
     cost on text that uses all experts alike: the domains that calibration lacks. With `rotate`, the inputs of
     down are rotated, as `quantize-experts{rotate=true}` will have them. Writes COSTS: ``{site: {projection:
@@ -52,7 +55,7 @@ class MeasureCosts(Pass):
 
     def required(self) -> tuple[Key[Any], ...]:
         """The sensitivity may be missing: all blocks then count the same."""
-        return (CHANNELS, GRADIENTS) if self.curvature == "token" else (CHANNELS,)
+        return (CHANNELS, GRADIENTS) if self.curvature in WEIGHTED else (CHANNELS,)
 
     def run(self, mod: IRModule, ctx: PassContext) -> IRModule:
         """Needs a checkpoint, calibration text and a workspace."""
@@ -60,8 +63,8 @@ class MeasureCosts(Pass):
             raise PipelineError(
                 f"{self.name}: quantizer={self.quantizer} is not one of {', '.join(STORABLE)}"
             )
-        if self.curvature not in ("block", "token"):
-            raise PipelineError(f"{self.name}: curvature={self.curvature} is not one of block, token")
+        if self.curvature not in ("block", *WEIGHTED):
+            raise PipelineError(f"{self.name}: curvature={self.curvature} is not one of block, expert, token")
         if self.robustness < 0:
             raise PipelineError(f"{self.name}: robustness={self.robustness:g} must not be negative")
         if not 0 <= self.prior <= 1:
@@ -71,18 +74,19 @@ class MeasureCosts(Pass):
         checkpoint, calibration = ctx.need("checkpoint", self.name), ctx.need("calibration", self.name)
         statistics = collect_statistics(checkpoint, calibration, ctx.need("workspace", self.name))
         formats = [Format.parse(name) for name in self.formats]
-        by_token = self.curvature == "token"
-        gradients = run_backward(ctx, self.name, GRADIENTS.of(mod)["tokens"]) if by_token else None
+        weighted = self.curvature in WEIGHTED
+        gradients = run_backward(ctx, self.name, GRADIENTS.of(mod)["tokens"]) if weighted else None
         costs = measure_costs(
             checkpoint,
             statistics,
             formats,
             quantizer=self.quantizer,
             gradients=gradients,
+            by_token=self.curvature == "token",
             rotate=self.rotate,
         )
         sensitivity = SENSITIVITY.get(mod)
-        if by_token:  # the change of the loss, by the diagonal of the Fisher information
+        if weighted:  # the change of the loss, by the diagonal of the Fisher information
             factor = dict.fromkeys(costs, 0.5 * NATS)
         elif sensitivity is not None:
             factor = {site: sensitivity[site] / SCALE * NATS for site in costs}

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TypedDict
 
 import torch
@@ -35,7 +36,7 @@ from moqc.quant.problem import MCMOE_BITS
 from moqc.quant.quantizers import STORABLE
 from moqc.quant.versions import QUANTIZER_VERSIONS
 
-VERSION = 3
+VERSION = 4
 """Of what is measured here; part of every cache key, as are the versions of the quantizers."""
 
 NOISE = 0.1
@@ -65,29 +66,31 @@ def measure_costs(
     *,
     quantizer: str = "gptq",
     gradients: Gradients | None = None,
+    by_token: bool = False,
     rotate: bool = False,
 ) -> dict[str, SiteCosts]:
     """Costs of all units: site -> projection -> format -> `UnitCosts`.
 
     The number is ``Σ_t g_t² ‖E(x_t) - E_q(x_t)‖²`` over the dataset's tokens routed to the expert, per token
     of the dataset, taken from a `Sample`: the squared error in the block's output when this unit alone is
-    quantized with `quantizer`, one of `STORABLE`. With `gradients`, every squared component is multiplied by
-    the squared gradient of the loss there; with `rotate`, the inputs of down are rotated. ``even`` is what
-    the number would be on text that uses all experts alike (`Sample.even`). Cached by site and format in the
-    statistics' workspace.
+    quantized with `quantizer`, one of `STORABLE`. With `gradients` it is multiplied by the mean squared
+    gradient of the loss in what the expert contributes to; or, `by_token`, every component of the error by
+    that at this very place, on the tokens that have gradients. With `rotate`, the inputs of down are rotated.
+    ``even`` is what the number would be on text that uses all experts alike (`Sample.even`). Cached by site
+    and format in the statistics' workspace.
     """
     workspace, version = statistics.workspace, QUANTIZER_VERSIONS[quantizer]
     model = LayeredModel(checkpoint)
     costs: dict[str, SiteCosts] = {}
     for site in track(statistics.sites, "measuring costs"):
         source = [statistics.keys[site], None if gradients is None else gradients.keys[site]]
-        source += ["rotated"] if rotate else []
+        source += ["by token"] * by_token + ["rotated"] * rotate
         keys = {fmt: digest("costs", VERSION, version, source, quantizer, str(fmt)) for fmt in formats}
         missing = [fmt for fmt in formats if not workspace.has(keys[fmt])]
         if missing:
             weights, measured = model.experts(site), statistics.of(site)
             weights = weights.rotated() if rotate else weights
-            sample = measured.sample if gradients is None else gradients.sample(site)
+            sample = _weighted(measured, None if gradients is None else gradients.sample(site), by_token)
             found = _site_costs(weights, measured, sample, missing, quantizer)
             for fmt in missing:
                 workspace.save_json(keys[fmt], found[fmt])
@@ -95,6 +98,16 @@ def measure_costs(
         projections = next(iter(by_format.values())).keys()
         costs[site] = {name: {fmt: by_format[fmt][name] for fmt in by_format} for name in projections}
     return costs
+
+
+def _weighted(measured: SiteStatistics, with_gradients: Sample | None, by_token: bool) -> Sample:
+    """The tokens on which errors are measured, with their curvature; how often experts are used is of all."""
+    if with_gradients is None or with_gradients.curvature is None:
+        return measured.sample
+    if by_token:
+        return replace(with_gradients, pairs=measured.pairs, tokens=measured.tokens)
+    mean = with_gradients.leaning(with_gradients.curvature.mean(2)).float()
+    return replace(measured.sample, curvature=mean.view(-1, 1, 1))
 
 
 @torch.inference_mode()

@@ -54,7 +54,7 @@ class Sample:
 
     `x` float32 [E, S, H]; `weights` float32 [E, S], the routing weights, 0 for no token; `datasets` int64
     [E, S]; `pairs` int64 [D, E], how many there were to draw from; `tokens` seen in all. `curvature` float32
-    [E, S, H]: what a squared error of the block's output costs, None where all count the same.
+    [E, S, H] or [E, 1, 1]: what a squared error of the block's output costs, None where all count the same.
     """
 
     x: Tensor
@@ -99,13 +99,17 @@ class Sample:
         square of the site's. An expert's mean error leans on that of all experts by `PRIOR_PAIRS` pairs.
         """
         kept, counts = self.weights != 0, self.pairs.sum(0).double()
-        drawn = kept.sum(1).double()
-        sums = torch.where(kept, errors, 0.0).double().sum(1)
-        overall = sums.sum() / drawn.sum().clamp(min=1)
-        means = (sums + PRIOR_PAIRS * overall) / (drawn + PRIOR_PAIRS)
+        drawn, means = kept.sum(1).double(), self.leaning(errors)
         squares = self.weights.double().square().sum(1) / drawn.clamp(min=1)
         weight = (squares * counts).sum() / counts.sum().clamp(min=1)
         return means * weight * counts.sum() / (self.tokens * len(counts))
+
+    def leaning(self, values: Tensor) -> Tensor:
+        """Mean of each expert, leaning on that of all by `PRIOR_PAIRS` pairs: float64 [E] of [E, S]."""
+        kept = self.weights != 0
+        drawn, sums = kept.sum(1).double(), torch.where(kept, values, 0.0).double().sum(1)
+        overall = sums.sum() / drawn.sum().clamp(min=1)
+        return (sums + PRIOR_PAIRS * overall) / (drawn + PRIOR_PAIRS)
 
 
 @dataclass(frozen=True)

@@ -3,12 +3,14 @@
 import statistics
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from tvm import IRModule
 
 from moqc.calibrate import costs
 from moqc.calibrate.layers import LayeredModel
-from moqc.calibrate.statistics import collect_statistics
+from moqc.calibrate.statistics import PRIOR_PAIRS, collect_statistics
 from moqc.errors import PipelineError
 from moqc.ir.annotations import COSTS, SENSITIVITY
 from moqc.passes.measure_costs import MeasureCosts
@@ -74,7 +76,7 @@ def test_sensitivity_turns_costs_into_nats(moe: IRModule, calibrated: Any) -> No
     [
         ({"quantizer": "mcmoe"}, "quantizer=mcmoe is not one of rtn, hqq, awq, gptq"),
         ({"formats": ()}, "formats= is empty"),
-        ({"curvature": "layer"}, "curvature=layer is not one of block, token"),
+        ({"curvature": "layer"}, "curvature=layer is not one of block, expert, token"),
         ({"robustness": -1.0}, "robustness=-1 must not be negative"),
         ({"prior": 1.5}, "prior=1.5 must be from 0 to 1"),
     ],
@@ -109,6 +111,28 @@ def test_curvature_by_token_weighs_components_with_squared_gradients(moe: IRModu
     for name, value in zip(FORMATS, expected, strict=True):
         # Half the squared gradient: the diagonal of the Fisher information, in 1e-15 nats.
         assert found[SECOND]["down"][name][2] == pytest.approx(float(value) * 0.5e15, rel=1e-3)
+
+
+def test_curvature_by_expert_is_the_mean_squared_gradient_in_its_output(
+    moe: IRModule, calibrated: Any
+) -> None:
+    """Errors and frequencies are those of all calibration text, the gradients of fewer tokens."""
+    mod = MeasureGradients(tokens=48)(ProfileChannels()(moe, calibrated), calibrated)
+    found = COSTS.of(MeasureCosts(formats=FORMATS, curvature="expert")(mod, calibrated))
+    gradients = run_backward(calibrated, "test", 48).sample(SECOND)
+    collected = collect_statistics(calibrated.checkpoint, calibrated.calibration, calibrated.workspace)
+    assert gradients.tokens < collected.of(SECOND).tokens
+    plain = measured(calibrated)
+    of_expert = [gradients.curvature[e][gradients.weights[e] != 0].mean(1) for e in range(8)]
+    overall = torch.cat(of_expert).mean()
+    for name in FORMATS:
+        error = np.mean(plain[SECOND]["down"][name]["datasets"], axis=0)
+        for expert in range(8):
+            own = of_expert[expert]
+            mean = float((own.sum() + PRIOR_PAIRS * overall) / (len(own) + PRIOR_PAIRS))
+            assert found[SECOND]["down"][name][expert] == pytest.approx(
+                error[expert] * mean * 0.5e15, rel=1e-3
+            )
 
 
 def test_costs_need_the_channels_first(moe: IRModule, calibrated: Any) -> None:
