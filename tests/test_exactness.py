@@ -17,15 +17,15 @@ import torch
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 import moqc
+from moqc.calibrate.experts import ExpertWeights
 from moqc.calibrate.forward import reference_forward
-from moqc.calibrate.store import ProjectionResult
+from moqc.calibrate.store import ProjectionResult, substituted
 from moqc.evaluate.metrics import Accumulator, evaluation_windows
 from moqc.frontend.checkpoint import Checkpoint
 from moqc.manifest import read_manifest
 from moqc.quant.formats import Format
 from moqc.quant.hadamard import rotate
 from moqc.quant.pack import Packed, unpack
-from moqc.quant.protection import Protection
 from moqc.quant.tensor import Quantized
 from moqc.tensorfile import open_tensors
 
@@ -98,17 +98,14 @@ class _Experts:
     def rotated(self) -> bool:
         return read_manifest(self.stored.folder).rotated
 
-    @property
-    def protections(self) -> dict[str, Protection]:
-        return {}
-
-    def site(self, site: str) -> dict[str, ProjectionResult]:
+    def block(self, site: str, weights: ExpertWeights) -> ExpertWeights:
         inner, hidden = self.config.moe_intermediate_size, self.config.hidden_size
         shapes = {"gate": (inner, hidden), "up": (inner, hidden), "down": (hidden, inner)}
-        return {
+        found = {
             name: ProjectionResult(simulated=self.stored.experts(site, name, *shape))
             for name, shape in shapes.items()
         }
+        return substituted(weights.rotated() if self.rotated else weights, found)
 
 
 @dataclasses.dataclass(frozen=True)
