@@ -98,14 +98,16 @@ class _Experts:
     def rotated(self) -> bool:
         return read_manifest(self.stored.folder).rotated
 
-    def block(self, site: str, weights: ExpertWeights) -> ExpertWeights:
+    def site(self, site: str) -> dict[str, ProjectionResult]:
         inner, hidden = self.config.moe_intermediate_size, self.config.hidden_size
         shapes = {"gate": (inner, hidden), "up": (inner, hidden), "down": (hidden, inner)}
-        found = {
+        return {
             name: ProjectionResult(simulated=self.stored.experts(site, name, *shape))
             for name, shape in shapes.items()
         }
-        return substituted(weights.rotated() if self.rotated else weights, found)
+
+    def block(self, site: str, weights: ExpertWeights) -> ExpertWeights:
+        return substituted(weights.rotated() if self.rotated else weights, self.site(site))
 
 
 @dataclasses.dataclass(frozen=True)
