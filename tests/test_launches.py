@@ -106,7 +106,7 @@ def test_a_damaged_file_is_refused(tmp_path):
 def test_a_parameter_beyond_the_binding_is_refused_from_headers(tmp_path, monkeypatch):
     """Before the gate, calibration or any pass, whose results would be in the cache."""
     small = replace(find_target("opencl"), largest_binding=1 << 16)
-    monkeypatch.setattr("moqc.compiling.find_target", lambda _: small)
+    monkeypatch.setattr("moqc.compiling.find_target", lambda *_: small)
     with pytest.raises(
         TargetError, match=r"experts gate: about 98,304 bytes .* binds at most 65,536; use fewer"
     ):

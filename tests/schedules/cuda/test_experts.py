@@ -378,7 +378,7 @@ def test_compiles_for_gpus_without_warp_groups(tmp_path, build):
     """A whole layer, its grouped product by mma.sync, in the shared memory of sm_89."""
     shared = 99 * 1024
     layer = experts_function(LAYERS["plain"].shape, grouped=9, warp_groups=False, shared=shared)
-    assert dict(layer.attrs["moqc.kernel"])["recorded"] == {}
+    assert len(layer.attrs["moqc.kernel"]["recorded"]) == 0
     path = tmp_path / "kernels.so"
     build({"layer": layer}, "sm_89").export_library(str(path))
     assert b"sm_89" in path.read_bytes()
