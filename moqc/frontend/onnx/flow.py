@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, shape_inference
 from onnx.reference import ReferenceEvaluator
 
-from moqc.frontend.onnx.reader import OnnxModel
+from moqc.errors import ModelError
+from moqc.frontend.onnx.reader import MICROSOFT, MOQC, OnnxModel
 
 Array = NDArray[Any]
 FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE)
@@ -269,7 +270,13 @@ def _read(attribute: onnx.AttributeProto) -> Iterator[str]:
 
 
 def _infer_types(model: OnnxModel) -> dict[str, onnx.TypeProto.Tensor]:
-    whole = helper.make_model(model.graph, opset_imports=[helper.make_opsetid("", model.opset)])
-    graph = shape_inference.infer_shapes(whole, data_prop=True).graph
+    """What onnx infers; of operators of other domains nothing. Raises ModelError for types that clash."""
+    opsets = [("", model.opset), (MICROSOFT, 1), (MOQC, 1)]
+    whole = helper.make_model(model.graph, opset_imports=[helper.make_opsetid(*pair) for pair in opsets])
+    try:
+        graph = shape_inference.infer_shapes(whole, data_prop=True).graph
+    except shape_inference.InferenceError as error:
+        text = " ".join(str(error).split())
+        raise ModelError(f"{model.path}: onnx cannot infer its types: {text}") from error
     values = (*graph.value_info, *graph.input, *graph.output)
     return {value.name: value.type.tensor_type for value in values}

@@ -1,5 +1,6 @@
 """moqc's operator in ONNX: written by torch's exporter for a hooked model, read back, compiled."""
 
+import numpy as np
 import onnx
 import pytest
 import torch
@@ -8,6 +9,7 @@ from small_models import make_config
 
 import moqc
 from moqc.errors import ModelError
+from moqc.frontend import masks
 from moqc.frontend.gate import random_model
 from moqc.frontend.hooks import hook
 from moqc.frontend.onnx.exporter import translations
@@ -52,21 +54,64 @@ def test_what_torch_exports_with_our_operator_is_compiled(model_type, tmp_path):
         assert (torch.from_numpy(found) - expected).norm() < 1e-5 * expected.norm()
 
 
-def save(path, shapes, activation):
-    """A graph of one node with weights of these shapes."""
+class Logits(torch.nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids, places):
+        return self.model(input_ids=ids, position_ids=places, use_cache=False).logits
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_a_whole_model_of_one_length(tmp_path):
+    """Of any length it does not get through TVM's importer."""
+    model, path = random_model(make_config("olmoe")), tmp_path / "model.onnx"
+    hook(model)
+    ids, places = torch.randint(3, 60, (1, 7)), torch.arange(7)[None]
+    with masks.unpacked():
+        exported = torch.onnx.export(
+            Logits(model.eval()),
+            (ids, places),
+            input_names=["ids", "places"],
+            dynamo=True,
+            verbose=False,
+            custom_translation_table=translations(),
+        )
+    exported.save(path)
+    moqc.compile(path, tmp_path / "out", cache=tmp_path / "cache", pipeline="legalize,schedule")
+    graph = moqc.load_graph(tmp_path / "out")
+    (found,) = graph.run({"ids": ids.numpy(), "places": places.numpy()}).values()
+    expected = Logits(model)(ids, places)
+    torch.testing.assert_close(torch.from_numpy(found), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_router_before_a_node_is_no_block_of_its_own(tmp_path):
+    save(tmp_path / "model.onnx", {"up": UP, "down": DOWN}, "silu", routed=True)
+    assert list(import_onnx(tmp_path / "model.onnx").blocks) == ["block"]
+
+
+def save(path, shapes, activation, routed=False):
+    """A graph of one node with weights of these shapes; `routed`: the first of x choose its experts."""
     given = [
         helper.make_tensor_value_info("x", TensorProto.FLOAT, ["tokens", 32]),
         helper.make_tensor_value_info("ids", TensorProto.INT64, ["tokens", 2]),
         helper.make_tensor_value_info("weights", TensorProto.FLOAT, ["tokens", 2]),
     ]
     names = ["x", "ids", "weights", *(name if name in shapes else "" for name in ("gate", "up", "down"))]
+    top = helper.make_node("TopK", ["x", "two"], ["weights", "ids"], axis=-1)
     node = helper.make_node("Experts", names, ["y"], domain="ai.moqc", site="block", activation=activation)
     stored = [numpy_helper.from_array(torch.zeros(shape).numpy(), name) for name, shape in shapes.items()]
+    if routed:
+        given, stored = given[:1], [*stored, numpy_helper.from_array(np.array([2]), "two")]
     y = [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["tokens", 32])]
     opsets = [helper.make_opsetid("", 20), helper.make_opsetid("ai.moqc", 1)]
     onnx.save(
         helper.make_model(
-            helper.make_graph([node], "g", given, y, stored), opset_imports=opsets, ir_version=10
+            helper.make_graph([top, node] if routed else [node], "g", given, y, stored),
+            opset_imports=opsets,
+            ir_version=10,
         ),
         path,
     )
