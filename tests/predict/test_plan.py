@@ -90,7 +90,7 @@ def test_a_window_limits_what_is_read():
 @pytest.mark.parametrize(
     ("budget", "message"),
     [
-        ({"bits": 0.5}, r"out of reach: plans take 1\.188 to"),
+        ({"bits": 0.5}, r"out of reach: plans take 1\.063 to"),
         ({"bits": 17.0}, "at most 16"),
         ({"size": 1 << 30}, "smallest plan"),
         ({"latency": 1e-6}, "smallest plan"),
