@@ -696,13 +696,14 @@ __device__ __forceinline__ void gate_up(void* memory, const X* x, const void* fa
   wait_for_previous_kernel();
   start_next_kernel();
   const int used = P::TOKENS > 1 ? load_now((const int*)hit) : 0;
-  const long long expert = load_now(slots + slot);
-  const int token = P::TOKENS == 1 ? 0 : load_now((const int*)member_list + slot * P::TOKENS + lane / 4);
-  constexpr bool SAME_COLUMN = P::THREADS / ROWS % P::TOKENS == 0;   // a thread finishes values of one column
-  const float early = load_now(shares + slot * P::TOKENS + threadIdx.x / ROWS % P::TOKENS);
+  long long expert = P::TOKENS > 1 ? (long long)load_now(slots + slot) : 0;
+  const int token = P::TOKENS > 1 ? load_now((const int*)member_list + slot * P::TOKENS + lane / 4) : 0;
+  constexpr bool SAME_COLUMN = P::TOKENS > 1 && P::THREADS / ROWS % P::TOKENS == 0;   // a thread finishes values of one column
+  const float early = SAME_COLUMN ? load_now(shares + slot * P::TOKENS + threadIdx.x / ROWS % P::TOKENS) : 0.0f;
   if (!HALVES<X>)
     for (long long i = (long long)blockIdx.x * P::THREADS + threadIdx.x; i < (long long)tokens * L::H; i += (long long)gridDim.x * P::THREADS) y[i] = 0.0f;
   if (P::TOKENS > 1 && slot >= used) return;
+  if (P::TOKENS == 1) expert = slots[slot];
   const void* const tensors[] = {packed...};
   constexpr int CLASSES = largest(Gates::COUNT, Ups::COUNT);
   const int2 second_place = find<CLASSES, L::EXPERTS>(table + 2 * L::EXPERTS, expert, lane);
