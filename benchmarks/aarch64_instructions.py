@@ -22,6 +22,7 @@ import tvm
 from moqc.quant.formats import ALL_FORMATS, ROW_TILE, Format
 from moqc.schedules.cpu.emit import kernel, load, loop, store, symbol
 from moqc.schedules.cpu.families import FAMILIES
+from moqc.schedules.cpu.plan import RowsPlan
 from moqc.schedules.cpu.tiles import Activations, Weights, row_product
 from moqc.targets import Target, find_target
 
@@ -71,7 +72,7 @@ def disassemble(target: Target, fmt: Format) -> list[tuple[int, str, str]]:
         weights = Weights.declare(k, "", fmt, symbol("b"), columns)
         y = k.parameter("y", [symbol("b2"), ROW_TILE], "float32")
         with loop(0, y.shape[0]) as block:
-            totals = row_product(family, weights.block(0, block), x, block)
+            totals = row_product(family, weights.block(0, block), x, block, RowsPlan())
             for half, total in enumerate(totals):
                 value = load(total, [0], f"float32x{family.lanes}")
                 store(y, [block, half * family.lanes], value)
