@@ -10,9 +10,10 @@
                   "rule": "t8a64u1", "rule_microseconds": 68.2, "tried": 12}, ...]}
 
 `bits` is the width of the widest code, `several`: whether there are several formats, `zeros`: whether any is
-asymmetric. `rule` is the plan used without a record. "format", where all experts have the same one, is what
-was measured. "timed" is "layer" where the times are those of whole layers, in which the plan was chosen; such
-a record has no format, and no kernel's time is made of it.
+asymmetric; of formats that share all that, the last record decides. `rule` is the plan used without a record.
+"format", where all experts have the same one, is what was measured. "timed" is "layer" where the times are
+those of whole layers, in which the plan was chosen; such a record has no format, and no kernel's time is made
+of it.
 """
 
 from __future__ import annotations
