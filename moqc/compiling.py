@@ -108,7 +108,7 @@ def _checked(model: str | Path, machines: Sequence[Target], options: CompileOpti
     """Open the model; refuse what cannot be compiled for all `machines`, by options and headers alone."""
     from moqc.frontend.checkpoint import Checkpoint
     from moqc.limits import check_bindings, check_kernels, longest_chunk
-    from moqc.pipelines import check_lowering, needs_calibration
+    from moqc.pipelines import check_bits, check_lowering, needs_calibration
     from moqc.toolchains import check_toolchain
 
     for machine in machines:
@@ -116,8 +116,9 @@ def _checked(model: str | Path, machines: Sequence[Target], options: CompileOpti
         check_kernels(machine, options)
         check_lowering(options.linears, machine.mode(options.activations), options.max_batch)
     needs_calibration(options)  # knows the plans there are
-    checkpoint = Checkpoint.open(resolve_model(model))
     bits = options.bits if options.model_bits is None else options.model_bits
+    check_bits(bits)
+    checkpoint = Checkpoint.open(resolve_model(model))
     for machine in machines:
         longest_chunk(checkpoint.config, machine, 1, options.max_batch)
         check_bindings(checkpoint, machine, bits, options.linears)

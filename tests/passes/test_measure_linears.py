@@ -67,7 +67,7 @@ def test_one_budget_for_the_whole_model(imported: IRModule, calibrated: Any, bit
 def test_impossible_budgets_and_options(imported: IRModule, calibrated: Any) -> None:
     with pytest.raises(BudgetError, match="out of reach: these formats"):
         Pipeline.parse(TEXT % 1.0).run(imported, calibrated)
-    with pytest.raises(BudgetError, match="model_bits=-1: give file bits"):
+    with pytest.raises(BudgetError, match="model_bits=-1: must be above 0"):
         Pipeline.parse(TEXT % -1).run(imported, calibrated)
     with pytest.raises(PipelineError, match="allocator only"):
         Pipeline.parse("allocate-bits{model_bits=4.0 allocator=uniform}").run(
