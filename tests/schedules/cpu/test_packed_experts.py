@@ -155,7 +155,7 @@ def _random_ids(tokens: int) -> torch.Tensor:
 @pytest.mark.parametrize("name", LAYERS)
 def test_equals_the_reference(layers, relative_error, name, tokens):
     actual, expected = _compare(layers, name, _random_ids(tokens))
-    # A code of the int8 hidden tensor on the other side of a tie costs up to 1e-3; the small layers have none.
+    # An int8 code of the hidden tensor beyond a tie costs up to 1e-3; the small layers have none.
     allowed = {"float": 2e-6, "int8": 1e-3 if name == "long" else 1e-4}
     assert relative_error(actual, expected) < allowed[LAYERS[name].mode]
 
