@@ -110,7 +110,7 @@ class Results:
     ) -> list[object]:
         shown = []
         for us, most in zip(own, limits, strict=True):
-            met = "" if most is None else f" ({most:.4g}, {'met' if us <= most * 1.005 else 'missed'})"
+            met = "" if most is None else f" ({most:.4g}, {'met' if us <= most else 'missed'})"
             shown.append(f"{us:.1f}{met}")
         peers = [self.us.get(("humming", shape, width, tokens)) for width in WIDTHS]
         ratios = " / ".join(ratio(us, peer) for us, peer in zip(own, peers, strict=True))

@@ -70,6 +70,8 @@ def check_bindings(checkpoint: Checkpoint, target: Target, bits: float, linears:
 
 def check_caches(mod: IRModule, target: Target, context: int, batch: int) -> None:
     """Raise TargetError where a cache of the imported model would be larger than that."""
+    if target.largest_binding is None:
+        return  # planning takes a pass over the model
     planned = PlanCache(context=context, batch=batch)(mod, PassContext(target=target))
     for shape in CACHE.of(planned)["tensors"]:
         size = _FLOAT_BYTES * prod(shape)

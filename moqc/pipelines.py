@@ -173,14 +173,14 @@ def allocation_pipeline(
     """The passes that end with moqc.bits: measure what the allocator reads, then allocate.
 
     With `model_bits`, the budget is file bits a weight of the whole model, and `bits` does nothing. `formats`
-    are the candidates, as for `candidate_formats`, and 8 bits where `overrides` ask for them; `rotate`: the
-    kernels can rotate the inputs of down.
+    are the candidates of a plan that does not name its own, as for `candidate_formats`, and 8 bits where
+    `overrides` ask for them; `rotate`: the kernels can rotate the inputs of down.
     """
     # What is measured with a simulated quantizer is measured with the one whose formats are real.
     quantizer = plan.quantizer if plan.quantizer in STORABLE else DEFAULT_QUANTIZER
     analyses = ANALYSES.get(plan.allocator, (*ANALYSES["pmq"], *ANALYSES["global"]))
     budget = bits if model_bits is None else model_bits
-    candidates = candidate_formats(budget, layout, plan.quantizer, formats)
+    candidates = candidate_formats(budget, layout, plan.quantizer, plan.formats or formats)
     if WIDE not in candidates and any(8 in override.bits for override in overrides):
         candidates = (*candidates, WIDE)
     names = "+".join(candidates)

@@ -24,6 +24,7 @@ FORMATS = ("int1-g128-sym-s8", "int2-g128-sym-s8", "int3-g128-sym-s8", "int4-g12
 """Zero points would not pay for their bits; docs/methods.md has the costs."""
 WEIGHTED = ("expert", "token")
 """Curvatures that are made of gradients."""
+CURVATURES = ("block", *WEIGHTED)
 LARGEST = 1e12
 """The largest cost where costs are no nats."""
 
@@ -63,8 +64,10 @@ class MeasureCosts(Pass):
             raise PipelineError(
                 f"{self.name}: quantizer={self.quantizer} is not one of {', '.join(STORABLE)}"
             )
-        if self.curvature not in ("block", *WEIGHTED):
-            raise PipelineError(f"{self.name}: curvature={self.curvature} is not one of block, expert, token")
+        if self.curvature not in CURVATURES:
+            raise PipelineError(
+                f"{self.name}: curvature={self.curvature} is not one of {', '.join(CURVATURES)}"
+            )
         if self.robustness < 0:
             raise PipelineError(f"{self.name}: robustness={self.robustness:g} must not be negative")
         if not 0 <= self.prior <= 1:

@@ -25,3 +25,12 @@ class ExpertsLayer:
     down: tuple[Format, ...]
     activation: str = "silu_glu"
     biases: tuple[str, ...] = ()
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int]:
+        """Experts, top_k, hidden and intermediate, as records of plans have them."""
+        return self.experts, self.top_k, self.hidden, self.intermediate
+
+    def formats(self, kernel: str) -> tuple[Format, ...]:
+        """Those of the classes that ``gate_up`` or ``down`` reads."""
+        return self.down if kernel == "down" else (*self.gate, *self.up)

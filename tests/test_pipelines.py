@@ -34,6 +34,8 @@ def test_costs_are_measured_for_the_candidates() -> None:
     assert "tcq" not in str(allocation_pipeline(Plan("global"), 2.5))
     chosen = "formats=int4-g64+int2-g32 "
     assert chosen in str(allocation_pipeline(Plan("global"), 3.0, formats="int4-g64, int2-g32"))
+    # A plan that names its own is not asked twice.
+    assert chosen in str(allocation_pipeline(Plan.parse("global:gptq:int4-g64+int2-g32"), 3.0))
     # MxMoE's are those of its paper.
     own = "formats=int1-g128+int2-g128+int3-g128+int4-g128 "
     assert own in str(allocation_pipeline(Plan("mxmoe"), 3.0, formats="int4-g64, int2-g32"))

@@ -152,7 +152,7 @@ def compare_plans(
 
 def plan_pipeline(plan: Plan, budget: Budget, formats: str = DEFAULT_CANDIDATES) -> Pipeline:
     """The passes that choose bits for `plan`, from its own candidates or those of `formats` if it can."""
-    wanted = plan.formats or (formats if plan.quantizer in TRELLIS_QUANTIZERS else DEFAULT_CANDIDATES)
+    wanted = formats if plan.quantizer in TRELLIS_QUANTIZERS else DEFAULT_CANDIDATES
     whole = budget.bits if budget.whole else None
     return allocation_pipeline(plan, budget.bits, model_bits=whole, formats=wanted)
 

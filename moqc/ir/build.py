@@ -28,6 +28,11 @@ def _call(name: str, arguments: Sequence[relax.Expr], **attrs: Any) -> relax.Cal
     return relax.Call(Op.get(name), list(arguments), attrs=make_node("ir.DictAttrs", **attrs))
 
 
+def _limits(**values: int) -> dict[str, int]:
+    """The attributes among `values` that say something: 0 is left out."""
+    return {name: value for name, value in values.items() if value}
+
+
 def experts(
     x: relax.Expr,
     ids: relax.Expr,
@@ -171,7 +176,7 @@ def attention(
     With `latent` the keys end in the values: k has as many columns fewer than q as v has.
     """
     attrs = {"site": site, "scale": scale, "window": window, "softcap": softcap, "causal": causal}
-    attrs |= {name: value for name, value in (("chunk", chunk), ("most", most), ("latent", latent)) if value}
+    attrs |= _limits(chunk=chunk, most=most, latent=latent)
     return _call(ATTENTION, (q, k, v, positions, *tensors), **attrs, operands=list(operands))
 
 
@@ -195,7 +200,7 @@ def cached_attention(
 ) -> relax.Call:
     """Write k and v into the cache slots `positions`, attend slots 0..position; returns the caches too."""
     attrs = {"site": site, "scale": scale, "window": window, "softcap": softcap, "causal": causal}
-    attrs |= {name: value for name, value in (("chunk", chunk), ("most", most), ("latent", latent)) if value}
+    attrs |= _limits(chunk=chunk, most=most, latent=latent)
     arguments = (q, k, v, positions, k_cache, v_cache, *tensors)
     return _call(CACHED_ATTENTION, arguments, **attrs, operands=list(operands))
 

@@ -50,15 +50,6 @@ class ExpertsShape(ExpertsLayer):
     rotated: int = 0
 
     @property
-    def sizes(self) -> tuple[int, int, int, int]:
-        """Experts, top_k, hidden and intermediate, as records of plans have them."""
-        return self.experts, self.top_k, self.hidden, self.intermediate
-
-    def formats(self, kernel: str) -> tuple[Format, ...]:
-        """Those of the classes that ``gate_up`` or ``down`` reads."""
-        return self.down if kernel == "down" else (*self.gate, *self.up)
-
-    @property
     def padded_intermediate(self) -> int:
         """Columns of the hidden tensor between the two kernels."""
         return ceildiv(self.intermediate, COLUMN_TILE) * COLUMN_TILE

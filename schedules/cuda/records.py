@@ -32,9 +32,8 @@ def load() -> Records:
 
 def find(kernel: str, shape: ExpertsShape, tokens: int) -> AnyPlan | None:
     """The plan found for ``gate_up`` or ``down`` at one of `TOKENS`, if it fits this layer's formats."""
-    formats = shape.down if kernel == "down" else (*shape.gate, *shape.up)
-    sizes = (shape.experts, shape.top_k, shape.hidden, shape.intermediate)
-    text = load().plans.get(record_key(kernel, tokens, sizes, formats))
+    formats = shape.formats(kernel)
+    text = load().plans.get(record_key(kernel, tokens, shape.sizes, formats))
     if text is None or not shape.gate:
         return None
     found, projections = parse_plan(text), 2 if kernel == "gate_up" else 1

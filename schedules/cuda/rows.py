@@ -2,7 +2,7 @@
 
 `plan.Plan` keeps the activations of 256 columns in a warp's registers and adds up over warps; here they lie
 in shared memory for the whole block, which leaves registers for more warps. Which is faster is a matter of
-measurement: these plans come from ``records.json`` only.
+measurement: these plans come from records only.
 """
 
 from __future__ import annotations
@@ -14,9 +14,7 @@ from dataclasses import dataclass
 from moqc.errors import InternalError
 from moqc.quant.formats import Format
 from moqc.quant.pack_mma import COLUMNS, ROWS
-
-COLUMN_TOKENS = 8
-"""Tokens of a slot."""
+from moqc.schedules.cuda.plan import COLUMN_TOKENS
 
 
 @dataclass(frozen=True)

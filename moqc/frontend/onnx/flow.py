@@ -22,6 +22,8 @@ from moqc.frontend.onnx.reader import MICROSOFT, MOQC, OnnxModel
 
 Array = NDArray[Any]
 FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE)
+MISFITS = (RuntimeError, ValueError, TypeError, IndexError, KeyError)
+"""What `Flow.run` raises where shapes do not fit."""
 _MEASURES = ("Shape", "Size")
 
 
@@ -168,7 +170,7 @@ class Flow:
     def run(self, given: dict[str, Array], results: list[str]) -> list[Array]:
         """`results` for the values `given`, by onnx's reference. What only its shape is asked of is made up.
 
-        Raises RuntimeError, ValueError, TypeError, IndexError or KeyError where shapes do not fit.
+        Raises `MISFITS` where shapes do not fit.
         """
         wanted, measured = self._wanted(results, given)
         tokens = max(math.prod(value.shape[:-1]) for value in given.values())

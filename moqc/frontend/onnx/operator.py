@@ -14,11 +14,11 @@ from onnx.defs import OpSchema
 from moqc.errors import ModelError, UserError
 from moqc.frontend.onnx.experts import OnnxExperts
 from moqc.frontend.onnx.reader import MOQC, OnnxModel
+from moqc.ir.calls import EXPERT_OPERANDS, PROJECTIONS
 from moqc.quant.activations import parse_activation
 from moqc.quant.tensor import Quantized
 
 EXPERTS = "Experts"
-OPERANDS = ("gate", "up", "down", "gate_bias", "up_bias", "down_bias")
 
 
 def register() -> None:
@@ -26,7 +26,7 @@ def register() -> None:
     if onnx.defs.has(EXPERTS, 1, MOQC):
         return
     given, optional = OpSchema.FormalParameter, OpSchema.FormalParameterOption.Optional
-    operands = [given(name, "T", param_option=optional) for name in OPERANDS]
+    operands = [given(name, "T", param_option=optional) for name in EXPERT_OPERANDS]
     onnx.defs.register_schema(
         OpSchema(
             EXPERTS,
@@ -54,7 +54,7 @@ def read_operator(node: onnx.NodeProto, model: OnnxModel) -> OnnxExperts:
     attributes = {entry.name: helper.get_attribute_value(entry) for entry in node.attribute}
     site = attributes.get("site", b"").decode() or node.name or node.output[0]
     where = f"{model.path}: {EXPERTS} node {site}"
-    names = {name: stored for name, stored in zip(OPERANDS, node.input[3:], strict=False) if stored}
+    names = {name: stored for name, stored in zip(EXPERT_OPERANDS, node.input[3:], strict=False) if stored}
     operands = {
         name: torch.from_numpy(model.array(stored).astype("float32")) for name, stored in names.items()
     }
@@ -64,14 +64,14 @@ def read_operator(node: onnx.NodeProto, model: OnnxModel) -> OnnxExperts:
         raise ModelError(f"{where}: {error}") from error
     expected = {"up", "down", *(["gate"] if activation.has_gate else [])}
     matrices: dict[str, torch.Tensor | Quantized] = {
-        name: operands[name] for name in OPERANDS[:3] if name in operands
+        name: operands[name] for name in PROJECTIONS if name in operands
     }
     if set(matrices) != expected:
         raise ModelError(
             f"{where}: has {', '.join(matrices) or 'no matrices'}; {activation} needs {expected}"
         )
     _check_shapes(operands, where)
-    biases = {name: operands[name] for name in OPERANDS[3:] if name in operands}
+    biases = {name: operands[name] for name in EXPERT_OPERANDS[len(PROJECTIONS) :] if name in operands}
     return OnnxExperts(site, tuple(node.input[:3]), str(activation), None, matrices, biases)
 
 
@@ -81,7 +81,7 @@ def _check_shapes(operands: dict[str, torch.Tensor], where: str) -> None:
         raise ModelError(f"{where}: up has the shape {list(shape)}, expected [experts, rows, columns]")
     experts, inner, hidden = shape
     shapes: dict[str, tuple[int, ...]] = {"gate": shape, "up": shape, "down": (experts, hidden, inner)}
-    shapes |= {f"{name}_bias": shapes[name][:2] for name in OPERANDS[:3]}
+    shapes |= {f"{name}_bias": shapes[name][:2] for name in PROJECTIONS}
     for name, tensor in operands.items():
         if tuple(tensor.shape) != shapes[name]:
             raise ModelError(

@@ -19,14 +19,14 @@ from onnx import TensorProto, helper
 
 from moqc.errors import ModelError
 from moqc.frontend.onnx.experts import OnnxExperts
-from moqc.frontend.onnx.flow import Array, Flow, Step
+from moqc.frontend.onnx.flow import MISFITS, Array, Flow, Step
 from moqc.frontend.onnx.forms import NONE_KNOWN, Form, identify
 from moqc.frontend.onnx.products import Product, find_products, read_mlps
 from moqc.frontend.onnx.reader import OnnxModel
+from moqc.ir.calls import PROJECTIONS
 from moqc.log import logger
 from moqc.quant.tensor import Quantized
 
-_ORDER = ("gate", "up", "down")
 _DRAWS = 64
 _FEW, _MANY = 4, 32  # tokens that a block is tried with: gathered matrices are copied for each of them
 _JOINS = 8  # results that are tried behind a TopK: its block's comes before any other layer's
@@ -177,7 +177,7 @@ class _Search:
         }
         try:
             (found,) = self._flow.run(shaped, [result])
-        except (RuntimeError, ValueError, TypeError, IndexError, KeyError):
+        except MISFITS:
             return None
         return found.reshape(-1, found.shape[-1])
 
@@ -192,7 +192,7 @@ class _Search:
             try:
                 values, ids = self._flow.run({scores: drawn.reshape(shape)}, [table, self._ids])
                 np.put_along_axis(values, ids, 0, axis=-1)
-            except (RuntimeError, ValueError, TypeError, IndexError, KeyError):
+            except MISFITS:
                 return False
             return values.shape == shape and not values.any()
         return False
@@ -203,7 +203,7 @@ class _Search:
             weights = f"{bounds.weights}_chosen"
             before = helper.make_node("GatherElements", [bounds.weights, bounds.ids], [weights], axis=-1)
         operands, inputs = form.operands, (bounds.x, bounds.ids, weights)
-        stored: dict[str, torch.Tensor | Quantized] = {n: operands[n] for n in _ORDER if n in operands}
+        stored: dict[str, torch.Tensor | Quantized] = {n: operands[n] for n in PROJECTIONS if n in operands}
         biases = {bias: operands[bias] for name in stored if (bias := f"{name}_bias") in operands}
         experts = OnnxExperts(node.output[0], inputs, form.activation, None, stored, biases)
         return PlainBlock(experts, node, before)
