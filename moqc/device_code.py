@@ -21,7 +21,7 @@ from tvm.tirx.compilation_pipeline import finalize_device_passes
 
 from moqc.errors import InternalError, TargetError
 from moqc.launches import Expression, Kernel, evaluate
-from moqc.schedules.portable.emit import HALF
+from moqc.schedules.portable.emit import HALF, REAL_NAME
 
 PREAMBLES = {
     "opencl": f"""static inline float {HALF}(uint word, uint upper) {{
@@ -35,7 +35,23 @@ PREAMBLES = {
 }}
 """,
 }
-"""What comes before every kernel: float16 without the extensions for it."""
+"""What comes before every kernel, after `TYPES`: float16 without the extensions for it."""
+TYPES = {
+    "opencl": {
+        "float32": f"typedef float {REAL_NAME};\n",
+        "float16": f"#pragma OPENCL EXTENSION cl_khr_fp16 : enable\ntypedef half {REAL_NAME};\n",
+    },
+    "webgpu": {
+        "float32": f"alias {REAL_NAME} = f32;\n",
+        "float16": f"enable f16;\nalias {REAL_NAME} = f16;\n",
+    },
+}
+"""Language -> precision -> what every source begins with on a device that has it."""
+_REALS = {
+    "opencl": ((r"\bconvert_half\b", f"({REAL_NAME})"), (r"\bhalf\b", REAL_NAME)),
+    "webgpu": ((r"\bf16\b", REAL_NAME), (r"\b(\d\.\d+e[+-]\d+)h\b", rf"{REAL_NAME}(\1)")),
+}
+"""What TVM writes for float16, and what takes its place."""
 _AXES = ("x", "y", "z")
 _BINARY = {
     tirx.Add: "+",
@@ -138,7 +154,10 @@ def _kernel(variable: Any, function: tirx.PrimFunc, target: tvm.target.Target) -
     device = finalize_device_passes()(IRModule({variable: function}))
     kind = str(target.kind.name)
     text = str(tvm.get_global_func(f"target.build.{kind}")(device, target).inspect_source())
-    if wide := re.search(r"\b(i64|u64|f64|f16)\b", text) if kind == "webgpu" else None:
+    text = _body(text)
+    for written, real in _REALS[kind]:
+        text = re.sub(written, real, text)
+    if wide := re.search(r"\b(i64|u64|f64)\b", text) if kind == "webgpu" else None:
         raise TargetError(f"{variable.name_hint}: WGSL has no {wide[0]}; report this model")
     extents = {axis: 1 for axis in _AXES}
 
@@ -149,7 +168,7 @@ def _kernel(variable: Any, function: tirx.PrimFunc, target: tvm.target.Target) -
     tvm_ffi.structural_walk(function.body, [(tirx.AttrStmt, visit)])
     pointers = sum(isinstance(param.ty, tvm.ir.PointerType) for param in function.params)
     return Kernel(
-        source=_body(text),
+        source=text,
         threads=(extents["x"], extents["y"], extents["z"]),
         buffers=pointers,
         scalars=len(function.params) - pointers,
@@ -157,9 +176,9 @@ def _kernel(variable: Any, function: tirx.PrimFunc, target: tvm.target.Target) -
 
 
 def _body(text: str) -> str:
-    """Generated text without comments and prototypes."""
-    lines = [line for line in text.splitlines() if line.strip() and not line.startswith("//")]
-    return "\n".join(line for line in lines if not re.fullmatch(r"__kernel void .*;", line)) + "\n"
+    """Generated text without comments, directives and prototypes."""
+    unwanted = re.compile(r"\s*|//.*|#.*|enable .*|__kernel void .*;")
+    return "\n".join(line for line in text.splitlines() if not unwanted.fullmatch(line)) + "\n"
 
 
 class _Host:

@@ -16,7 +16,7 @@ import tvm
 from tvm import IRModule, relax, tirx
 from tvm.ir import GenericConst
 
-from moqc.device_code import PREAMBLES, DeviceCode, compile_function, expression, substitute
+from moqc.device_code import PREAMBLES, TYPES, DeviceCode, compile_function, expression, substitute
 from moqc.errors import InternalError, TargetError
 from moqc.ir.annotations import CACHE
 from moqc.ir.sites import bindings, input_count, weight_names
@@ -39,6 +39,7 @@ def plan_launches(mod: IRModule, target: Target) -> Launches:
     main = planner.program("main", 0 if cache is None else len(cache["tensors"]))
     return Launches(
         language=target.tvm["kind"],
+        types=TYPES[target.tvm["kind"]],
         preamble=PREAMBLES[target.tvm["kind"]],
         kernels=planner.kernels,
         main=main,

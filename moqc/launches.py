@@ -110,7 +110,10 @@ class Launches(_Record):
     """The content of ``launches.json``: a language of kernels, what precedes each, and main."""
 
     language: Literal["opencl", "webgpu"]
+    types: dict[Literal["float32", "float16"], str]
+    """What every source begins with: "float16" on devices that compute in it, "float32" on all others."""
     preamble: str
+    """What comes next."""
     kernels: dict[str, Kernel]
     main: Program
 

@@ -1,4 +1,7 @@
-"""The OpenCL target on whatever device there is (PoCL in CI): `pytest -m opencl`."""
+"""The OpenCL target on whatever device there is (PoCL in CI): `pytest -m opencl`.
+
+In float16 where that device has it, as Intel's runtime for CPUs has (docs/targets.md).
+"""
 
 import json
 import subprocess
@@ -10,11 +13,12 @@ import tvm
 
 import moqc
 from moqc.launches import read_launches
+from moqc.runtime.opencl import OpenCl
 from moqc.synthesis import synthesize_artifact
 
 pytestmark = pytest.mark.opencl
-TOLERANCE = 2e-3
-"""Relative error of logits against the CPU's, which are float32 too."""
+TOLERANCES = {"float32": 2e-3, "float16": 2e-2}
+"""Relative error of logits against the CPU's, by what the device's kernels multiply in."""
 
 QWEN = {
     "model_type": "qwen3_moe",
@@ -53,6 +57,11 @@ GPT_OSS = {
 """Biases, sinks, a window, a clamped activation."""
 
 
+@pytest.fixture(scope="module")
+def tolerance():
+    return TOLERANCES[OpenCl().precision]
+
+
 def artifacts(folder, config, experts, linears):
     """The same random weights, compiled for this CPU and for OpenCL."""
     (folder / "config.json").write_text(json.dumps(config))
@@ -85,26 +94,26 @@ def artifacts(folder, config, experts, linears):
     ],
     ids=["bits", "byte-scales", "gpt-oss"],
 )
-def test_logits_agree_with_the_cpu(tmp_path, config, experts, linears):
+def test_logits_agree_with_the_cpu(tmp_path, tolerance, config, experts, linears):
     cpu, gpu = artifacts(tmp_path, config, experts, linears)
     generator = np.random.default_rng(0)
     for rows, tokens in ((1, 1), (2, 1), (1, 5), (2, 45), (1, 130)):
         ids = generator.integers(2, 300, (rows, tokens))
         expected, found = cpu.forward(ids), gpu.forward(ids)
         error = np.linalg.norm(found - expected) / np.linalg.norm(expected)
-        assert error < TOLERANCE, (rows, tokens, error)
+        assert error < tolerance, (rows, tokens, error)
 
 
-def test_decoding_continues_a_prefill(tmp_path):
+def test_decoding_continues_a_prefill(tmp_path, tolerance):
     cpu, gpu = artifacts(tmp_path, QWEN, ("int2-g64:3", "int4-g64:1"), "int8-g64-sym")
     ids = np.random.default_rng(1).integers(2, 300, (2, 70))
     expected, session = cpu.forward(ids), gpu.session()
     parts = [session.extend(part) for part in np.split(ids, [64, 65, 66, 69], axis=1)]
     found = np.concatenate(parts, axis=1)
-    assert np.linalg.norm(found - expected) < TOLERANCE * np.linalg.norm(expected)
+    assert np.linalg.norm(found - expected) < tolerance * np.linalg.norm(expected)
 
 
-def test_tiny_moe_compiles_and_says_what_the_cpu_says(tmp_path):
+def test_tiny_moe_compiles_and_says_what_the_cpu_says(tmp_path, tolerance):
     # GPTQ: down is rotated.
     plan = {"bits": 3.0, "allocator": "uniform", "calibration_tokens": 2048, "max_batch": 1}
     for target in ("native", "opencl-mali"):
@@ -118,7 +127,7 @@ def test_tiny_moe_compiles_and_says_what_the_cpu_says(tmp_path):
     assert not (tmp_path / "opencl-mali" / "model.so").exists()
     assert all("__kernel" in kernel.source for kernel in launches.kernels.values())
     ids = gpu.tokenizer.encode("The history of the city begins")
-    assert np.linalg.norm(gpu.forward(ids) - cpu.forward(ids)) < TOLERANCE * np.linalg.norm(cpu.forward(ids))
+    assert np.linalg.norm(gpu.forward(ids) - cpu.forward(ids)) < tolerance * np.linalg.norm(cpu.forward(ids))
     prompt = "The history of the city begins"
     assert gpu.generate(prompt, max_tokens=32) == cpu.generate(prompt, max_tokens=32)
 

@@ -1,9 +1,11 @@
 """The table of targets, targets of the user's own, and the tools they take."""
 
 import platform
+from dataclasses import replace
 
 import pytest
 
+import moqc
 from moqc import targets, toolchains
 from moqc.errors import TargetError
 from moqc.machines.target import Roofline
@@ -86,3 +88,20 @@ def test_missing_tools_come_with_the_command_that_installs_them(monkeypatch):
         with pytest.raises(TargetError, match="`apt install g"):
             toolchains.linker(machine).require()
     assert toolchains.linker(platform.machine()).programs[0] == "cc"
+
+
+@pytest.mark.parametrize(
+    ("target", "problem"),
+    [
+        ("vax", "unknown target 'vax': known are"),
+        ("aarch64", r"no linker.*`apt install g"),
+        ("jetson-orin", r"no CUDA compiler \(nvcc\)"),
+    ],
+)
+def test_compiling_without_the_tools_is_refused_before_any_work(tmp_path, monkeypatch, target, problem):
+    monkeypatch.setitem(toolchains.TOOLS, "nvcc", replace(toolchains.TOOLS["nvcc"], folders=()))
+    monkeypatch.setenv("PATH", "")
+    # Nor is the model opened: there is none.
+    with pytest.raises(TargetError, match=problem):
+        moqc.compile(tmp_path / "none", tmp_path / "out", target=target, cache=tmp_path / "cache")
+    assert not list(tmp_path.iterdir())

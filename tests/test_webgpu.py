@@ -1,13 +1,18 @@
 """The WebGPU target in headless Chromium with its software adapter: `pytest -m webgpu`.
 
 Needs `apt install chromium` and `pip install playwright`. With MOQC_SCREENSHOT=FILE the page is photographed.
+Chromium's adapter has no 16-bit floats: those are tested in Node (docs/targets.md says what it takes).
 """
 
+import json
 import os
 import shutil
+import subprocess
 import threading
+from contextlib import contextmanager
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -42,6 +47,16 @@ class Quiet(SimpleHTTPRequestHandler):
         """Say nothing."""
 
 
+@contextmanager
+def served(folder):
+    """The address of a server of a folder."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=folder))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
 @pytest.fixture(scope="module")
 def artifacts(tmp_path_factory):
     """tiny-moe for this CPU and for browsers; the same plan, so the same weights."""
@@ -61,18 +76,14 @@ def page(artifacts):
     chromium = shutil.which("chromium")
     if chromium is None:
         pytest.skip("no chromium: `apt install chromium`")
-    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=artifacts / "webgpu"))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    with sync_api.sync_playwright() as playwright:
+    with served(artifacts / "webgpu") as address, sync_api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium, args=list(FLAGS))
         found = browser.new_page()
-        found.goto(f"http://127.0.0.1:{server.server_port}/")
+        found.goto(f"{address}/")
         found.wait_for_function("window.moqc || document.querySelector('#status.error')", timeout=600_000)
         assert found.inner_text("#status") == "ready"
         yield found
         browser.close()
-    server.shutdown()
-    server.server_close()
 
 
 @pytest.mark.parametrize("step", [1, 3, 20])
@@ -108,6 +119,25 @@ def test_the_pages_tokenizer_is_the_models(artifacts, page, text):
     ids = page.evaluate("text => moqc.tokenizer.encode(text)", text)
     assert ids == tokenizer.encode(text)
     assert page.evaluate("ids => moqc.tokenizer.decode(ids)", ids) == tokenizer.decode(ids)
+
+
+def test_in_16_bits_the_pages_model_says_what_the_cpu_says(artifacts):
+    """On an adapter with shader-f16: Mesa's lavapipe, through Dawn in Node."""
+    packages = os.environ.get("MOQC_NODE")
+    if packages is None:
+        pytest.skip("MOQC_NODE is no folder with `npm install webgpu`")
+    ids = np.random.default_rng(0).integers(2, 16_000, 20).tolist()
+    cpu = moqc.load(artifacts / "native")
+    job = {"parts": [ids[:12], *([each] for each in ids[12:])], "prompt": cpu.encode(PROMPT), "tokens": 24}
+    program = Path(__file__).parent / "support" / "model_in_node.mjs"
+    with served(artifacts / "webgpu") as address:
+        command = ["node", program, address, Path(packages).resolve(), json.dumps(job)]
+        found = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
+    assert found["precision"] == "float16"
+    expected = cpu.forward(ids)
+    error = np.array(found["logits"]).reshape(expected.shape) - expected
+    assert np.linalg.norm(error) < 2e-2 * np.linalg.norm(expected)
+    assert cpu.tokenizer.decode(found["ids"]) == cpu.generate(PROMPT, max_tokens=24)
 
 
 def test_python_says_how_to_open_it(artifacts):

@@ -37,8 +37,8 @@ _OPENCL = Target(
     activations=("float",),
     machine="any",
     largest_binding=1 << 30,
-    doc="any OpenCL 1.2 device, float32; run here through pyopencl",
-    verified="logits on PoCL against the CPU artifact",
+    doc="any OpenCL 1.2 device, with float16 products where it has cl_khr_fp16; run here through pyopencl",
+    verified="logits on PoCL (float32) and Intel's CPU runtime (float16) against the CPU artifact",
 )
 OPENCL = (
     _OPENCL,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,13 +25,18 @@ class Memory:
 
 
 class OpenCl:
-    """The first OpenCL device, with a queue of its own; see `moqc.runtime.device.Device`."""
+    """The first OpenCL device, with a queue of its own; see `moqc.runtime.device.Device`.
+
+    `precision` is what its kernels multiply in: "float16" where it has `cl_khr_fp16`, else "float32".
+    """
 
     def __init__(self) -> None:
         self._cl = _import_pyopencl()
         self.handle = _first_device(self._cl)
         self.context = self._cl.Context([self.handle])
         self.queue = self._cl.CommandQueue(self.context)
+        has_half = "cl_khr_fp16" in self.handle.extensions.split()
+        self.precision: Literal["float32", "float16"] = "float16" if has_half else "float32"
 
     def put(self, array: Array) -> Memory:
         """A tensor with the content of `array`; integers become 32 bits wide."""
@@ -84,10 +90,12 @@ class OpenCl:
 
     def kernels(self, launches: Launches, names: Sequence[str]) -> dict[str, Any]:
         """The compiled kernels of these names."""
-        built = {}
+        built, before = {}, launches.types[self.precision] + launches.preamble
         for name in names:
-            text = launches.preamble + launches.kernels[name].source
-            built[name] = self._cl.Kernel(self._cl.Program(self.context, text).build(), name)
+            text = before + launches.kernels[name].source
+            with warnings.catch_warnings(category=self._cl.CompilerWarning, action="ignore"):
+                program = self._cl.Program(self.context, text).build()  # some drivers report what went well
+            built[name] = self._cl.Kernel(program, name)
         return built
 
     def launch(self, kernel: Any, groups: Sequence[int], threads: Sequence[int], *arguments: Any) -> None:

@@ -31,7 +31,9 @@ async function fetchChecked(path) {
   return response;
 }
 
-// A device with the largest buffers the adapter has.
+const HALF = "shader-f16";
+
+// A device with the largest buffers the adapter has, and with 16-bit floats if it has them.
 async function openDevice(launches) {
   if (!navigator.gpu) throw new Error("this browser has no WebGPU: use a current Chrome, Edge, Firefox or Safari");
   const adapter = await navigator.gpu.requestAdapter();
@@ -43,7 +45,8 @@ async function openDevice(launches) {
     throw new Error(`the model needs buffers of ${largest} bytes, this GPU binds ` +
                     `${adapter.limits.maxStorageBufferBindingSize}`);
   }
-  return adapter.requestDevice({ requiredLimits });
+  const requiredFeatures = adapter.features.has(HALF) ? [HALF] : [];
+  return adapter.requestDevice({ requiredFeatures, requiredLimits });
 }
 
 // bfloat16 and float16 as float32, everything else as it is stored.
@@ -127,8 +130,10 @@ export class Model {
   async compile() {
     const { device, launches } = this;
     const pipelines = new Map();
+    this.precision = device.features.has(HALF) ? "float16" : "float32";
+    const before = launches.types[this.precision] + launches.preamble;
     await Promise.all(Object.entries(launches.kernels).map(async ([name, kernel]) => {
-      const module = device.createShaderModule({ code: launches.preamble + kernel.source, label: name });
+      const module = device.createShaderModule({ code: before + kernel.source, label: name });
       const compute = { module, entryPoint: name };
       pipelines.set(name, await device.createComputePipelineAsync({ layout: "auto", compute, label: name }));
     }));

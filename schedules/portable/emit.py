@@ -1,7 +1,8 @@
 """What kernels of plain work-groups need on top of the words of `moqc.schedules.cpu.emit`.
 
 A work-group is `THREADS` threads in one dimension: no sub-groups, no tensor cores, no textures. Storage is
-32-bit words, float32 and int32, all that WGSL has everywhere; `half` reads what is stored as float16.
+32-bit words, float32 and int32, all that WGSL has everywhere; `half` reads what is stored as float16. Only
+registers are `REAL`.
 """
 
 from __future__ import annotations
@@ -17,6 +18,10 @@ from moqc.schedules.cpu.emit import Index, ceildiv, int64, loop, when
 
 THREADS = 64
 """Threads of a work-group: a wave of Adreno, four warps of Mali's 16, and what every WebGPU adapter has."""
+REAL = "float16"
+"""The type weights are decoded to and multiplied in. In generated sources it is `REAL_NAME`, which a host
+defines as what its device has: 16-bit floats, or else 32-bit ones."""
+REAL_NAME = "moqc_real"
 HALF = "moqc_half"
 """Function of the sources' preamble: (word, upper) -> the float16 in its lower or upper half as float32."""
 
@@ -85,6 +90,11 @@ def modulo(value: Any, divisor: Index) -> Any:
 def half(word: Any, upper: Any) -> Any:
     """The float16 in the lower (`upper` 0) or upper (1) half of a 32-bit `word`, as float32."""
     return T.call_pure_extern("float32", HALF, word, upper)
+
+
+def cast(value: Any, dtype: str) -> Any:
+    """`value` as a `dtype`."""
+    return value if str(value.ty.dtype) == dtype else tirx.Cast(dtype, value)
 
 
 def product(extents: Any) -> Any:

@@ -77,9 +77,9 @@ def embedding_function(format: Format, rows: int, columns: int, *, dtype: str, l
             row = bind(tirx.max(tirx.min(wanted, int64(rows - 1)), int64(0)))
             weights = T.alloc_buffer((COLUMN_TILE,), "float32", scope="local")
             place = (divide(row, 16), tirx.truncmod(row, int64(16)))
-            stack.decode(int64(0), bind(place[0]), bind(place[1]), block, weights, 0)
+            scale = stack.decode(int64(0), bind(place[0]), bind(place[1]), block, weights, 0)
             for column in range(COLUMN_TILE):
                 to = block * COLUMN_TILE + column
                 with T.If(to < columns), T.Then():
-                    store(y, [*at, to], load(weights, [column]))
+                    store(y, [*at, to], load(weights, [column]) * scale)
     return k.finish()

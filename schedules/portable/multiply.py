@@ -3,6 +3,9 @@
 A work-group takes one tile of 16 rows, of one or two matrices (gate and up), and up to `TOKENS` rows of
 activations. Four threads share a row, each takes every fourth block of 32 columns: it decodes 32 weights
 into registers, once, and multiplies them with all tokens. The four sums meet in shared memory.
+
+Products are in `REAL` and added up in it eight at a time; float32 takes those sums. A block's sum that
+16 bits do not hold is computed again in float32.
 """
 
 from __future__ import annotations
@@ -16,13 +19,27 @@ from tvm.tirx.script import builder as T
 
 from moqc.quant.formats import COLUMN_TILE, ROW_TILE
 from moqc.schedules.cpu.emit import bind, ceildiv, load, loop, store, when
-from moqc.schedules.portable.emit import THREADS, barrier, divide, local, modulo, shared, strided
+from moqc.schedules.portable.emit import (
+    REAL,
+    THREADS,
+    barrier,
+    cast,
+    divide,
+    local,
+    modulo,
+    shared,
+    strided,
+)
 from moqc.schedules.portable.weights import Choice
 
 TOKENS = 8
 """Rows of activations a work-group takes where there are many."""
 SLICES = THREADS // ROW_TILE
 """Threads that share a row."""
+_CHAIN = 8
+"""Products that are added up in `REAL`."""
+_EXPONENT = 0x7F800000
+"""The bits of a float32 that are all set where it is infinite or not a number."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +60,8 @@ class Product:
     def __init__(self, thread: Any, matrices: int, tokens: int) -> None:
         self._thread, self._matrices, self._tokens = thread, matrices, tokens
         self._row, self._slice = bind(modulo(thread, ROW_TILE)), bind(divide(thread, ROW_TILE))
-        self._weights = local(matrices * COLUMN_TILE)
+        self._weights = local(matrices * COLUMN_TILE, REAL)
+        self._scales, self._total = local(matrices), local(1)
         self._sums = shared(matrices * tokens * THREADS)
         with loop(0, matrices * tokens) as number:
             store(self._sums, [number * THREADS + thread], T.float32(0))
@@ -64,30 +82,45 @@ class Product:
         self, tile: Any, choices: Sequence[Choice], rows: Rows, block: Any, columns: int, share: Any
     ) -> None:
         for number, choice in enumerate(choices):
-            self._decode(choice, 0, tile, block, number * COLUMN_TILE)
+            self._decode(choice, 0, tile, block, number)
         first = bind(block * COLUMN_TILE)
         with loop(0, self._tokens) as token:
             place = bind(rows.place(token))
             values = [_element(rows.x, place, first, column, columns) for column in range(COLUMN_TILE)]
+            reals = [bind(cast(value, REAL)) for value in values]
             for number in range(len(choices)):
-                total: Any = T.float32(0)
-                for column, value in enumerate(values):
-                    total = value * load(self._weights, [number * COLUMN_TILE + column]) + total
-                total = total if share is None else total * share
+                scale = load(self._scales, [number])
+                scale = scale if share is None else scale * share
+                total = self._dot(values, reals, number * COLUMN_TILE) * scale
                 at = bind((token + number * self._tokens) * THREADS + self._thread)
                 store(self._sums, [at], load(self._sums, [at]) + total)
 
-    def _decode(self, choice: Choice, first: int, tile: Any, block: Any, place: int) -> None:
-        """Decode from the stack that `choice` selects, of those from number `first` on."""
-        decode = choice.stacks[first].decode
+    def _dot(self, values: list[Any], reals: list[Any], first: int) -> Any:
+        """The sum of `values`, float32, which `reals` are in `REAL`, times the weights from `first` on."""
+        weights = [load(self._weights, [first + column]) for column in range(COLUMN_TILE)]
+        chains = [_chain(reals[at : at + _CHAIN], weights[at:]) for at in range(0, COLUMN_TILE, _CHAIN)]
+        store(self._total, [0], sum(chains[1:], chains[0]))
+        bits = tirx.reinterpret("int32", load(self._total, [0]))
+        with when((bits & _EXPONENT) == _EXPONENT):
+            store(self._total, [0], _chain(values, [cast(weight, "float32") for weight in weights]))
+        return load(self._total, [0])
+
+    def _decode(self, choice: Choice, first: int, tile: Any, block: Any, number: int) -> None:
+        """Decode matrix `number` from the stack that `choice` selects, of those from number `first` on."""
+
+        def decode() -> None:
+            place = (choice.index, tile, self._row, block)
+            scale = choice.stacks[first].decode(*place, self._weights, number * COLUMN_TILE)
+            store(self._scales, [number], scale)
+
         if first == len(choice.stacks) - 1:
-            decode(choice.index, tile, self._row, block, self._weights, place)
+            decode()
             return
         with T.If(choice.selected == first):
             with T.Then():
-                decode(choice.index, tile, self._row, block, self._weights, place)
+                decode()
             with T.Else():
-                self._decode(choice, first + 1, tile, block, place)
+                self._decode(choice, first + 1, tile, block, number)
 
     def finish(self, tile: Any, rows: int, write: Callable[[Any, Any, list[Any]], None]) -> None:
         """Call `write` with (row, token, the sum of each matrix) for every row below `rows`.
@@ -100,12 +133,20 @@ class Product:
             first = bind(token * THREADS + modulo(output, ROW_TILE))
             row = bind(tile * ROW_TILE + modulo(output, ROW_TILE))
             with when(row < rows):
-                write(row, token, [self._total(first, number) for number in range(self._matrices)])
+                write(row, token, [self._output(first, number) for number in range(self._matrices)])
 
-    def _total(self, first: Any, matrix: int) -> Any:
+    def _output(self, first: Any, matrix: int) -> Any:
         at = first + matrix * self._tokens * THREADS
         parts = [load(self._sums, [at + piece * ROW_TILE]) for piece in range(SLICES)]
         return bind((parts[0] + parts[1]) + (parts[2] + parts[3]))
+
+
+def _chain(values: Sequence[Any], weights: Sequence[Any]) -> Any:
+    """The sum of products of as many of `weights` as there are values, as float32."""
+    total = values[0] * weights[0]
+    for value, weight in zip(values[1:], weights[1:], strict=False):
+        total = value * weight + total
+    return cast(total, "float32")
 
 
 def _element(x: Any, place: Any, first: Any, column: int, columns: int) -> Any:

@@ -19,7 +19,7 @@ from moqc.errors import UserError
 from moqc.quant.formats import COLUMN_TILE, ROW_TILE, Format
 from moqc.quant.pack import BYTE_SCALE_SHIFT, FIELDS, FOURS, packed_shapes
 from moqc.schedules.cpu.emit import Index, bind, ceildiv, int64, load, store
-from moqc.schedules.portable.emit import divide, half, modulo
+from moqc.schedules.portable.emit import cast, divide, half, modulo
 
 
 def check_format(format: Format) -> None:
@@ -51,9 +51,15 @@ class Stack:
         """The first word behind the stack."""
         return int64(self.base) + int64(self.count) * stack_words(self.format, self.rows, self.columns)
 
-    def decode(self, index: Any, tile: Any, row: Any, block: Any, out: Any, first: int) -> None:
-        """Write 32 weights of matrix `index` to ``out[first:]``: a row of a tile, a block of columns."""
-        scale, offset = self._scale(index, tile, row, block)
+    def decode(self, index: Any, tile: Any, row: Any, block: Any, out: Any, first: int) -> Any:
+        """Write 32 weights of matrix `index` to ``out[first:]``: a row of a tile, a block of columns.
+
+        They lie between -1 and 1, far from what 16 bits do not hold: weights divided by the scale, float32,
+        that is returned.
+        """
+        dtype, unit = str(out.dtype), 0.5**self.format.bits
+        scale, zero = self._scale(index, tile, row, block)
+        offset = bind(cast(zero * tirx.const(-unit, "float32"), dtype))
         at = (index * self.row_tiles + tile) * ceildiv(self.columns, COLUMN_TILE) + block
         at = bind(int64(self.base) + at * (self.format.bits * ROW_TILE) + row)
         lines = [bind(self._word(at + line * ROW_TILE)) for line in range(self.format.bits)]
@@ -64,10 +70,11 @@ class Stack:
                     part = _bits(lines[field.line], field.shift + 8 * j, field.mask)
                     part = part << field.place if field.place else part
                     code = part if code is None else code | part
-                store(out, [first + 4 * four + j], tirx.Cast("float32", code) * scale + offset)
+                store(out, [first + 4 * four + j], tirx.Cast(dtype, code) * tirx.const(unit, dtype) + offset)
+        return bind(scale * tirx.const(1 / unit, "float32"))
 
     def _scale(self, index: Any, tile: Any, row: Any, block: Any) -> tuple[Any, Any]:
-        """The group's scale, and what is added to a scaled code: minus the scaled zero point."""
+        """The group's scale, and its zero point in codes."""
         groups, codes = self.format.groups(self.columns), _words(self.format, self.rows, self.columns)
         group = divide(block, self.format.group // COLUMN_TILE)
         place = bind(((index * self.row_tiles + tile) * groups + group) * ROW_TILE + row)
@@ -78,10 +85,10 @@ class Stack:
             word = self._word(scales + divide(place, 2))
             scale = bind(half(word, tirx.Cast("uint32", modulo(place, 2))))
         if self.format.symmetric:
-            return scale, bind(scale * tirx.const(-self.format.symmetric_zero, "float32"))
+            return scale, tirx.const(self.format.symmetric_zero, "float32")
         zeros = scales + int64(self.count) * codes[1]
         zero = tirx.Cast("float32", self._byte(zeros, place))
-        return scale, bind(zero * scale * tirx.const(-self.format.zero_step, "float32"))
+        return scale, zero * tirx.const(self.format.zero_step, "float32")
 
     def _byte(self, base: Any, place: Any) -> Any:
         shift = tirx.Cast("uint32", modulo(place, 4)) * 8

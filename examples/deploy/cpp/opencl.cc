@@ -55,6 +55,15 @@ cl_device_id FirstDevice() {
   throw UserError("no OpenCL device: install the driver of yours, or `apt install pocl-opencl-icd`");
 }
 
+// Whether the device computes with 16-bit floats.
+bool HasHalf(cl_device_id device) {
+  size_t size = 0;
+  Check(clGetDeviceInfo(device, CL_DEVICE_EXTENSIONS, 0, nullptr, &size), "asking for the extensions");
+  std::string names(size, '\0');
+  Check(clGetDeviceInfo(device, CL_DEVICE_EXTENSIONS, size, names.data(), nullptr), "asking for the extensions");
+  return names.find("cl_khr_fp16") != std::string::npos;
+}
+
 // The program lives as long as the model: what OpenCL gives is not given back before the process ends.
 class Launches : public Engine {
  public:
@@ -69,7 +78,8 @@ class Launches : public Engine {
     queue_ = clCreateCommandQueue(context_, device_, 0, &status);
     Check(status, "opening a queue");
     MakeBuffers(WeightFiles(folder, manifest));
-    MakeKernels(GetString(content, "preamble"), Get<json::Object>(content, "kernels"));
+    const std::string types = GetString(Get<json::Object>(content, "types"), HasHalf(device_) ? "float16" : "float32");
+    MakeKernels(types + GetString(content, "preamble"), Get<json::Object>(content, "kernels"));
   }
 
   std::vector<float> Run(const std::vector<int64_t>& ids, int64_t first) override {
