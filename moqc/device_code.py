@@ -20,7 +20,7 @@ from tvm.tirx import transform
 from tvm.tirx.compilation_pipeline import finalize_device_passes
 
 from moqc.errors import InternalError, TargetError
-from moqc.launches import Expression, Kernel, evaluate
+from moqc.launches import Expression, Kernel, Precision, evaluate
 from moqc.schedules.portable.emit import HALF, REAL_NAME
 
 PREAMBLES = {
@@ -36,7 +36,7 @@ PREAMBLES = {
 """,
 }
 """What comes before every kernel, after `TYPES`: float16 without the extensions for it."""
-TYPES = {
+TYPES: dict[str, dict[Precision, str]] = {
     "opencl": {
         "float32": f"typedef float {REAL_NAME};\n",
         "float16": f"#pragma OPENCL EXTENSION cl_khr_fp16 : enable\ntypedef half {REAL_NAME};\n",

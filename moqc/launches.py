@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from moqc.errors import ArtifactError
 
 FILE = "launches.json"
+Precision = Literal["float32", "float16"]
 Expression = Any
 """An int, a variable's name, or ``[operator, operand, operand]`` with an operator of `OPERATORS`."""
 
@@ -110,7 +111,7 @@ class Launches(_Record):
     """The content of ``launches.json``: a language of kernels, what precedes each, and main."""
 
     language: Literal["opencl", "webgpu"]
-    types: dict[Literal["float32", "float16"], str]
+    types: dict[Precision, str]
     """What every source begins with: "float16" on devices that compute in it, "float32" on all others."""
     preamble: str
     """What comes next."""

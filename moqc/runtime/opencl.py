@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from moqc.errors import TargetError, UserError
-from moqc.launches import Buffer, Launches, Program, evaluate
+from moqc.launches import Buffer, Launches, Precision, Program, evaluate
 from moqc.runtime.device import Decoder, Main
 from moqc.tensorfile import StoredTensor
 
@@ -36,7 +36,7 @@ class OpenCl:
         self.context = self._cl.Context([self.handle])
         self.queue = self._cl.CommandQueue(self.context)
         has_half = "cl_khr_fp16" in self.handle.extensions.split()
-        self.precision: Literal["float32", "float16"] = "float16" if has_half else "float32"
+        self.precision: Precision = "float16" if has_half else "float32"
 
     def put(self, array: Array) -> Memory:
         """A tensor with the content of `array`; integers become 32 bits wide."""

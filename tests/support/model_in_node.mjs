@@ -11,7 +11,7 @@ const source = await (await fetch(`${url}/model.js`)).text();
 const { Model } = await import(`data:text/javascript,${encodeURIComponent(source)}`);
 const model = await Model.load(url), { parts, prompt, tokens } = JSON.parse(job);
 const logits = [], ids = [];
-for (const part of parts) logits.push(...(await model.extend(part, true)));
+for (const part of parts) for (const value of await model.extend(part, true)) logits.push(value);
 model.reset();
 for await (const id of model.generate(prompt, { maxTokens: tokens })) ids.push(id);
 process.stdout.write(JSON.stringify({ precision: model.precision, logits, ids }), () => process.exit());
