@@ -11,26 +11,15 @@ from moqc.recipe import Recipe
 
 def model_card(manifest: Manifest, recipe: Recipe) -> str:
     """Markdown that says what the artifact is, how it was made and how to run it."""
-    sizes, source, versions = manifest.sizes, manifest.source, manifest.versions
+    source, versions = manifest.source, manifest.versions
     name = source.path.rstrip("/").rpartition("/")[2]
-    rows = [
-        ("source", f"`{source.path}` ({source.model_type}), SHA-256 `{source.fingerprint}`"),
-        ("target", f"{manifest.target.name}, {manifest.activations} activations"),
-        ("experts", f"{sizes.expert_file_bits_per_weight:.4f} file bits per weight, everything counted"),
-        ("whole model", f"{sizes.model_file_bits_per_weight:.4f} file bits per weight"),
-        ("weights", f"{sizes.parameter_bytes:,} bytes"),
-        ("context", f"{manifest.cache.context} tokens, {manifest.cache.batch} sequences"),
-        ("calibration", _calibration(manifest)),
-        ("other matrices", _counts(manifest.linear_bits.values()) or "not quantized"),
-        ("made by", f"moqc {versions.moqc}, TVM {versions.tvm}, LLVM {versions.llvm}"),
-    ]
     return f"""# {name}, compiled by moqc
 
 A Mixture-of-Experts language model with experts of different bit-widths, for {manifest.target.name}.
 
 | | |
 |---|---|
-{_table(rows)}
+{_table(_facts(manifest))}
 
 ## Run it
 
@@ -49,7 +38,11 @@ It needs moqc {versions.moqc} and exactly TVM {versions.tvm}; `moqc verify .` ch
 
 Passes: `{manifest.pipeline}`
 
-## Formats of the experts
+{_tables(manifest)}"""
+
+
+def _tables(manifest: Manifest) -> str:
+    return f"""## Formats of the experts
 
 | projection | formats |
 |---|---|
@@ -61,6 +54,21 @@ Passes: `{manifest.pipeline}`
 |---|---|
 {_table(_numerics(manifest)) or "| none | |"}
 """
+
+
+def _facts(manifest: Manifest) -> list[tuple[str, str]]:
+    sizes, source, versions = manifest.sizes, manifest.source, manifest.versions
+    return [
+        ("source", f"`{source.path}` ({source.model_type}), SHA-256 `{source.fingerprint}`"),
+        ("target", f"{manifest.target.name}, {manifest.activations} activations"),
+        ("experts", f"{sizes.expert_file_bits_per_weight:.4f} file bits per weight, everything counted"),
+        ("whole model", f"{sizes.model_file_bits_per_weight:.4f} file bits per weight"),
+        ("weights", f"{sizes.parameter_bytes:,} bytes"),
+        ("context", f"{manifest.cache.context} tokens, {manifest.cache.batch} sequences"),
+        ("calibration", _calibration(manifest)),
+        ("other matrices", _counts(manifest.linear_bits.values()) or "not quantized"),
+        ("made by", f"moqc {versions.moqc}, TVM {versions.tvm}, LLVM {versions.llvm}"),
+    ]
 
 
 def _table(rows: Iterable[tuple[str, str]]) -> str:

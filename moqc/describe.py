@@ -73,49 +73,65 @@ def describe(
     `chunk` is the largest number of tokens a row may have in one call; `recipe` is what the
     passes were chosen by, `calibration` what they measured on.
     """
-    cache = CACHE.of(mod)
-    context, batch, tensors = int(cache["context"]), int(cache["batch"]), cache["tensors"]
     return Manifest(
         source=Source(
             path=checkpoint.origin,
             model_type=checkpoint.config.model_type,
             fingerprint=checkpoint.fingerprint,
         ),
-        target=TargetRecord(
-            name=target.name,
-            features=tuple(sorted(target.features)),
-            architectures=target.architectures,
-            plans=_plans(mod),
-        ),
+        target=_target(mod, target),
         versions=versions(),
         pipeline=str(pipeline),
         recipe=None if recipe is None else recipe.plain(),
         calibration=None if calibration is None else _calibration(calibration),
-        bits={
-            site: {projection: tuple(formats) for projection, formats in projections.items()}
-            for site, projections in (BITS.get(mod) or {}).items()
-        },
+        bits=_bits(mod),
         linear_bits=LINEAR_BITS.get(mod) or {},
         pruning={site: _pruning(entry) for site, entry in (PRUNING.get(mod) or {}).items()},
         activations=_activations(mod),
         rotated=_rotated(mod),
-        protected={
-            site: tuple(entry["channels"] * entry["copies"])
-            for site, entry in (PROTECTION.get(mod) or {}).items()
-        },
+        protected=_protected(mod),
         sizes=_NO_SIZES,
         parameters=parameters(mod),
-        cache=CacheSpec(
-            context=context,
-            batch=batch,
-            chunk=min(chunk, context),
-            tensors=tuple(map(tuple, tensors)),
-            dtype=cache["dtype"],
-        ),
+        cache=_cache(mod, chunk),
         vocabulary=checkpoint.config.get_text_config().vocab_size,
         generation=read_generation(checkpoint.path),
         numerics={},
         files={},
+    )
+
+
+def _target(mod: IRModule, target: Target) -> TargetRecord:
+    return TargetRecord(
+        name=target.name,
+        features=tuple(sorted(target.features)),
+        architectures=target.architectures,
+        plans=_plans(mod),
+    )
+
+
+def _bits(mod: IRModule) -> dict[str, dict[str, tuple[str, ...]]]:
+    """BITS with tuples; empty for a module whose experts are not quantized."""
+    return {
+        site: {projection: tuple(formats) for projection, formats in projections.items()}
+        for site, projections in (BITS.get(mod) or {}).items()
+    }
+
+
+def _protected(mod: IRModule) -> dict[str, tuple[int, ...]]:
+    """Site -> input channels that the added columns of gate and up read."""
+    found = PROTECTION.get(mod) or {}
+    return {site: tuple(entry["channels"] * entry["copies"]) for site, entry in found.items()}
+
+
+def _cache(mod: IRModule, chunk: int) -> CacheSpec:
+    cache = CACHE.of(mod)
+    context = int(cache["context"])
+    return CacheSpec(
+        context=context,
+        batch=int(cache["batch"]),
+        chunk=min(chunk, context),
+        tensors=tuple(map(tuple, cache["tensors"])),
+        dtype=cache["dtype"],
     )
 
 

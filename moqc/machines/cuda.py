@@ -12,9 +12,9 @@ from moqc.machines.target import Roofline, Target
 _H200 = Roofline(
     bandwidth=3.7e12,
     weight_rate=1.0e13,
-    layer_seconds=4.5e-5,
+    layer_seconds=3.4e-5,
     source="NVIDIA H200, in docs/benchmarks-h200.md: experts of mixtral-8x7b at 1 token; a layer's time from "
-    "whole models, some 13 launches each",
+    "whole models, 10 to 13 launches each",
 )
 
 CUDA_ARCHITECTURES = {"sm_80": 163, "sm_86": 99, "sm_87": 163, "sm_89": 99, "sm_90": 227}
@@ -73,9 +73,10 @@ CUDA = (
         roofline=Roofline(
             bandwidth=2.048e11,
             weight_rate=8.0e11,
-            layer_seconds=5.6e-6,
+            layer_seconds=_H200.layer_seconds,
             source="Jetson AGX Orin 64GB: data sheet's LPDDR5 bandwidth; the H200's rate of weights scaled "
-            "by multiprocessors and clock (16 x 1.3 GHz to 132 x 1.98 GHz): upper bounds, not measured",
+            "by multiprocessors and clock (16 x 1.3 GHz to 132 x 1.98 GHz), its time of a layer's launches: "
+            "upper bounds of the speed, not measured",
         ),
         doc="NVIDIA Jetson Orin (AGX, NX, Nano) with JetPack 7",
         verified="logits of the same kernels as PTX on an H200, against the CPU artifact; not on a board",
