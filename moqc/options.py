@@ -200,7 +200,9 @@ class SynthOptions:
 class PlanOptions:
     """A budget, one of `bits`, `size` and `latency`, and what the model is to run on."""
 
-    bits: float | None = option(None, "expert file bits per weight, scales and all", metavar="N")
+    bits: float | None = option(
+        None, "expert file bits per weight, scales and all [default: 3, without another budget]", metavar="N"
+    )
     size: int | None = option(
         None, "size of the artifact at most, such as 6GiB", metavar="BYTES", parse=parse_bytes
     )
@@ -209,7 +211,9 @@ class PlanOptions:
     )
     linears: str = like(Recipe, "linears")
     allocator: str = option(
-        "global", "uniform: one format for all experts; any other spends the whole budget", metavar="NAME"
+        "global",
+        "who decides on bits: uniform gives all experts one format, any other spends the budget",
+        metavar="NAME",
     )
     target: str = like(Recipe, "target")
     bandwidth: float | None = option(

@@ -29,7 +29,7 @@ def command(
     as_csv: Csv = False,
     quiet: Quiet = False,
 ) -> None:
-    """Time a compiled model: prompts and generation, in tokens per second."""
+    """Time a compiled model: prompts and generation."""
     from moqc.bench.artifact import bench_artifact
 
     if quiet or as_json:
@@ -64,7 +64,7 @@ def kernels(
     as_csv: Csv = False,
     quiet: Quiet = False,
 ) -> None:
-    """Time the experts kernels of a target on a known model's layer, beside plain reads of memory."""
+    """Time the experts kernels on a known model's layer. Beside plain reads of memory in the same run."""
     from moqc.keywords import build
     from moqc.runtime.tvm_runtime import use_threads
 

@@ -56,7 +56,7 @@ def command(
     as_markdown: Markdown = False,
     quiet: Quiet = False,
 ) -> None:
-    """Evaluate plans side by side: their sizes, and their losses on the same text."""
+    """Evaluate plans side by side, on the same text. Nothing is compiled."""
     from moqc.api import compare
 
     if quiet or as_json:

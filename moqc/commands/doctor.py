@@ -17,7 +17,7 @@ from moqc.toolchains import check_toolchain, linker
 
 
 def command(as_json: Json = False) -> None:
-    """Check the installation, this machine and what each target needs; every problem comes with its fix."""
+    """Check the installation, this machine and the targets. Every problem comes with its fix."""
     found, problems = diagnose()
     targets = {name: target_state(target) for name, target in TARGETS.items()}
     if as_json:

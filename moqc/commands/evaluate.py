@@ -19,7 +19,7 @@ def command(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Score an artifact on text: loss, perplexity, and divergence from a reference."""
+    """Score an artifact on text: loss, perplexity, divergence."""
     from moqc.api import evaluate
 
     if quiet or as_json:

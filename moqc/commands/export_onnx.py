@@ -25,7 +25,7 @@ def command(
     ] = None,
     quiet: Quiet = False,
 ) -> None:
-    """Write an ONNX model with QMoE nodes; it has no cache: (input_ids, positions) -> logits."""
+    """Write an ONNX model with QMoE nodes. It has no cache: (input_ids, positions) -> logits."""
     from moqc.inputs import require_compiler, require_onnx
 
     if quiet:

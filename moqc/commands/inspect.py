@@ -26,7 +26,7 @@ def command(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Show what an artifact is: target, sizes, the bits of every expert and why it got them."""
+    """Show which experts got how many bits, and why. Also target, sizes, calibration."""
     from moqc.api import inspect, read_report, write_report
 
     if html is not None:

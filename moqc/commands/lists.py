@@ -45,7 +45,7 @@ def passes(as_json: Json = False) -> None:
 
 
 def targets(as_json: Json = False) -> None:
-    """List the machines moqc compiles for, what that takes here, and how the code was verified."""
+    """List the machines moqc compiles for. Whether that works here, and how the code was verified."""
     from moqc.errors import TargetError
     from moqc.targets import TARGETS, find_target, runs_here
 

@@ -15,7 +15,7 @@ def command(
     choices: dict[str, Any],
     as_json: Json = False,
 ) -> None:
-    """List the decoder types with experts that transformers has, and what the gate says about each."""
+    """List the architectures, and what the gate says of each. They are transformers' decoder types with experts."""
     from moqc.api import models
 
     survey = models(**choices)

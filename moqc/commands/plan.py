@@ -26,7 +26,7 @@ def command(
     choices: dict[str, Any],
     as_json: Json = False,
 ) -> None:
-    """Predict size, memory, speed and compile time from a model's configuration; no weights are read."""
+    """Predict size, memory, speed and time to compile. A model's configuration is read, no weights."""
     from moqc.api import plan
 
     if not {"bits", "size", "latency"} & set(choices):
@@ -39,26 +39,7 @@ def command(
 
 
 def _print(plan: Plan) -> None:
-    model, chosen, effort = plan.model, plan.chosen, plan.effort
-    active, total = chosen.stored.token_weights, plan.total_weights
-    speed = _speed(chosen)
-    blocks = f"{len(model.experts)} blocks of {model.experts[0].layout.experts} experts"
-    for label, text in (
-        ("model", f"{model.model_type}: {count_text(total)} weights, {count_text(active)} a token; {blocks}"),
-        ("target", f"{plan.target}, context {plan.deployment.context}, {plan.deployment.batch} sequences"),
-        ("experts", f"{chosen.bits:.4g} file bits per weight"),
-        ("file", f"{bytes_text(chosen.file_bytes)} ({chosen.file_bytes:,} bytes)"),
-        ("memory", f"{bytes_text(chosen.peak_bytes)} at the peak, with full caches and prompts"),
-        ("cache", f"{bytes_text(chosen.stored.kv_bytes_per_token)} a token and sequence"),
-        ("reads", f"{bytes_text(chosen.stored.token_bytes)} of weights a token"),
-        ("decoding", speed),
-        (
-            "to make it",
-            f"calibration {seconds_text(effort.calibration_seconds)}, quantization "
-            f"{seconds_text(effort.quantization_seconds)}, build {seconds_text(effort.build_seconds)} "
-            f"({effort.machine})",
-        ),
-    ):
+    for label, text in _facts(plan):
         typer.echo(f"{label:10}  {text}")
     typer.echo()
     print_table(
@@ -66,7 +47,7 @@ def _print(plan: Plan) -> None:
         [(length, bytes_text(cache), _rate(rate)) for length, cache, rate in plan.contexts],
     )
     typer.echo()
-    rows = [("this plan", chosen), *((row.name, row) for row in plan.alternatives)]
+    rows = [("this plan", plan.chosen), *((row.name, row) for row in plan.alternatives)]
     print_table(
         ("alternative", "expert file bits", "file", "memory", "tokens/s", "bound"),
         [
@@ -82,6 +63,28 @@ def _print(plan: Plan) -> None:
         ],
     )
     typer.echo(f"\nspeed: {plan.speed_source}")
+
+
+def _facts(plan: Plan) -> list[tuple[str, str]]:
+    """What is said in a line each, by its label."""
+    model, chosen, effort = plan.model, plan.chosen, plan.effort
+    active, total = chosen.stored.token_weights, plan.total_weights
+    blocks = f"{len(model.experts)} blocks of {model.experts[0].layout.experts} experts"
+    seconds = (
+        f"calibration {seconds_text(effort.calibration_seconds)}, quantization "
+        f"{seconds_text(effort.quantization_seconds)}, build {seconds_text(effort.build_seconds)}"
+    )
+    return [
+        ("model", f"{model.model_type}: {count_text(total)} weights, {count_text(active)} a token; {blocks}"),
+        ("target", f"{plan.target}, context {plan.deployment.context}, {plan.deployment.batch} sequences"),
+        ("experts", f"{chosen.bits:.4g} file bits per weight"),
+        ("file", f"{bytes_text(chosen.file_bytes)} ({chosen.file_bytes:,} bytes)"),
+        ("memory", f"{bytes_text(chosen.peak_bytes)} at the peak, with full caches and prompts"),
+        ("cache", f"{bytes_text(chosen.stored.kv_bytes_per_token)} a token and sequence"),
+        ("reads", f"{bytes_text(chosen.stored.token_bytes)} of weights a token"),
+        ("decoding", _speed(chosen)),
+        ("to make it", f"{seconds} ({effort.machine}; where torch sees a GPU, far less)"),
+    ]
 
 
 def _speed(chosen: Prediction) -> str:

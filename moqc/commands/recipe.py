@@ -13,11 +13,11 @@ from moqc.commands.options import Json, print_json
 def command(
     artifact: Annotated[
         Path | None,
-        typer.Argument(metavar="[ARTIFACT]", help="Print the recipe it was made by. [default: the defaults]"),
+        typer.Argument(metavar="ARTIFACT", help="Print what it was made by. [default: the defaults]"),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Print a recipe for `moqc compile --recipe`: the defaults, or what an artifact was made by."""
+    """Print the options of a compilation as YAML. The defaults, or those of an artifact; for `compile --recipe`."""
     from moqc.api import recipe
 
     found = recipe(artifact)

@@ -129,7 +129,7 @@ def command(
     ] = None,
     quiet: Quiet = False,
 ) -> None:
-    """Continue a prompt, or answer it with --chat; the text goes to stdout as it comes."""
+    """Continue a prompt, or answer it with --chat. The text goes to stdout as it comes."""
     from moqc.keywords import build
     from moqc.runtime.artifact import load
 

@@ -26,7 +26,7 @@ def command(
     ] = False,
     quiet: Quiet = False,
 ) -> None:
-    """Write a random checkpoint or artifact from a configuration, to measure speed without a download."""
+    """Write a random model of a real size, to measure speed. A checkpoint, or with --packed an artifact."""
     from moqc.inputs import require_compiler
 
     if quiet:

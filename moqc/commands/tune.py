@@ -21,7 +21,7 @@ def command(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Search the plans of experts kernels on this machine, for `moqc compile --records`."""
+    """Search faster plans of experts kernels on this machine. For `moqc compile --records`."""
     from moqc.keywords import build
     from moqc.runtime.tvm_runtime import use_threads
 
