@@ -59,3 +59,8 @@ class VerifyError(MoqcError):
 
 class InternalError(MoqcError):
     """A bug in moqc itself."""
+
+
+def reason(error: BaseException) -> str:
+    """Why a file could not be read or written, without its path, which the message names already."""
+    return getattr(error, "strerror", None) or str(error)

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moqc.errors import ModelError, UserError
+from moqc.errors import ModelError, UserError, reason
 from moqc.manifest import MANIFEST
 
 if TYPE_CHECKING:
@@ -181,7 +181,7 @@ def read_module(path: Path) -> IRModule:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot read the IR ({error})") from error
+        raise UserError(f"{path}: cannot read the IR ({reason(error)})") from error
     return parse_module(text, str(path))
 
 

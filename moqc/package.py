@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from moqc.errors import InternalError, ModelError, UserError
+from moqc.errors import InternalError, ModelError, UserError, reason
 from moqc.launches import FILE
 from moqc.log import logger, track
 from moqc.manifest import (
@@ -102,7 +102,7 @@ def staged_folder(out: Path, *, force: bool) -> Iterator[Path]:
         check_output(out, force=force)  # the block may have taken an hour
         _replace(partial, out)
     except OSError as error:
-        raise UserError(f"{out}: cannot write ({error.strerror or error}); check space and rights") from error
+        raise UserError(f"{out}: cannot write ({reason(error)}); check space and rights") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

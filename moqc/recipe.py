@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moqc.errors import UserError
+from moqc.errors import UserError, reason
 from moqc.keywords import build, flags, option, spellings
 from moqc.quant.overrides import Override
 from moqc.targets import TARGETS
@@ -137,7 +137,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot read the recipe ({error})") from error
+        raise UserError(f"{path}: cannot read the recipe ({reason(error)})") from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"line {mark.line + 1}: " if mark else ""

@@ -43,11 +43,12 @@ def test_python_blocks_run(page, toy, tmp_path, monkeypatch):
     "page", [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))], ids=lambda page: page.stem
 )
 def test_commands_parse(page):
-    """Every `moqc` line of a shell block: the command exists, and so do its options."""
+    """Every `moqc` line of a shell block or an indented one: the command exists, and so do its options."""
     from moqc.cli import app
 
     commands = get_command(app).commands
-    for block in blocks(page, "sh"):
+    indented = re.findall(r"^    (moqc .*(?:(?<=\\)\n.*)*)$", page.read_text(), re.MULTILINE)
+    for block in [*blocks(page, "sh"), *indented]:
         text = block.replace("\\\n", " ").replace("…", "x")
         for part in re.split(r"\n|;|&&|(?<!\{)\|(?!\|)", text):
             words = shlex.split(part.partition(">")[0], comments=True)
@@ -70,3 +71,5 @@ def test_every_help_has_an_example_that_parses():
         commands[name].make_context(name, words[2:])
         assert commands[name].epilog == f"Example: {example}"
         assert commands[name].help, name
+        # One line each in `moqc --help`, on a terminal of 80 columns.
+        assert not commands[name].get_short_help_str(80 - 17).endswith("..."), name

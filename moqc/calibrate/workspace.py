@@ -21,7 +21,7 @@ from urllib.parse import quote, unquote
 import numpy as np
 from numpy.typing import NDArray
 
-from moqc.errors import UserError
+from moqc.errors import UserError, reason
 
 if TYPE_CHECKING:
     import torch
@@ -94,9 +94,7 @@ def atomic(path: Path) -> Iterator[Path]:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        raise UserError(
-            f"{path}: cannot write ({error.strerror or error}); check space and rights"
-        ) from error
+        raise UserError(f"{path}: cannot write ({reason(error)}); check space and rights") from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -132,7 +130,7 @@ class Workspace:
             try:
                 save_file(owned, temporary)
             except SafetensorError as error:  # how the library reports a full disk
-                raise UserError(f"{path}: cannot write ({error}); check space and rights") from error
+                raise UserError(f"{path}: cannot write ({reason(error)}); check space and rights") from error
 
     def load_tensors(self, key: str) -> dict[str, torch.Tensor]:
         """The tensors stored under `key`, on the CPU. Raises KeyError if there are none."""

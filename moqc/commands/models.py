@@ -15,7 +15,7 @@ def command(
     choices: dict[str, Any],
     as_json: Json = False,
 ) -> None:
-    """List the architectures, and what the gate says of each. They are transformers' decoder types with experts."""
+    """List the architectures, and what the gate says of each. All of transformers' decoders with experts."""
     from moqc.api import models
 
     survey = models(**choices)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 import typer
 
 from moqc import log
-from moqc.errors import UserError
+from moqc.errors import UserError, reason
 from moqc.keywords import flags, spellings
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ def pipeline_text(value: str | None) -> str | None:
     try:
         return Path(value[1:]).read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{value[1:]}: cannot read the pipeline ({error})") from error
+        raise UserError(f"{value[1:]}: cannot read the pipeline ({reason(error)})") from error
 
 
 def note_sizes(output: Path | None, manifest: Manifest) -> None:

@@ -17,7 +17,7 @@ def command(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Print the options of a compilation as YAML. The defaults, or those of an artifact; for `compile --recipe`."""
+    """Print the options of a compilation as YAML. The defaults, or an artifact's; for `compile --recipe`."""
     from moqc.api import recipe
 
     found = recipe(artifact)

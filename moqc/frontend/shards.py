@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from moqc.errors import ModelError
+from moqc.errors import ModelError, reason
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _INDEX = "model.safetensors.index.json"
@@ -186,7 +186,7 @@ def read_json(file: Path) -> dict[str, Any]:
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
-        raise ModelError(f"{file}: cannot read ({error})") from error
+        raise ModelError(f"{file}: cannot read ({reason(error)})") from error
     if not isinstance(value, dict):
         raise ModelError(f"{file}: is not a JSON object")
     return value

@@ -23,7 +23,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from moqc.errors import TargetError
+from moqc.errors import TargetError, reason
 from moqc.machines.target import Roofline, Target
 
 _KEYS = {"base", "doc", "mcpu", "mattr", "features", "roofline"}
@@ -35,7 +35,7 @@ def read_target(path: Path, find: Callable[[str], Target]) -> Target:
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise TargetError(f"{path}: cannot read the target ({error})") from error
+        raise TargetError(f"{path}: cannot read the target ({reason(error)})") from error
     if unknown := sorted(content.keys() - _KEYS):
         raise TargetError(f"{path}: unknown key {unknown[0]!r}: known are {', '.join(sorted(_KEYS))}")
     base = content.get("base")

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from moqc.errors import ArtifactError, UserError
+from moqc.errors import ArtifactError, UserError, reason
 from moqc.manifest import ANALYSIS, Manifest, read_manifest
 from moqc.quant.formats import Format
 from moqc.recipe import Recipe, make_recipe
@@ -221,7 +221,7 @@ def read_extra(path: Path) -> tuple[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot read the JSON ({error})") from error
+        raise UserError(f"{path}: cannot read the JSON ({reason(error)})") from error
     if isinstance(content, list) and content and all("gb_per_s" in row for row in content):
         return "kernels", content
     marks = {"compare": "reference_loss", "eval": "perplexity", "bench": "load_seconds"}

@@ -19,7 +19,7 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from moqc.errors import ArtifactError, UserError
+from moqc.errors import ArtifactError, UserError, reason
 
 Message = Mapping[str, str]
 """``role`` (system, user, assistant) and ``content``."""
@@ -65,7 +65,7 @@ class ChatTemplate:
         try:
             source = file.read_text(encoding="utf-8") if file.is_file() else _declared(declared)
         except (OSError, UnicodeDecodeError) as error:
-            raise ArtifactError(f"{file}: cannot read ({error})") from error
+            raise ArtifactError(f"{file}: cannot read ({reason(error)})") from error
         if source is None:
             raise UserError(
                 f"{folder}: the model has no chat template; give a --prompt to continue without --chat"
@@ -95,7 +95,7 @@ def _read(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
-        raise ArtifactError(f"{file}: cannot read ({error})") from error
+        raise ArtifactError(f"{file}: cannot read ({reason(error)})") from error
     if not isinstance(content, dict):
         raise ArtifactError(f"{file}: is not a JSON object")
     return content

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from moqc.errors import ArtifactError, UserError
+from moqc.errors import ArtifactError, UserError, reason
 
 _PRIMING = 6
 """Prompt tokens a `Detokenizer` sees first: enough for decoders that look at the piece before."""
@@ -20,7 +20,7 @@ class Tokenizer:
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
         except Exception as error:  # the library has no type for its errors
-            raise ArtifactError(f"{path}: cannot read the tokenizer ({error})") from error
+            raise ArtifactError(f"{path}: cannot read the tokenizer ({reason(error)})") from error
 
     @property
     def size(self) -> int:
