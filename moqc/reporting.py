@@ -29,7 +29,8 @@ def recipe(artifact: str | Path | None = None) -> Recipe:
 def inspect(artifact: str | Path) -> dict[str, Any]:
     """What an artifact is: target, sizes, bits of every expert and why. Reads two small files of it only."""
     from moqc.report.data import read_report
-    from moqc.report.page import cold_rows, uniform_rows, why
+    from moqc.report.page import cold_rows, uniform_rows
+    from moqc.report.why import why
 
     report = read_report(Path(artifact))
     manifest = report.manifest

@@ -12,7 +12,8 @@ from markupsafe import Markup
 
 from moqc.report.data import Block, Report
 from moqc.report.frontier import Point, frontier, uniform_points
-from moqc.report.svg import bits_color, circle_graph, heat_map, layer_bars, line_chart, shade, solid
+from moqc.report.svg import bits_color, circle_graph, heat_map, layer_bars, line_chart, scatter, shade, solid
+from moqc.report.why import cheap_format, why
 
 _COLD = 12
 """Experts listed as least used."""
@@ -33,6 +34,7 @@ def render(report: Report) -> str:
         panels=_panels(report),
         legend=_legend(report),
         why=why(report),
+        scatter=_scatter(report),
         trade=_trade(report),
         uniform=uniform_rows(report),
         cold=cold_rows(report),
@@ -71,7 +73,7 @@ def _panels(report: Report) -> list[dict[str, Any]]:
     shares = [block.share for block in report.blocks]
     if all(share is not None for share in shares):
         add("activation", "share of the layer's routed tokens", _shaded(report, lambda b: b.share, "{:.2%}"))
-    cheap = _middle_format(report)
+    cheap = cheap_format(report)
     if cheap is not None:
         add(
             "harm",
@@ -107,6 +109,23 @@ def _layer_weights(report: Report, cheap: str | None) -> tuple[str, str, list[fl
     if any(harm is None for harm in harms):
         return "", "", None
     return "harm of layer", f"all in {cheap}", [float(harm.sum()) for harm in harms if harm is not None]
+
+
+def _scatter(report: Report) -> Markup | None:
+    """Each expert's mean bits and its harm in a cheap format, relative to the largest."""
+    cheap = cheap_format(report)
+    harms = [None if cheap is None else block.harm(cheap) for block in report.blocks]
+    known = [harm for harm in harms if harm is not None]
+    largest = max((float(harm.max()) for harm in known), default=0.0)
+    if len(known) < len(report.blocks) or not largest:
+        return None
+    points = [
+        Point(f"layer {block.label}, expert {expert}", float(bits), float(harm[expert]) / largest)
+        for block, harm in zip(report.blocks, known, strict=True)
+        for expert, bits in enumerate(block.mean_bits)
+        if harm[expert] > 0
+    ]
+    return Markup(scatter(points, "mean bits of an expert", f"harm in {cheap}"))
 
 
 def _graphs(report: Report) -> list[dict[str, Any]]:
@@ -150,12 +169,6 @@ def _shaded(report: Report, values: Callable[[Block], Any], text: str, *, over_a
     return heat_map(scaled, [block.label for block in report.blocks], shade, tip, "by expert")
 
 
-def _middle_format(report: Report) -> str | None:
-    """The measured format nearest to 2.2 bits: cheap enough that differences between experts show."""
-    names = report.measured_formats
-    return min(names, key=lambda name: abs(report.uniform_bits(name) - 2.2), default=None)
-
-
 def _legend(report: Report) -> list[dict[str, Any]]:
     """Formats in use with their color and count, ascending."""
     counts: Counter[str] = Counter()
@@ -169,47 +182,6 @@ def _legend(report: Report) -> list[dict[str, Any]]:
         {"name": name, "color": bits_color(bits[name]), "share": counts[name] / total, "bits": bits[name]}
         for name in sorted(counts, key=lambda name: bits[name])
     ]
-
-
-def why(report: Report) -> list[str]:
-    """Sentences on who got bits: extremes by layer, and what bits go along with."""
-    if not report.blocks:
-        return []
-    means = [float(block.mean_bits.mean()) for block in report.blocks]
-    most, least = int(np.argmax(means)), int(np.argmin(means))
-    sentences = [
-        f"Layer {report.blocks[most].label} got the most bits ({means[most]:.2f} on average), layer "
-        f"{report.blocks[least].label} the fewest ({means[least]:.2f})."
-    ]
-    by_projection = {
-        name: float(np.mean([block.bits[name].mean() for block in report.blocks]))
-        for name in report.projections
-    }
-    ordered = sorted(by_projection, key=lambda name: -by_projection[name])
-    listed = ", ".join(f"{name} {by_projection[name]:.2f}" for name in ordered)
-    sentences.append(f"By projection: {listed} bits.")
-    bits = np.concatenate([block.mean_bits for block in report.blocks])
-    for label, values in (
-        ("an expert's share of the tokens", [block.share for block in report.blocks]),
-        ("its measured harm", [block.harm(_middle_format(report) or "") for block in report.blocks]),
-    ):
-        if all(value is not None for value in values) and bits.std() > 0:
-            joined = np.concatenate([value for value in values if value is not None])
-            sentences.append(
-                f"Rank correlation of bits with {label}: {_rank_correlation(bits, joined):+.2f}."
-            )
-    overrides = () if report.recipe is None else report.recipe.overrides
-    if overrides:
-        listed = ", ".join(map(str, overrides))
-        sentences.append(f"The recipe holds the projections that these name to some bits: {listed}.")
-    return sentences
-
-
-def _rank_correlation(a: Any, b: Any) -> float:
-    """Spearman's, ties by average ranks."""
-    from scipy.stats import spearmanr
-
-    return float(spearmanr(a, b).statistic)
 
 
 def _trade(report: Report) -> Markup | None:

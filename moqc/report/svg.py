@@ -134,6 +134,20 @@ def line_chart(
     return "".join(parts)
 
 
+def scatter(points: Sequence[Point], x_label: str, y_label: str) -> str:
+    """A dot for each point, small, with its name as a tooltip; y on a logarithmic scale."""
+    chart = _Axes(points, width=400.0, height=210.0)
+    parts = [_open(chart.width, chart.height, f"{y_label} over {x_label}"), chart.frame(x_label, y_label)]
+    for point in points:
+        title = f"<title>{escape(point.name)}</title>" if len(points) <= _MOST_TITLES else ""
+        parts.append(
+            f'<circle r="3" cx="{chart.x(point.bits):.1f}" cy="{chart.y(point.cost):.1f}" '
+            f'fill="{bits_color(point.bits)}" class="ringed">{title}</circle>'
+        )
+    parts.append("</svg>")
+    return "".join(parts)
+
+
 def circle_graph(
     order: Sequence[int], edges: Sequence[tuple[int, int, float]], centrality: Sequence[float], name: str
 ) -> str:
@@ -169,9 +183,10 @@ def circle_graph(
 class _Axes:
     """Scales of a chart: x linear, y logarithmic."""
 
-    width, height, left, bottom = 560.0, 300.0, 64.0, 44.0
+    left, bottom = 64.0, 44.0
 
-    def __init__(self, points: Sequence[Point]) -> None:
+    def __init__(self, points: Sequence[Point], width: float = 560.0, height: float = 300.0) -> None:
+        self.width, self.height = width, height
         costs = [max(point.cost, 1e-12) for point in points]
         self._low, self._high = math.log10(min(costs)), math.log10(max(costs))
         pad = 0.06 * max(self._high - self._low, 0.1)

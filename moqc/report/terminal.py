@@ -7,8 +7,9 @@ from rich.table import Table
 from rich.text import Text
 
 from moqc.report.data import Block, Report
-from moqc.report.page import cold_rows, uniform_rows, why
+from moqc.report.page import cold_rows, uniform_rows
 from moqc.report.svg import bits_color
+from moqc.report.why import why
 
 _PALE_UNTIL = 2.6
 """Bits up to which the color of a cell is light and wants black text."""

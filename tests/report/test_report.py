@@ -137,13 +137,14 @@ def test_page_needs_nothing_else(folder):
     for name in FORMATS:
         assert name in page
     figures = re.findall(r"<svg.*?</svg>", page, re.DOTALL)
-    assert len(figures) == 8  # up, down, activation, harm, sensitivity, mean bits, trade, co-activation
+    assert len(figures) == 9  # up, down, activation, harm, sensitivity, mean bits; why, trade, co-activation
     for figure in figures:
         ElementTree.fromstring(figure)
     assert "layer 3, expert 1, up: int1-g128, 0.00% of its tokens" in page
     assert "never used" in page
     assert "2 communities" in page
     assert page.count('class="edge"') == 1
+    assert page.count('class="ringed"') == 2 * EXPERTS
     assert "moqc compile" in page
     assert "--bits 2.5" in page
 
