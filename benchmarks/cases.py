@@ -16,18 +16,23 @@ CASES: dict[str, tuple[tuple[str, ...], ...]] = {
     "mixed": (("int4-g128-sym", "int3-g128-sym", "int2-g128-sym", "int1-g128-sym"),) * 3,
     "w8": (("int8-g128-sym",),) * 3,
     "w2-g64-asym": (("int2-g64",),) * 3,
-    # What `global` chooses from by default, and byte scales.
+    # What `global` chooses from by default.
+    "w4-asym-s8": (("int4-g128-s8",),) * 3,
+    "w3-s8": (("int3-g128-sym-s8",),) * 3,
+    "w2-s8": (("int2-g128-sym-s8",),) * 3,
+    "w1-s8": (("int1-g128-sym-s8",),) * 3,
+    # Zeros with float16 scales; byte scales in groups of 64.
     "w4-asym": (("int4-g128",),) * 3,
     "w3-asym": (("int3-g128",),) * 3,
     "w2-asym": (("int2-g128",),) * 3,
     "w1-asym": (("int1-g128",),) * 3,
     "w4-s8": (("int4-g128-sym-s8",),) * 3,
-    "w2-s8": (("int2-g64-sym-s8",),) * 3,
+    "w2-g64-s8": (("int2-g64-sym-s8",),) * 3,
     # Every projection in classes of its own, as that allocator emits them.
     "mixed-global": (
-        ("int3-g128", "int2-g128", "int1-g128", "int2-g64"),
-        ("int2-g64", "int3-g128", "int2-g128", "int1-g128"),
-        ("int4-g128", "int3-g128", "int2-g64", "int2-g128"),
+        ("int3-g128-sym-s8", "int2-g128-sym-s8", "int1-g128-sym-s8", "int2-g128-sym-s8"),
+        ("int2-g128-sym-s8", "int3-g128-sym-s8", "int2-g128-sym-s8", "int1-g128-sym-s8"),
+        ("int4-g128-s8", "int3-g128-sym-s8", "int2-g128-sym-s8", "int2-g128-sym-s8"),
     ),
 }
 

@@ -30,7 +30,14 @@ from moqc.quant.pack_mma import COLUMNS
 from moqc.schedules.cuda.plan import ExpertsShape, down_rule, gate_up_rule
 from moqc.schedules.cuda.rows import RowsPlan
 from moqc.schedules.cuda.space import down_space, gate_up_space, rows_space, sample
-from moqc.schedules.cuda.templates import AnyPlan, down_groups, down_of, gate_up_groups, gate_up_of
+from moqc.schedules.cuda.templates import (
+    SOURCES,
+    AnyPlan,
+    down_groups,
+    down_of,
+    gate_up_groups,
+    gate_up_of,
+)
 
 TUNED = {
     **{f"w{bits}{zeros}": (bits, False, bool(zeros)) for bits in (4, 3, 2, 1) for zeros in ("", "-asym")},
@@ -45,7 +52,7 @@ MARGIN = 0.98
 MILLISECONDS = 3.0
 LISTS = "const void* slots, const void* shares, const void* members, const void* hit"
 DECLARED = {
-    "gate_up": f"const X* x, const void* factors, int tokens, {LISTS}, const int* table, "
+    "gate_up": f"const X* x, const void* factors, int tokens, int top, {LISTS}, const int* table, "
     "const void* gate_bias, const void* up_bias, void* hidden, void* shifts, float* y",
     "down": f"const void* hidden, const void* shifts, int tokens, {LISTS}, int top, const int* table, "
     "const void* bias, float* y",
@@ -108,7 +115,7 @@ def candidates(kind: str, shape: ExpertsShape, tokens: int) -> list[Kernel]:
 def compile_kernel(binary: Path, kernel: Kernel) -> None:
     """The kernel, called k, in a file of its own."""
     source = binary.with_suffix(".cu")
-    texts = [Path(package.__path__[0], name).read_text() for name in ("device.cu", "prefill.cu", "rows.cu")]
+    texts = [Path(package.__path__[0], name).read_text() for name in SOURCES]
     source.write_text("\n".join(texts) + kernel.source("k"))
     command = ["nvcc", "-std=c++17", "-O3", "-cubin", "-gencode=arch=compute_90a,code=sm_90a"]
     subprocess.run([*command, "-o", str(binary), str(source)], check=True, capture_output=True)
@@ -162,7 +169,7 @@ class Calls:
         hidden = [self.hidden.data_ptr(), self.shifts.data_ptr()]
         if kind == "gate_up":
             given = [self.x.data_ptr(), self.factors.data_ptr()]
-            return [*given, tokens, *lists, table, table, table, *hidden, y, *packed]
+            return [*given, tokens, cupy.int32(top_k), *lists, table, table, table, *hidden, y, *packed]
         return [*hidden, tokens, *lists, cupy.int32(top_k), table, table, y, *packed]
 
 

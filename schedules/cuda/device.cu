@@ -104,6 +104,16 @@ __device__ __forceinline__ float load_now(const float* p) {
   asm volatile("ld.global.f32 %0, [%1];" : "=f"(v) : "l"(p) : "memory");
   return v;
 }
+__device__ __forceinline__ uint4 load_now(const uint4* p) {   // not .nc: another kernel may just have written it
+  uint4 v;
+  asm volatile("ld.global.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p) : "memory");
+  return v;
+}
+__device__ __forceinline__ float4 load_now(const float4* p) {
+  float4 v;
+  asm volatile("ld.global.v4.f32 {%0,%1,%2,%3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "l"(p) : "memory");
+  return v;
+}
 __device__ __forceinline__ void wait_for_previous_kernel() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
@@ -117,6 +127,11 @@ __device__ __forceinline__ void start_next_kernel() {
 __device__ __forceinline__ void mma(float (&d)[4], const word (&a)[4], word b0, word b1) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+__device__ __forceinline__ void mma_bytes(int (&d)[4], const word (&a)[4], word b0, word b1) {   // A without signs
+  asm("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
+      : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
 // The sparse product: of 4 rows of B, each row of A takes the two that `metadata` names, here times 2^-20.
@@ -243,19 +258,10 @@ __device__ __forceinline__ void dot(float (&acc)[4], const word* w, const word* 
 }
 
 // ---------------------------------------------------------------------------------------------- activations in
-__device__ __forceinline__ uint4 load_columns(const __half* p) {   // 8 columns; not .nc: another kernel may just have written them
-  uint4 v;
-  asm volatile("ld.global.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p) : "memory");
-  return v;
-}
+__device__ __forceinline__ uint4 load_columns(const __half* p) { return load_now((const uint4*)p); }   // 8 columns
 __device__ __forceinline__ uint4 load_columns(const float* p) {
-  float f[8];
-#pragma unroll
-  for (int i = 0; i < 8; i += 4)
-    asm volatile("ld.global.v4.f32 {%0,%1,%2,%3}, [%4];" : "=f"(f[i]), "=f"(f[i + 1]), "=f"(f[i + 2]), "=f"(f[i + 3]) : "l"(p + i) : "memory");
-  __half2 h[4];
-#pragma unroll
-  for (int i = 0; i < 4; ++i) h[i] = __floats2half2_rn(f[2 * i], f[2 * i + 1]);
+  const float4 a = load_now((const float4*)p), b = load_now((const float4*)p + 1);
+  const __half2 h[4] = {__floats2half2_rn(a.x, a.y), __floats2half2_rn(a.z, a.w), __floats2half2_rn(b.x, b.y), __floats2half2_rn(b.z, b.w)};
   return *(const uint4*)h;
 }
 
@@ -324,6 +330,26 @@ template <int N, class T> __device__ __forceinline__ float2 load_x(word* x, cons
   return factors(power(shift), lane);
 }
 
+// The lane's columns 8 lane .. 8 lane + 7 of the unit, for one token.
+template <int N> __device__ __forceinline__ void load_eight(float (&x)[8], const float* row, int first, int lane) {
+  const int k = first + 8 * lane;
+  float4 values[2] = {};
+  if (N % COLUMNS == 0 || k < N) values[0] = load_now((const float4*)(row + k)), values[1] = load_now((const float4*)(row + k) + 1);
+#pragma unroll
+  for (int i = 0; i < 2; ++i) x[4 * i] = values[i].x, x[4 * i + 1] = values[i].y, x[4 * i + 2] = values[i].z, x[4 * i + 3] = values[i].w;
+}
+template <int N> __device__ __forceinline__ void load_eight(float (&x)[8], const __half* row, int first, int lane) {
+  const int k = first + 8 * lane;
+  uint4 values = {0, 0, 0, 0};
+  if (N % COLUMNS == 0 || k < N) values = load_columns(row + k);
+  const word pairs[4] = {values.x, values.y, values.z, values.w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const float2 pair = __half22float2(*(const __half2*)&pairs[i]);
+    x[2 * i] = pair.x, x[2 * i + 1] = pair.y;
+  }
+}
+
 // The same of activations that `route_and_halve` made: fp16, rows padded to whole units, none too large.
 __device__ __forceinline__ void load_halves(word* x, const __half* row, int first, bool there, int lane) {
 #pragma unroll
@@ -377,6 +403,13 @@ template <int N> __device__ __forceinline__ void load_hidden_raw(word* x, const 
     x[4 * v] = values.x, x[4 * v + 1] = values.y, x[4 * v + 2] = values.z, x[4 * v + 3] = values.w;
   }
 }
+template <int N> __device__ __forceinline__ void load_hidden_eight(float (&x)[8], const __half* row, const unsigned char* shifts, int first, int lane) {
+  const int k = first + 8 * lane;
+  const float by = power(N % COLUMNS == 0 || k < N ? *(const volatile unsigned char*)(shifts + k / ROWS) : 0);
+  load_eight<N>(x, row, first, lane);
+#pragma unroll
+  for (int i = 0; i < 8; ++i) x[i] *= by;
+}
 template <int N> __device__ __forceinline__ float2 load_hidden(word* x, const __half* row, const unsigned char* shifts, int first, bool there, int lane) {
   const uint4 given = load_shifts<N>(shifts, first, there);
   load_hidden_raw<N>(x, row, first, there, lane);
@@ -406,402 +439,6 @@ template <int WARPS, int TOKENS> __device__ __forceinline__ float sum_partials(c
 #pragma unroll
   for (int warp = 0; warp < WARPS; ++warp) sum += tile[warp * (ROWS * TOKENS) + place<TOKENS>(row, token)];
   return sum * SCALE;
-}
-
-// ---------------------------------------------------------------------------------------------- streaming
-// Geometry of a launch. TOKENS is 1 or 8 (a call of 2 to 8 tokens). A block takes ITEMS times TILES row tiles of each
-// projection; after every TILES its warps add up what they have.
-template <int WARPS_, int TILES_, int STAGES_, bool REGISTERS_, int TOKENS_, int ITEMS_> struct Plan {
-  static constexpr int WARPS = WARPS_, TILES = TILES_, STAGES = STAGES_, TOKENS = TOKENS_, ITEMS = ITEMS_, THREADS = 32 * WARPS_;
-  static constexpr bool REGISTERS = REGISTERS_;
-  static constexpr int RINGS = REGISTERS_ ? 0 : STAGES_;   // slots in shared memory
-};
-
-// A lane's 4, 8, 16 or 32 bytes of scales or zeros.
-__device__ __forceinline__ void fetch_groups(word shared, const char* p, int bytes, int lane) {
-  shared += lane * bytes;
-  if (bytes == 4) copy<4>(shared, p);
-  if (bytes == 8) copy<8>(shared, p);
-  if (bytes >= 16) copy<16>(shared, p);
-  if (bytes == 32) copy<16>(shared + 16, p + 16);
-}
-template <class All> __device__ __forceinline__ void fetch(word slot, const Unit& unit, int lane) {
-#pragma unroll
-  for (int j = 0; j < All::BITS; ++j)
-    if (j < unit.bits) copy16(slot + j * 512 + lane * 16, unit.codes + j * 512);
-  const word scales = slot + All::CODES, zeros = scales + All::SCALES;
-  fetch_groups(scales, unit.scales, unit.groups * 2 * unit.scale, lane);
-  if (All::HAS_ZEROS && !unit.symmetric) fetch_groups(zeros, unit.zeros, unit.groups * 2, lane);
-}
-
-__device__ __forceinline__ void swap(Unit& a, Unit& b) {
-  const Unit c = a;
-  a = b, b = c;
-}
-
-// The row tiles of up to two matrices (TILES of gate, as many of up, and so on), through this warp's ring.
-template <class P, class All, int UNITS, int PHASES> struct Stream {
-  Unit next, other;       // what to fetch next; the other matrix
-  word ring;              // shared address of this warp's slots
-  const char* memory;     // the same, to read
-  int lane, fetched, taken;
-
-  __device__ __forceinline__ void fetch_one() {
-    if (fetched < PHASES * P::TILES * P::ITEMS) {
-      if (PHASES == 2 && fetched > 0 && fetched % P::TILES == 0) swap(next, other);
-      if (All::COUNT > 1) __syncwarp();   // where the slot was laid out for another format, its bytes were other lanes'
-      fetch<All>(ring + fetched % P::STAGES * All::SLOT, next, lane);
-      next.step(UNITS);
-    }
-    ++fetched;
-    copy_commit();   // an empty group at the end keeps the count
-  }
-  __device__ __forceinline__ void start() {
-#pragma unroll
-    for (int i = 0; i < P::STAGES - 1; ++i) fetch_one();
-  }
-  // TILES tiles of one format; `partials` is the warp's place in the first of them.
-  template <class F> __device__ __forceinline__ void run(const word* x, const float* sums, float2 factor, float* partials) {
-#pragma unroll 1
-    for (int tile = 0; tile < P::TILES; ++tile) {
-      fetch_one();
-      copy_wait<P::STAGES - 1>();
-      const char* slot = memory + taken % P::STAGES * All::SLOT;
-      ++taken;
-      uint4 codes[F::BITS];
-#pragma unroll
-      for (int j = 0; j < F::BITS; ++j) codes[j] = *(const uint4*)(slot + j * 512 + lane * 16);
-      const word* scales = (const word*)(slot + All::CODES + lane * (2 * F::SCALE * F::GROUPS));
-      const word* zeros = (const word*)(slot + All::CODES + All::SCALES + lane * (2 * F::GROUPS));
-      float acc[4];
-      dot<F>(acc, (const word*)codes, x, sums, scales, zeros);
-      store_partial<P::TOKENS>(partials + tile * (P::WARPS * ROWS * P::TOKENS), acc, factor, lane);
-    }
-  }
-};
-
-// DEPTH units of as many tiles, in registers.
-template <class All, int DEPTH> struct Window {
-  word codes[DEPTH][All::BITS * 4], scales[DEPTH][All::GROUPS], zeros[DEPTH][All::GROUPS / 2];
-
-  __device__ __forceinline__ void load(int i, const Unit& unit) {
-#pragma unroll
-    for (int j = 0; j < All::BITS; ++j)
-      if (j < unit.bits) load16(codes[i] + 4 * j, unit.codes + j * 512);
-#pragma unroll
-    for (int j = 0; j < All::GROUPS; j += 2)
-      if (j < unit.groups) {
-        if (unit.scale == 1) {
-          scales[i][j / 2] = __ldg((const word*)unit.scales + j / 2);
-        } else {
-          const uint2 pair = __ldg((const uint2*)unit.scales + j / 2);
-          scales[i][j] = pair.x, scales[i][j + 1] = pair.y;
-        }
-      }
-#pragma unroll
-    for (int j = 0; j < All::GROUPS / 2; ++j)
-      if (All::HAS_ZEROS && !unit.symmetric && 2 * j < unit.groups) zeros[i][j] = __ldg((const word*)unit.zeros + j);
-  }
-};
-
-// body(F{}) for the format called `id`.
-template <class Body, class... Fs> __device__ __forceinline__ void with_format(Formats<Fs...>, int id, Body body) {
-  if (sizeof...(Fs) == 1)
-    (body(Fs{}), ...);
-  else
-    ((id == Fs::ID ? (body(Fs{}), 0) : 0), ...);
-}
-
-// The row tiles of one matrix, or of two of the same format, through a window of registers.
-template <class P, class F, int UNITS, int PHASES, int ITEMS, class Wait, class GetX, class Finish>
-__device__ __forceinline__ void stream_registers(float* partials, const Unit& first, const Unit& second, int lane, Wait wait, GetX get_x, Finish finish) {
-  constexpr int TILE = P::WARPS * ROWS * P::TOKENS, TOTAL = PHASES * P::TILES;
-  constexpr int DEPTH = TOTAL % P::STAGES == 0 ? P::STAGES : P::TILES;
-  word x[Formats<F>::X];
-  float sums[2 * F::GROUPS];
-  Window<Formats<F>, DEPTH> window;
-  Unit next = Unit::with_facts<F>(first), other = Unit::with_facts<F>(second);
-  int fetched = 0;
-  const auto load = [&](int i) {
-    if (PHASES == 2 && ITEMS == 1 && fetched == P::TILES) next = other;   // cheaper than the general case below
-    if (PHASES == 2 && ITEMS > 1 && fetched > 0 && fetched % P::TILES == 0) swap(next, other);
-    window.load(i, next);
-    next.step(UNITS);
-    ++fetched;
-  };
-#pragma unroll
-  for (int i = 0; i < DEPTH; ++i) load(i);
-  wait();
-  const float2 factor = get_x(x);
-  prepare<F>(x, sums);
-#pragma unroll 1
-  for (int item = 0; item < ITEMS; ++item) {
-#pragma unroll 1
-    for (int tile = 0; tile < TOTAL; tile += DEPTH)
-#pragma unroll
-      for (int i = 0; i < DEPTH; ++i) {
-        float acc[4];
-        dot<F>(acc, window.codes[i], x, sums, window.scales[i], window.zeros[i]);
-        if (ITEMS == 1 ? tile + DEPTH < TOTAL : fetched < TOTAL * ITEMS) load(i);
-        store_partial<P::TOKENS>(partials + (tile + i) * TILE, acc, factor, lane);
-      }
-    finish(item);
-  }
-}
-
-// The same through a ring, formats as they come.
-template <class P, class All, int UNITS, int PHASES, class Wait, class GetX, class Finish>
-__device__ __forceinline__ void stream_ring(char* ring, float* partials, const Unit& first, const Unit& second, int lane, Wait wait, GetX get_x, Finish finish) {
-  constexpr int TILE = P::WARPS * ROWS * P::TOKENS;
-  word x[All::X];
-  float sums[2 * All::GROUPS];
-  Stream<P, All, UNITS, PHASES> stream{first, second, (word)__cvta_generic_to_shared(ring), ring, lane, 0, 0};
-  stream.start();
-  wait();
-  int prepared = -1;
-  float2 factor = make_float2(1.0f, 1.0f);
-#pragma unroll 1
-  for (int item = 0; item < P::ITEMS; ++item) {
-#pragma unroll 1
-    for (int phase = 0; phase < PHASES; ++phase) {
-      const int id = phase ? second.id : first.id;
-      if (id != prepared) {
-        factor = get_x(x);
-        with_format(All{}, id, [&](auto format) { prepare<decltype(format)>(x, sums); });
-        prepared = id;
-      }
-      with_format(All{}, id, [&](auto format) {
-        stream.template run<decltype(format)>(x, sums, factor, partials + phase * P::TILES * TILE);
-      });
-    }
-    finish(item);
-  }
-}
-
-// One warp's work in a block: PHASES matrices, one unit of each row tile. `wait` runs once the first weights are on their
-// way, `get_x` loads the raw activations (and returns their factors), `finish(item)` is called by every warp of the block after TILES tiles of each.
-template <class P, class All, int UNITS, int PHASES, class Wait, class GetX, class Finish>
-__device__ __forceinline__ void multiply(char* ring, float* partials, const Unit& first, const Unit& second, int lane, Wait wait, GetX get_x, Finish finish) {
-  if constexpr (!P::REGISTERS) {
-    stream_ring<P, All, UNITS, PHASES>(ring, partials, first, second, lane, wait, get_x, finish);
-  } else if (PHASES == 1 || All::COUNT == 1 || first.id == second.id) {
-    with_format(All{}, first.id, [&](auto format) {
-      stream_registers<P, decltype(format), UNITS, PHASES, P::ITEMS>(partials, first, second, lane, wait, get_x, finish);
-    });
-  } else if constexpr (PHASES == 2) {
-    constexpr int TILE = P::WARPS * ROWS * P::TOKENS;
-    const auto nothing = [](int) {};
-    Unit units[2] = {first, second};
-#pragma unroll 1
-    for (int item = 0; item < P::ITEMS; ++item) {
-      with_format(All{}, first.id, [&](auto format) {
-        stream_registers<P, decltype(format), UNITS, 1, 1>(partials, units[0], units[0], lane, wait, get_x, nothing);
-      });
-      with_format(All{}, second.id, [&](auto format) {
-        stream_registers<P, decltype(format), UNITS, 1, 1>(partials + P::TILES * TILE, units[1], units[1], lane, wait, get_x, nothing);
-      });
-      units[0].step(UNITS * P::TILES), units[1].step(UNITS * P::TILES);
-      finish(item);
-    }
-  }
-}
-
-// ---------------------------------------------------------------------------------------------- routing
-// (class, index) of `expert`, from `table` [EXPERTS][2]. A single class holds every expert in order, so there is
-// nothing to read; else all lanes read the table while the expert's number is still on its way.
-template <int COUNT, int EXPERTS> __device__ __forceinline__ int2 find(const int* table, long long expert, int lane) {
-  constexpr int EACH = (EXPERTS + 31) / 32;
-  if constexpr (COUNT == 1) {
-    return make_int2(0, (int)expert);
-  } else if constexpr (EACH <= 8) {
-    int2 entries[EACH];
-#pragma unroll
-    for (int i = 0; i < EACH; ++i) entries[i] = __ldg((const int2*)table + min(32 * i + lane, EXPERTS - 1));
-    int2 mine = entries[0];
-#pragma unroll
-    for (int i = 1; i < EACH; ++i)
-      if ((int)expert / 32 == i) mine = entries[i];
-    return make_int2(__shfl_sync(0xffffffffu, mine.x, (int)expert % 32), __shfl_sync(0xffffffffu, mine.y, (int)expert % 32));
-  } else {
-    const bool known = expert >= 0 && expert < EXPERTS;
-    return __ldg((const int2*)table + (known ? expert : 0));
-  }
-}
-
-// ---------------------------------------------------------------------------------------------- the two products
-// Gate functions of moqc/quant/activations.py; ALPHA and LIMIT are the bits of floats.
-__device__ __forceinline__ float silu(float v) { return v / (1.0f + __expf(-v)); }
-__device__ __forceinline__ float clamp(float v, float limit) { return fminf(fmaxf(v, -limit), limit); }
-__device__ __forceinline__ float gelu_erf(float v) { return 0.5f * v * (1.0f + erff(v * 0.70710678f)); }
-__device__ __forceinline__ float gelu_tanh(float v) { return 0.5f * v * (1.0f + tanhf(0.79788456f * (v + 0.044715f * v * v * v))); }
-#define MOQC_ACTIVATION(NAME, IS_GATED, EXPRESSION)                                        \
-  template <word ALPHA, word LIMIT> struct NAME {                                          \
-    static constexpr bool GATED = IS_GATED;                                                \
-    __device__ static float of(float gate, float up) {                                     \
-      const float alpha = __uint_as_float(ALPHA), limit = __uint_as_float(LIMIT);          \
-      (void)alpha, (void)limit, (void)gate;                                                \
-      return EXPRESSION;                                                                   \
-    }                                                                                      \
-  };
-MOQC_ACTIVATION(act_silu_glu, true, silu(gate) * up)
-MOQC_ACTIVATION(act_gelu_glu, true, gelu_erf(gate) * up)
-MOQC_ACTIVATION(act_gelu_tanh_glu, true, gelu_tanh(gate) * up)
-MOQC_ACTIVATION(act_relu_glu, true, fmaxf(gate, 0.0f) * up)
-MOQC_ACTIVATION(act_oai_swiglu, true, fminf(gate, limit) / (1.0f + __expf(-alpha * fminf(gate, limit))) * (clamp(up, limit) + 1.0f))
-MOQC_ACTIVATION(act_silu_glu_clamp, true, silu(fminf(gate, limit)) * clamp(up, limit))
-MOQC_ACTIVATION(act_silu_glu_postclamp, true, fminf(silu(gate), limit) * clamp(up, limit))
-MOQC_ACTIVATION(act_silu, false, silu(up))
-MOQC_ACTIVATION(act_gelu, false, gelu_erf(up))
-MOQC_ACTIVATION(act_relu2, false, fmaxf(up, 0.0f) * fmaxf(up, 0.0f))
-
-// BIASES: bits of gate (1), up (2) and down (4).
-template <int H_, int I_, int EXPERTS_, int BIASES_, class Activation_> struct Layer {
-  static constexpr int H = H_, I = I_, EXPERTS = EXPERTS_, BIASES = BIASES_;
-  static constexpr int SHIFTS = (I_ + COLUMNS - 1) / COLUMNS * 16;   // bytes for one row of `hidden`
-  static constexpr bool GATED = Activation_::GATED;
-  using Activation = Activation_;
-};
-
-// One value of `hidden`, row `out` of line `at`; 16 lanes together have those of a row tile.
-template <class L>
-__device__ __forceinline__ void store_hidden(__half* hidden, unsigned char* shifts, long long at, int out, bool inside, float value, int lane) {
-  const word sixteen = 0xffffu << (lane & 16);
-  float most = fabsf(value);
-  int shift = 0;
-  if (__ballot_sync(sixteen, most >= LIMIT) != 0) {
-#pragma unroll
-    for (int other = 8; other > 0; other /= 2) most = fmaxf(most, __shfl_xor_sync(sixteen, most, other));
-    shift = shift_of(most), value *= power(-shift);
-  }
-  if (inside) hidden[at * L::I + out] = __float2half(value);
-  if (out % ROWS == 0) shifts[at * L::SHIFTS + out / ROWS] = (unsigned char)shift;
-}
-
-// hidden[slot][column][I] = share * act(gate x + bias, up x + bias) in fp16, with `shifts` (see load_hidden); y [tokens][H]
-// is set to 0 for `down` to add to, unless x is what `route_and_halve` made, with `factor_list`. For 1 token, slots and shares are the router's ids and weights; else `members` names
-// the token of each of a slot's 8 columns (-1: none, its share is 0).
-// Grid: slots x (row tiles of I / TILES); WARPS == units of H.
-template <class L, class P, class Gates, class Ups, class All, class Id, class X, class... Tensors>
-__device__ __forceinline__ void gate_up(void* memory, const X* x, const void* factor_list, int tokens, const void* slot_list, const void* share_list, const void* member_list,
-                                        const void* hit, const int* table, const void* gate_bias, const void* up_bias, void* hidden_rows,
-                                        void* shift_rows, float* y, const Tensors*... packed) {
-  constexpr int UNITS = (L::H + COLUMNS - 1) / COLUMNS, ROW_TILES = (L::I + ROWS - 1) / ROWS, GROUPS = ROW_TILES / (P::TILES * P::ITEMS);
-  constexpr int PHASES = L::GATED ? 2 : 1, TILE = P::WARPS * ROWS * P::TOKENS;
-  static_assert(P::WARPS == UNITS && ROW_TILES % (P::TILES * P::ITEMS) == 0, "a warp for each unit of a row, whole groups of row tiles");
-  const Id* slots = (const Id*)slot_list;
-  const float* shares = (const float*)share_list;
-  __half* hidden = (__half*)hidden_rows;
-  unsigned char* shifts = (unsigned char*)shift_rows;
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, slot = blockIdx.x / GROUPS, tile = blockIdx.x % GROUPS * (P::TILES * P::ITEMS);
-  wait_for_previous_kernel();
-  start_next_kernel();
-  const int used = P::TOKENS > 1 ? load_now((const int*)hit) : 0;
-  long long expert = P::TOKENS > 1 ? (long long)load_now(slots + slot) : 0;
-  const int token = P::TOKENS > 1 ? load_now((const int*)member_list + slot * P::TOKENS + lane / 4) : 0;
-  constexpr bool SAME_COLUMN = P::TOKENS > 1 && P::THREADS / ROWS % P::TOKENS == 0;   // a thread finishes values of one column
-  const float early = SAME_COLUMN ? load_now(shares + slot * P::TOKENS + threadIdx.x / ROWS % P::TOKENS) : 0.0f;
-  if (!HALVES<X>)
-    for (long long i = (long long)blockIdx.x * P::THREADS + threadIdx.x; i < (long long)tokens * L::H; i += (long long)gridDim.x * P::THREADS) y[i] = 0.0f;
-  if (P::TOKENS > 1 && slot >= used) return;
-  if (P::TOKENS == 1) expert = slots[slot];
-  const void* const tensors[] = {packed...};
-  constexpr int CLASSES = largest(Gates::COUNT, Ups::COUNT);
-  const int2 second_place = find<CLASSES, L::EXPERTS>(table + 2 * L::EXPERTS, expert, lane);
-  const int2 first_place = L::GATED ? find<CLASSES, L::EXPERTS>(table, expert, lane) : second_place;
-  if (expert < 0 || expert >= L::EXPERTS) return;
-  const long long unit = (long long)tile * UNITS + warp, matrix = (long long)ROW_TILES * UNITS;
-  const Unit second = locate(Ups{}, tensors + 3 * Gates::COUNT, second_place, matrix, unit, lane);
-  Unit first = second;
-  if constexpr (L::GATED) first = locate(Gates{}, tensors, first_place, matrix, unit, lane);
-  float* partials = (float*)memory;
-  char* ring = (char*)memory + PHASES * P::TILES * TILE * 4 + warp * (P::RINGS * All::SLOT);
-  const auto get_x = [&](word* values) {
-    if constexpr (HALVES<X>) {
-      const float given = token >= 0 ? ((const float*)factor_list)[token] : 1.0f;
-      load_halves(values, (const __half*)x + (long long)token * (UNITS * COLUMNS), warp * COLUMNS, token >= 0, lane);
-      return factors(given, lane);
-    } else {
-      return load_x<L::H>(values, x + (long long)token * L::H, warp * COLUMNS, token >= 0, lane);
-    }
-  };
-  const auto finish = [&](int item) {
-    __syncthreads();
-    for (int i = threadIdx.x; i < P::TILES * ROWS * P::TOKENS; i += P::THREADS) {
-      const int t = i / (ROWS * P::TOKENS), row = i % ROWS, column = i / ROWS % P::TOKENS, out = (tile + item * P::TILES + t) * ROWS + row;
-      const bool inside = L::I % ROWS == 0 || out < L::I;
-      float gate = sum_partials<P::WARPS, P::TOKENS>(partials + t * TILE, row, column);
-      float up = L::GATED ? sum_partials<P::WARPS, P::TOKENS>(partials + (P::TILES + t) * TILE, row, column) : gate;
-      if ((L::BIASES & 1) && inside) gate += ((const float*)gate_bias)[expert * L::I + out];
-      if ((L::BIASES & 2) && inside) up += ((const float*)up_bias)[expert * L::I + out];
-      const float share = SAME_COLUMN ? early : shares[slot * P::TOKENS + column], value = share == 0.0f || !inside ? 0.0f : share * L::Activation::of(gate, up);
-      store_hidden<L>(hidden, shifts, (long long)slot * P::TOKENS + column, out, inside, value, lane);
-    }
-    if (item + 1 < P::ITEMS) __syncthreads();   // before the partial sums are overwritten
-  };
-  multiply<P, All, UNITS, PHASES>(ring, partials + warp * (ROWS * P::TOKENS), first, second, lane, [] {}, get_x, finish);
-}
-
-// y[token][H] += sum over slots of down x hidden + share * bias, cut into blocks of WARPS units. Up to 8 tokens, column c
-// is token c in every slot, and all slots together are one dot product; where one block holds all of it (ADD false), y is
-// written instead: no atomics, the same bits every time. With more tokens (MANY), a block's units are of one slot.
-template <class L, class P, bool ADD, bool MANY, class Downs, class All, class Id, class... Tensors>
-__device__ __forceinline__ void down(void* memory, const void* hidden, const void* shifts, int tokens, const void* slot_list, const void* share_list,
-                                     const void* member_list, const void* hit, int top, const int* table, const void* bias, float* y,
-                                     const Tensors*... packed) {
-  constexpr int UNITS = (L::I + COLUMNS - 1) / COLUMNS, ROW_TILES = (L::H + ROWS - 1) / ROWS, GROUPS = ROW_TILES / (P::TILES * P::ITEMS);
-  constexpr int TILE = P::WARPS * ROWS * P::TOKENS, SLICES = (UNITS + P::WARPS - 1) / P::WARPS;   // SLICES: of a slot, if MANY
-  static_assert(ROW_TILES % (P::TILES * P::ITEMS) == 0, "whole groups of row tiles");
-  const Id* slots = (const Id*)slot_list;
-  const float* shares = (const float*)share_list;
-  const int* members = (const int*)member_list;
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, tile = blockIdx.x % GROUPS * (P::TILES * P::ITEMS), slice = blockIdx.x / GROUPS;
-  const int number = slice * P::WARPS + warp, slot = MANY ? slice / SLICES : number / UNITS;
-  const int column = MANY ? slice % SLICES * P::WARPS + warp : number % UNITS;
-  const int experts = P::TOKENS == 1 ? top : *(const int*)hit;
-  if (P::TOKENS > 1 && (MANY ? slot >= experts : number - warp >= experts * UNITS)) return;
-  const void* const tensors[] = {packed...};
-  float* partials = (float*)memory;
-  const bool mine_to_do = slot < experts && column < UNITS;
-  const long long expert = mine_to_do ? (long long)slots[slot] : -1;
-  int2 at = {0, 0};
-  if (mine_to_do) at = find<Downs::COUNT, L::EXPERTS>(table + 4 * L::EXPERTS, expert, lane);
-  const auto biases = [&](int column, int out) {   // of the slots whose first unit is in this block
-    float sum = 0.0f;
-    const int first = MANY ? slot : (slice * P::WARPS + UNITS - 1) / UNITS, last = MANY ? slot + (slice % SLICES == 0) : (slice * P::WARPS + P::WARPS + UNITS - 1) / UNITS;
-    for (int s = first; s < min(last, experts); ++s) {
-      const long long e = slots[s];
-      if (e >= 0 && e < L::EXPERTS) sum += shares[s * P::TOKENS + column] * ((const float*)bias)[e * L::H + out];
-    }
-    return sum;
-  };
-  const auto finish = [&](int item) {
-    __syncthreads();
-    for (int i = threadIdx.x; i < P::TILES * ROWS * P::TOKENS; i += P::THREADS) {
-      const int t = i / (ROWS * P::TOKENS), row = i % ROWS, c = i / ROWS % P::TOKENS, out = (tile + item * P::TILES + t) * ROWS + row;
-      float sum = sum_partials<P::WARPS, P::TOKENS>(partials + t * TILE, row, c);
-      const int token = MANY ? members[slot * P::TOKENS + c] : c;
-      if (token < 0 || token >= tokens || (L::H % ROWS != 0 && out >= L::H)) continue;
-      if (L::BIASES & 4) sum += biases(c, out);
-      if (ADD) add(y + (long long)token * L::H + out, sum);
-      else y[(long long)token * L::H + out] = sum;
-    }
-    if (item + 1 < P::ITEMS) __syncthreads();
-  };
-  float* const mine = partials + warp * (ROWS * P::TOKENS);
-  if (expert >= 0 && expert < L::EXPERTS) {
-    const Unit unit = locate(Downs{}, tensors, at, (long long)ROW_TILES * UNITS, (long long)tile * UNITS + column, lane);
-    const long long line = (long long)slot * P::TOKENS + (P::TOKENS == 1 ? 0 : lane / 4);
-    const __half* row = (const __half*)hidden + line * L::I;
-    const unsigned char* shift_row = (const unsigned char*)shifts + line * L::SHIFTS;
-    char* const ring = (char*)memory + P::TILES * TILE * 4 + warp * (P::RINGS * All::SLOT);
-    const auto get_x = [&](word* values) { return load_hidden<L::I>(values, row, shift_row, column * COLUMNS, true, lane); };
-    multiply<P, All, UNITS, 1>(ring, mine, unit, unit, lane, [] { wait_for_previous_kernel(); }, get_x, finish);
-  } else {
-    const float nothing[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-    for (int t = 0; t < P::TILES; ++t) store_partial<P::TOKENS>(mine + t * TILE, nothing, make_float2(1.0f, 1.0f), lane);
-    wait_for_previous_kernel();   // before y is touched
-    for (int item = 0; item < P::ITEMS; ++item) finish(item);
-  }
 }
 
 }  // namespace moqc

@@ -16,17 +16,8 @@ from tvm.tirx.script import builder as T
 
 from moqc.quant.formats import Format
 from moqc.quant.pack_mma import packed_shapes
+from moqc.schedules.cuda.templates import SOURCES
 
-SOURCES = (
-    "device.cu",
-    "routing.cu",
-    "prefill.cu",
-    "rows.cu",
-    "linear.cu",
-    "prefill_mma.cu",
-    "attention.cu",
-    "dense.cu",
-)
 EARLY_LAUNCH = "tirx.use_programtic_dependent_launch"
 """TVM's launch parameter, in its spelling: a kernel may start before the one ahead ends. From sm_90 on."""
 _LAUNCH_PARAMETERS = "tirx.kernel_launch_params"

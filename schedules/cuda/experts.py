@@ -56,16 +56,26 @@ def launch_route(
 
 
 def launch_gate_up(
-    k: Kernel, shape: ExpertsShape, plan: AnyPlan, at: Pointers, tokens: tirx.Var, slots: Any, id_dtype: str
+    k: Kernel,
+    shape: ExpertsShape,
+    plan: AnyPlan,
+    at: Pointers,
+    tokens: tirx.Var,
+    slots: Any,
+    id_dtype: str,
+    *,
+    routed: bool = False,
 ) -> None:
     """The first product, for as many as `slots` slots; of `id_dtype`, and for 1 token the router's ids.
 
-    What `at` has as x are activations, or bytes of the workspace: what `launch_route` made of them.
+    What `at` has as x are activations, or bytes of the workspace: what `launch_route` made of them. `routed`:
+    right after that launch, with the router's ids of 2 to 8 tokens as slots, which are read before it ends.
     """
-    function, shared = gate_up_of(shape, plan, id_dtype)
+    function, shared = gate_up_of(shape, plan, id_dtype, routed=routed)
     names = ("slots", "shares", "members", "hit", "table", "gate_bias", "up_bias", "hidden", "shifts", "y")
     factors = at.get("factors", at["table"])  # not read with activations as they are
-    arguments = [at["x"], factors, tirx.Cast("int32", tokens), *(at[name] for name in names)]
+    arguments = [at["x"], factors, tirx.Cast("int32", tokens), tirx.const(shape.top_k, "int32")]
+    arguments += [at[name] for name in names]
     blocks = slots * gate_up_groups(shape, plan)
     k.launch(blocks, 32 * plan.warps, shared, function, *arguments, *at["gate"], *at["up"])
 

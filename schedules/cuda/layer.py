@@ -32,6 +32,9 @@ from moqc.schedules.cuda.workspace import ALIGNMENT, capacity_of, sections, work
 GROUPED_PAIRS = 12
 """Tokens an expert, on average, from which on the grouped product was faster on an H200."""
 
+MOST_NAMED = 256
+"""Experts of which every warp of the first product finds a slot's by itself, for up to 8 tokens."""
+
 
 def grouped_from(shape: ExpertsShape) -> int:
     """The number of tokens from which on the grouped product is used."""
@@ -87,7 +90,7 @@ def experts_function(
                 launch_gate_up(k, shape, cut["gate_up_1"], one, tokens, shape.top_k, id_dtype)
                 launch_down(k, shape, cut["down_1"], one, tokens, shape.top_k, id_dtype)
             with T.Else(), T.If(tokens > 0), T.Then():
-                _several(k, shape, cut, at, tokens, grouped, warp_groups)
+                _several(k, shape, cut, at, tokens, id_dtype, grouped, warp_groups)
     return k.finish()
 
 
@@ -97,6 +100,7 @@ def _several(
     cut: dict[str, AnyPlan],
     at: dict[str, Any],
     tokens: tirx.Var,
+    id_dtype: str,
     grouped: int | None,
     warp_groups: bool,
 ) -> None:
@@ -124,7 +128,11 @@ def _several(
         with T.Then():
             launch_route(k, shape, at, tokens, halve=True)
             halves = at | {"x": at["images"]}
-            launch_gate_up(k, shape, cut["gate_up_8"], halves, tokens, few, "int32")
+            if shape.experts <= MOST_NAMED:
+                named = halves | {"slots": at["ids"]}
+                launch_gate_up(k, shape, cut["gate_up_8"], named, tokens, few, id_dtype, routed=True)
+            else:
+                launch_gate_up(k, shape, cut["gate_up_8"], halves, tokens, few, "int32")
             launch_down(k, shape, cut["down_8"], halves, tokens, few, "int32")
         with T.Else():
             climb(ladder(cut, grouped))

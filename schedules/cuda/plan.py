@@ -21,6 +21,9 @@ LARGE_ROWS = 256
 SHARED_BYTES = 227 * 1024
 """Shared memory a block may have (sm_90; sm_80 has 163 KiB, sm_86 and sm_89 99 KiB)."""
 
+BYTES_SCRATCH = 512
+"""Shared memory in which a warp turns one token's activations into bytes (``bytes.cu``)."""
+
 
 @dataclass(frozen=True)
 class ExpertsShape(ExpertsLayer):
@@ -86,10 +89,10 @@ def slot_bytes(formats: Sequence[Format]) -> int:
 
 
 def shared_bytes(plan: Plan, projections: int, formats: Sequence[Format]) -> int:
-    """Shared memory of a block: the partial sums of every warp, and the rings."""
+    """Shared memory of a block: the partial sums of every warp, and their rings or what they need beside."""
     partials = projections * plan.tiles * plan.warps * ROWS * plan.tokens * 4
     if plan.registers:
-        return partials
+        return partials + (plan.warps * BYTES_SCRATCH if plan.tokens == 1 else 0)
     return partials + plan.warps * plan.stages * slot_bytes(formats)
 
 

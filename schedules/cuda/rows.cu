@@ -182,8 +182,8 @@ template <class P> __device__ __forceinline__ void keep(float* result, const Sum
 
 // As `gate_up` of device.cu; with several slots, `slot_list` has tiles of slots (prefill.cu) and `hit` their number behind
 // that of slots. Grid: slots or tiles x groups of PAIRS pairs of row tiles; P::UNITS == units of H.
-template <class L, class P, class Gates, class Ups, class All, class Id, class X, class... Tensors>
-__device__ __forceinline__ void gate_up_rows(void* memory, const X* x, const void* factor_list, int tokens, const void* slot_list, const void* share_list, const void* member_list,
+template <class L, class P, bool ROUTED, class Gates, class Ups, class All, class Id, class X, class... Tensors>
+__device__ __forceinline__ void gate_up_rows(void* memory, const X* x, const void* factor_list, int tokens, int top, const void* slot_list, const void* share_list, const void* member_list,
                                              const void* hit, const int* table, const void* gate_bias, const void* up_bias, void* hidden_rows,
                                              void* shift_rows, float* y, const Tensors*... packed) {
   constexpr int ROW_TILES = (L::I + ROWS - 1) / ROWS, GROUPS = (ROW_TILES + 2 * P::PAIRS - 1) / (2 * P::PAIRS);
@@ -192,20 +192,21 @@ __device__ __forceinline__ void gate_up_rows(void* memory, const X* x, const voi
   const float* shares = (const float*)share_list;
   const int* members = (const int*)member_list;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, item = blockIdx.x / GROUPS, tile0 = blockIdx.x % GROUPS * (2 * P::PAIRS);
-  wait_for_previous_kernel();
-  start_next_kernel();
-  const int used = P::TOKENS > 1 ? load_now((const int*)hit + (P::SLOTS > 1)) : 0;
+  const auto wait = [] { wait_for_previous_kernel(), start_next_kernel(); };
+  if (!ROUTED) wait();
+  const int used = P::TOKENS > 1 && !ROUTED ? load_now((const int*)hit + (P::SLOTS > 1)) : 0;
   Place at = {item, 1, 0};
   if constexpr (P::SLOTS > 1) {
     int unused;
     const Tokens taken = take<1, P::SLOTS>(slot_list, item, unused);
     at = {taken.first, taken.slots, taken.expert};
   } else {
-    at.expert = load_now((const Id*)slot_list + item);
+    at.expert = ROUTED ? (long long)expert_of<L::EXPERTS>((const Id*)slot_list, tokens * top, item, lane) : (long long)load_now((const Id*)slot_list + item);
   }
   if (!HALVES<X>)
     for (long long i = (long long)blockIdx.x * P::THREADS + threadIdx.x; i < (long long)tokens * L::H; i += (long long)gridDim.x * P::THREADS) y[i] = 0.0f;
-  if (P::TOKENS > 1 && item >= used) return;
+  if (ROUTED && at.expert < 0) wait();   // not to end before the kernel ahead
+  if (P::TOKENS > 1 && (ROUTED ? at.expert < 0 : item >= used)) return;
   const void* const tensors[] = {packed...};
   constexpr int CLASSES = largest(Gates::COUNT, Ups::COUNT);
   const int2 second_place = find<CLASSES, L::EXPERTS>(table + 2 * L::EXPERTS, at.expert, lane);
@@ -222,6 +223,7 @@ __device__ __forceinline__ void gate_up_rows(void* memory, const X* x, const voi
   const Prepared<P, All> of_gate{prepared}, of_up{prepared + (same ? 0 : Prepared<P, All>::BYTES)};
   const auto token_of = [&](int slot, int column) { return P::TOKENS == 1 ? 0 : slot < at.slots ? members[(at.first + slot) * 8 + column] : -1; };
   const auto ready = [&] {
+    if (ROUTED) wait();
     prepare_block<P>(
         factors, warp, lane,
         [&](word* values, int slot, int unit) {
@@ -373,6 +375,7 @@ __device__ __forceinline__ void down_rows(void* memory, const void* hidden, cons
   const int* members = (const int*)member_list;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, tile0 = blockIdx.x % GROUPS * (2 * P::PAIRS);
   const int slice = blockIdx.x / GROUPS % SLICES, item = blockIdx.x / GROUPS / SLICES, first_unit = slice * P::UNITS;
+  start_next_kernel();
   const int used = P::TOKENS == 1 ? top : load_now((const int*)hit + (P::SLOTS > 1));
   Place at = {item, 1, 0};
   if constexpr (P::SLOTS > 1) {

@@ -12,6 +12,20 @@ from moqc.quant.pack_mma import COLUMNS, ROWS
 from moqc.schedules.cuda.plan import COLUMN_TOKENS, SHARED_BYTES, ExpertsShape, Plan, shared_bytes
 from moqc.schedules.cuda.rows import RowsPlan, rows_bytes
 
+SOURCES = (
+    "device.cu",
+    "bytes.cu",
+    "stream.cu",
+    "decode.cu",
+    "routing.cu",
+    "prefill.cu",
+    "rows.cu",
+    "linear.cu",
+    "prefill_mma.cu",
+    "attention.cu",
+    "dense.cu",
+)
+"""The device code, in the order of its parts."""
 AnyPlan = Plan | RowsPlan
 CPP = {"int32": "int", "int64": "long long"}
 BIASES = ("gate_bias", "up_bias", "down_bias")
@@ -57,8 +71,10 @@ def distinct(*lists: Sequence[Format]) -> list[Format]:
     return sorted({fmt for formats in lists for fmt in formats}, key=lambda fmt: (-fmt.bits, fmt))
 
 
-def gate_up_of(shape: ExpertsShape, plan: AnyPlan, id_dtype: str) -> tuple[str, int]:
-    """The function of the first product, and the shared memory of a block."""
+def gate_up_of(
+    shape: ExpertsShape, plan: AnyPlan, id_dtype: str, *, routed: bool = False
+) -> tuple[str, int]:
+    """The function of the first product, and a block's shared memory; `routed`: slots are the router's ids."""
     formats, projections = distinct(shape.gate, shape.up), 2 if shape.gate else 1
     lists = ", ".join(map(formats_of, (shape.gate, shape.up, formats)))
     if isinstance(plan, RowsPlan):
@@ -68,7 +84,8 @@ def gate_up_of(shape: ExpertsShape, plan: AnyPlan, id_dtype: str) -> tuple[str, 
         shared, function = _check(plan, shape.intermediate, projections, formats), "gate_up"
         if plan.warps != -(-shape.hidden // COLUMNS):
             raise InternalError(f"plan {plan}: gate and up want a warp for each {COLUMNS} of {shape.hidden}")
-    return f"moqc::{function}<{layer_of(shape)}, {_plan(plan)}, {lists}, {CPP[id_dtype]}>", shared
+    flag = str(routed).lower()
+    return f"moqc::{function}<{layer_of(shape)}, {_plan(plan)}, {flag}, {lists}, {CPP[id_dtype]}>", shared
 
 
 def down_of(
