@@ -28,6 +28,7 @@ from workload import SHAPES, Shape, copy_of, graph_us, rotation, routing
 import moqc.schedules.cuda as package
 from moqc.quant.pack_mma import COLUMNS
 from moqc.schedules.cuda.plan import ExpertsShape, down_rule, gate_up_rule
+from moqc.schedules.cuda.records import find
 from moqc.schedules.cuda.rows import RowsPlan
 from moqc.schedules.cuda.space import down_space, gate_up_space, rows_space, sample
 from moqc.schedules.cuda.templates import (
@@ -41,12 +42,14 @@ from moqc.schedules.cuda.templates import (
 
 TUNED = {
     **{f"w{bits}{zeros}": (bits, False, bool(zeros)) for bits in (4, 3, 2, 1) for zeros in ("", "-asym")},
+    **{f"w{bits}-s8": (bits, False, False) for bits in (3, 2, 1)},
+    "w4-asym-s8": (4, False, True),
     "mixed": (4, True, False),
     "mixed-global": (4, True, True),
 }
 """Case -> the widest code, whether there are several formats, and zeros: what records go by."""
-TRIALS = {False: 6, True: 3}
-"""Plans drawn for a single format, and for several, whose kernels take long to compile."""
+TRIALS = {False: 3, True: 1}
+"""Plans drawn of each space for a single format, and for several, whose kernels take long to compile."""
 MARGIN = 0.98
 """A plan has to be faster than the rules' by this factor."""
 MILLISECONDS = 3.0
@@ -104,25 +107,25 @@ class Kernel:
 
 
 def candidates(kind: str, shape: ExpertsShape, tokens: int) -> list[Kernel]:
-    """The plan of the rules first, then some of both spaces."""
+    """The plan of the rules first, then the recorded one and some of both spaces."""
     rule, space = (gate_up_rule, gate_up_space) if kind == "gate_up" else (down_rule, down_space)
     count = TRIALS[len(set((*shape.gate, *shape.up, *shape.down))) > 1]
-    rows = sample(rows_space(kind, shape, tokens), count)
-    plans: list[AnyPlan] = [rule(shape, tokens), *sample(space(shape, tokens), count), *rows]
-    return [Kernel(kind, shape, plan) for plan in dict.fromkeys(plans)]
+    rows = sample(rows_space(kind, shape, tokens), count) if tokens > 1 else []
+    plans = [rule(shape, tokens), find(kind, shape, tokens), *sample(space(shape, tokens), count), *rows]
+    return [Kernel(kind, shape, plan) for plan in dict.fromkeys(plans) if plan is not None]
 
 
-def compile_kernel(binary: Path, kernel: Kernel) -> None:
-    """The kernel, called k, in a file of its own."""
+def compile_kernels(binary: Path, kernels: list[Kernel]) -> None:
+    """The kernels, called k0 and so on, in one file."""
     source = binary.with_suffix(".cu")
     texts = [Path(package.__path__[0], name).read_text() for name in SOURCES]
-    source.write_text("\n".join(texts) + kernel.source("k"))
+    source.write_text("\n".join(texts) + "".join(each.source(f"k{at}") for at, each in enumerate(kernels)))
     command = ["nvcc", "-std=c++17", "-O3", "-cubin", "-gencode=arch=compute_90a,code=sm_90a"]
     subprocess.run([*command, "-o", str(binary), str(source)], check=True, capture_output=True)
 
 
 Found = dict[tuple[int, str], tuple[Path, list[Kernel]]]
-"""Tokens and kind -> folder of the binaries, and what was compiled."""
+"""Tokens and kind -> the binary, and what it has."""
 
 
 class Calls:
@@ -188,12 +191,10 @@ def timed(kernel: Kernel, function: Any, calls: Calls) -> float:
     return graph_us([lambda at=at: run(at) for at in range(len(arguments))], MILLISECONDS)
 
 
-def search(folder: Path, kernels: list[Kernel], calls: Calls) -> dict[str, Any]:
+def search(binary: Path, kernels: list[Kernel], calls: Calls) -> dict[str, Any]:
     """The fastest of `kernels`, and what the first, the rules', took."""
-    times = []
-    for number, kernel in enumerate(kernels):
-        module = cupy.RawModule(path=str(folder / f"{number}.cubin"))
-        times.append(timed(kernel, module.get_function("k"), calls))
+    module = cupy.RawModule(path=str(binary))
+    times = [timed(each, module.get_function(f"k{at}"), calls) for at, each in enumerate(kernels)]
     best = min(range(len(times)), key=times.__getitem__)
     best = best if times[best] < MARGIN * times[0] else 0
     return {
@@ -212,13 +213,13 @@ def tune(name: str, case: str, found: Found) -> list[Any]:
     count = max(rotation(SHAPES[name], tokens, one.expert_bytes)[1] for tokens in (1, 8))
     copies = [one, *(Weights.random(SHAPES[name], formats) for _ in range(count - 1))]
     records = []
-    for (tokens, kind), (folder, kernels) in found.items():
+    for (tokens, kind), (binary, kernels) in found.items():
         shape, (bits, several, zeros) = kernels[0].shape, TUNED[case]
         facts = {"kernel": kind, "tokens": tokens, "experts": shape.experts, "top_k": shape.top_k}
         facts |= {"hidden": shape.hidden, "intermediate": shape.intermediate}
         facts |= {"bits": bits, "several": several, "zeros": zeros}
         facts |= {} if several else {"format": str(shape.up[0])}
-        records.append(facts | search(folder, kernels, Calls(SHAPES[name], copies, tokens)))
+        records.append(facts | search(binary, kernels, Calls(SHAPES[name], copies, tokens)))
         print(name, case, records[-1], flush=True)
     return records
 
@@ -230,19 +231,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         found: dict[tuple[str, str], Found] = {}
         for name, case, tokens, kind in product(names, TUNED, (1, 8), ("gate_up", "down")):
-            path = Path(folder, f"{name}_{case}_{tokens}_{kind}")
-            path.mkdir()
+            path = Path(folder, f"{name}_{case}_{tokens}_{kind}.cubin")
             kernels = candidates(kind, experts_shape(name, case), tokens)
             found.setdefault((name, case), {})[tokens, kind] = path, kernels
-        jobs = [
-            (path / f"{number}.cubin", kernel)
-            for each in found.values()
-            for path, kernels in each.values()
-            for number, kernel in enumerate(kernels)
-        ]
+        jobs = [job for each in found.values() for job in each.values()]
         with ThreadPoolExecutor(16) as pool:
-            list(pool.map(lambda job: compile_kernel(*job), jobs))
-        print(f"{len(jobs)} kernels compiled in {time.time() - begin:.0f} s", flush=True)
+            list(pool.map(lambda job: compile_kernels(*job), jobs))
+        count = sum(len(kernels) for _, kernels in jobs)
+        print(f"{count} kernels compiled in {time.time() - begin:.0f} s", flush=True)
         records: list[Any] = []
         for (name, case), each in found.items():
             records += tune(name, case, each)

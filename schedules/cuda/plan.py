@@ -55,7 +55,7 @@ class Plan:
     A block of `warps` warps takes `tiles` row tiles (of each projection), every warp one unit of columns.
     `stages` tiles of weights are on their way at any time: in `registers`, or in a ring of each warp in
     shared memory. It takes `items` times as many, and adds up its warps' partial sums after each. `tokens` is
-    1 or 8.
+    8, or 1: that through registers, without items, and best with an even number of stages (``bytes.cu``).
     """
 
     warps: int
@@ -104,12 +104,9 @@ def gate_up_rule(shape: ExpertsShape, tokens: int, shared: int = SHARED_BYTES) -
     large = rows >= LARGE_ROWS
     cut = _Cut(warps, rows, tokens, formats, 2 if shape.gate else 1, shared)
     if tokens == 1:
-        # As few tiles a block as fill the machine once, at 24 warps a multiprocessor.
-        blocks = MULTIPROCESSORS * max(24 // warps, 1)
-        wanted = max(-(-shape.top_k * rows // blocks), 2 if several or bits == 1 else 1)
-        if large and (several or bits == 3):
-            return cut.ring(wanted)
-        return cut.registers(wanted, 4 if large and bits == 2 else 2)
+        # As few tiles a block as fill the machine once.
+        wanted = -(-shape.top_k * rows // MULTIPROCESSORS)
+        return cut.registers(wanted, 4 if bits <= 2 and not several else 2)
     if large:
         # One block a multiprocessor: prepare the activations once, then many items.
         wanted = 4 if bits >= 3 and not several else 8
@@ -128,7 +125,7 @@ def down_rule(shape: ExpertsShape, tokens: int, shared: int = SHARED_BYTES) -> P
     if tokens == 1:
         half = shape.top_k * units // 2
         cut = _Cut(16 if large else half if 8 <= half <= 16 else 8, rows, tokens, shape.down, 1, shared)
-        return cut.registers(16, 4 if bits == 2 else 2) if large else cut.registers(2, 2)
+        return cut.registers(16, 2 if bits == 3 or several else 4) if large else cut.registers(2, 2)
     cut = _Cut(8, rows, tokens, shape.down, 1, shared)
     if several and not large:
         return cut.ring(8)
@@ -157,7 +154,10 @@ class _Cut:
         """About `tiles` tiles through registers, in items up to about `tiles_a_block`."""
         tiles = self._tiles(tiles, 0)
         total = self.projections * tiles
-        stages = next(each for each in range(min(stages, total), 0, -1) if total % each == 0)
+        fitting = [each for each in range(min(stages, total), 0, -1) if total % each == 0]
+        # One token is multiplied by two row tiles at a time.
+        even = [each for each in fitting if each % 2 == 0] if self.tokens == 1 else fitting
+        stages = (even or fitting)[0]
         items = max(
             each for each in divisors(self.rows // tiles) if each * tiles <= max(tiles_a_block, tiles)
         )

@@ -12,25 +12,36 @@
 namespace moqc {
 
 // Geometry. A block takes PAIRS pairs of row tiles (of each projection) and UNITS units of columns, which SPLIT runs share;
-// WARPS warps take the runs in turn, each with DEPTH units of both tiles on their way. TOKENS is 1, 8, or 8 for each slot of
-// a tile; with several slots a warp keeps its results (SPLIT is 1), else they meet in shared memory.
+// WARPS warps take the runs in turn, each with DEPTH units of both tiles on their way. TOKENS is 8 for each slot of a tile;
+// with several slots a warp keeps its results (SPLIT is 1), else they meet in shared memory.
 template <int WARPS_, int PAIRS_, int UNITS_, int SPLIT_, int DEPTH_, int TOKENS_> struct RowsPlan {
   static constexpr int WARPS = WARPS_, PAIRS = PAIRS_, UNITS = UNITS_, SPLIT = SPLIT_, DEPTH = DEPTH_, TOKENS = TOKENS_;
   static constexpr int THREADS = 32 * WARPS, RUN = UNITS / SPLIT, RUNS = PAIRS * SPLIT;   // RUN: units of a run; RUNS: of a matrix
-  static constexpr int SLOTS = TOKENS > 8 ? TOKENS / 8 : 1, LINE = TOKENS == 1 ? 1 : 8;   // LINE: tokens of a slot
+  static constexpr int SLOTS = TOKENS / 8;
   static constexpr int RESULT = SLOTS == 1 ? ROWS * TOKENS : 0;   // floats of a row tile in shared memory
+  static constexpr bool TOGETHER = WARPS % 4 == 0 && (SLOTS == 1 ? RUNS : PAIRS) % 4 == 0;   // warps of a group are never apart
   static_assert(UNITS % SPLIT == 0 && (SLOTS == 1 || SPLIT == 1), "whole units");
 };
 
+#if __CUDA_ARCH_FEAT_SM90_ALL
+constexpr bool HAS_GROUPS = true;
+MOQC_WGMMA(8, "%0,%1,%2,%3", "%4,%5,%6,%7}, %8", MOQC_D4(0))
+MOQC_WGMMA(16, "%0,%1,%2,%3,%4,%5,%6,%7", "%8,%9,%10,%11}, %12", MOQC_D4(0), MOQC_D4(4))
+MOQC_WGMMA(24, "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11", "%12,%13,%14,%15}, %16", MOQC_D4(0), MOQC_D4(4), MOQC_D4(8))
+#else
+constexpr bool HAS_GROUPS = false;
+#endif
+// Products by groups of four warps (wgmma), which decode while the tensor core works; those of one bit are sparse.
+template <class P, class F> constexpr bool BY_GROUPS = HAS_GROUPS && P::TOGETHER && F::BITS != 1;
+
 // Prepared activations of one format in shared memory: operand B of each unit, and the groups' sums (see `prepare`).
 template <class P, class All> struct Prepared {
-  static constexpr int LANES = P::TOKENS == 1 ? 4 : 32;   // whose operands differ
-  static constexpr int UNIT = All::X * 4 * LANES, SUMS = All::GROUPS * 32, COUNT = P::UNITS * P::SLOTS, BYTES = COUNT * (UNIT + SUMS);
+  static constexpr int UNIT = All::X * 128, SUMS = All::GROUPS * 32, COUNT = P::UNITS * P::SLOTS, BYTES = COUNT * (UNIT + SUMS);
   char* memory;
 
   // `unit` counts those of one slot after the other.
   __device__ __forceinline__ uint4* operand(int unit, int quad, int lane) const {
-    return (uint4*)(memory + unit * UNIT) + quad * LANES + (P::TOKENS == 1 ? lane % 4 : lane);
+    return (uint4*)(memory + unit * UNIT) + quad * 32 + lane;
   }
   __device__ __forceinline__ float2* sum(int unit, int group, int lane) const {
     return (float2*)(memory + COUNT * UNIT + unit * SUMS) + group * 4 + lane % 4;
@@ -39,9 +50,12 @@ template <class P, class All> struct Prepared {
     constexpr int QUADS = Formats<F>::X / 4;
     float sums[2 * F::GROUPS];
     prepare<F>(x, sums);
-    if (P::TOKENS == 1 && lane >= 4) return;
+    if (BY_GROUPS<P, F>) {   // registers 2s and 2s + 1 of all lanes are the two core matrices of step s
 #pragma unroll
-    for (int quad = 0; quad < QUADS; ++quad) *operand(unit, quad, lane) = make_uint4(x[4 * quad], x[4 * quad + 1], x[4 * quad + 2], x[4 * quad + 3]);
+      for (int i = 0; i < 32; ++i) *(word*)(memory + unit * UNIT + i * 128 + lane * 4) = x[i];
+    }
+#pragma unroll
+    for (int quad = 0; quad < (BY_GROUPS<P, F> ? 0 : QUADS); ++quad) *operand(unit, quad, lane) = make_uint4(x[4 * quad], x[4 * quad + 1], x[4 * quad + 2], x[4 * quad + 3]);
     if (lane < 4)
 #pragma unroll
       for (int group = 0; group < F::GROUPS; ++group) *sum(unit, group, lane) = make_float2(sums[2 * group], sums[2 * group + 1]);
@@ -107,6 +121,67 @@ __device__ __forceinline__ void dot_pair(Sums<P>& acc, const W (&window)[2], int
   }
 }
 
+#if __CUDA_ARCH_FEAT_SM90_ALL
+// One row tile's group of columns in the tensor core.
+template <class P, class F> struct InFlight {
+  static constexpr int STEPS = F::GROUP / 16, REGISTERS = 4 * P::SLOTS;
+  word a[2][STEPS][4];   // of row tile 0 and 1
+  float d[REGISTERS] = {};
+  float2 scale = {0.0f, 0.0f};   // of its rows g and g + 8
+
+  __device__ __forceinline__ void hold() {   // no register of d is read or written on the other side of this
+#pragma unroll
+    for (int i = 0; i < REGISTERS; ++i) asm volatile("" : "+f"(d[i])::"memory");
+  }
+  __device__ __forceinline__ void land(float (&acc)[P::SLOTS][4]) {
+    wgmma_wait<0>();
+    hold();
+#pragma unroll
+    for (int i = 0; i < REGISTERS; ++i) acc[i / 4][i % 4] = fmaf(i % 4 < 2 ? scale.x : scale.y, d[i], acc[i / 4][i % 4]);
+  }
+  // d is set. `steps` describes the activations of the group's first step.
+  __device__ __forceinline__ void go(int tile, unsigned long long steps) {
+    hold();
+    wgmma_fence();
+#pragma unroll
+    for (int s = 0; s < STEPS; ++s) Wgmma<8 * P::SLOTS>::run(d, a[tile][s], steps + 16 * s);   // 256 bytes a step
+    wgmma_commit();
+  }
+};
+
+// As `dot_pair`, but what is begun here last lands in the next call: of `flight`, which belongs to row tile 1.
+template <class F, class P, class All, class W>
+__device__ __forceinline__ void dot_together(Sums<P>& acc, InFlight<P, F>& flight, const W (&window)[2], int i, const Prepared<P, All>& x, int unit, int lane) {
+  constexpr int STEPS = F::GROUP / 16;
+  const word first = shared_address(x.memory + unit * Prepared<P, All>::UNIT);
+  const unsigned long long steps = (unsigned long long)((first & 0x3ffff) >> 4) | 128ull >> 4 << 16 | (unsigned long long)(P::UNITS * Prepared<P, All>::UNIT >> 4) << 32;
+#pragma unroll
+  for (int group = 0; group < F::GROUPS; ++group)
+#pragma unroll
+    for (int tile = 0; tile < 2; ++tile) {
+#pragma unroll
+      for (int s = 0; s < STEPS; ++s) {
+        const int step = group * STEPS + s;
+        fragment<F::BITS>(flight.a[tile][s], window[tile].codes[i] + step / 8 * (2 * F::BITS), step % 8);
+      }
+      flight.land(acc[1 - tile]);
+      flight.scale = __half22float2(scale_of<F>(window[tile].scales[i], group));
+#pragma unroll
+      for (int slot = 0; slot < P::SLOTS; ++slot) {
+        const float2 sum = *x.sum(slot * P::UNITS + unit, group, lane);
+        float* d = flight.d + 4 * slot;
+        d[0] = d[2] = sum.x, d[1] = d[3] = sum.y;
+        if (!F::SYMMETRIC) {
+          const word zeros = window[tile].zeros[i][group / 2];
+          const float z0 = byte_value(zeros, group % 2 * 2), z8 = byte_value(zeros, group % 2 * 2 + 1);
+          d[0] *= z0, d[1] *= z0, d[2] *= z8, d[3] *= z8;
+        }
+      }
+      flight.go(tile, steps + 16 * (group * STEPS));
+    }
+}
+#endif
+
 // A warp's runs 0 to count - 1. `at(run, tile)` is the first unit of one of a run's tiles, `begin(run)` the number of that
 // unit in the block; `ready()` is called once the first weights are on their way, and makes the activations; `finish(run,
 // sums)` takes what a run gives.
@@ -130,14 +205,24 @@ __device__ __forceinline__ void take_runs(const Prepared<P, All>& x, int count, 
     if (i < total) load(i);
   ready();
   Sums<P> acc = {};
+#if __CUDA_ARCH_FEAT_SM90_ALL
+  InFlight<P, F> flight;
+#endif
 #pragma unroll 1
   for (int done = 0; done < total; done += P::DEPTH)
 #pragma unroll
     for (int i = 0; i < P::DEPTH; ++i) {
       if (done + i >= total) break;
-      dot_pair<F>(acc, window, i, x, begin(run) + unit, lane);
+#if __CUDA_ARCH_FEAT_SM90_ALL
+      if constexpr (BY_GROUPS<P, F>) dot_together<F>(acc, flight, window, i, x, begin(run) + unit, lane);
+      else
+#endif
+        dot_pair<F>(acc, window, i, x, begin(run) + unit, lane);
       if (loaded < total) load(i);
       if (++unit == P::RUN) {
+#if __CUDA_ARCH_FEAT_SM90_ALL
+        if constexpr (BY_GROUPS<P, F>) flight.land(acc[1]), flight.scale = make_float2(0.0f, 0.0f);
+#endif
         finish(run, acc);
 #pragma unroll
         for (int j = 0; j < 8 * P::SLOTS; ++j) (&acc[0][0][0])[j] = 0.0f;
@@ -167,6 +252,9 @@ __device__ __forceinline__ void prepare_block(float* factors, int warp, int lane
     __syncthreads();
   }
   if (threadIdx.x < 8 * P::SLOTS) factors[threadIdx.x] = power(most[threadIdx.x]) * given(threadIdx.x / 8, threadIdx.x % 8);
+#if __CUDA_ARCH_FEAT_SM90_ALL
+  if (P::TOGETHER) fence_for_bulk();   // the tensor core reads what was written
+#endif
   __syncthreads();
 }
 
@@ -175,9 +263,9 @@ struct Place { int first, slots; long long expert; };
 
 // Results of a run in shared memory, [tile][row][token].
 template <class P> __device__ __forceinline__ void keep(float* result, const Sums<P>& sums, const float* factors, int lane) {
-  const float2 factor = P::TOKENS == 1 ? make_float2(factors[0], factors[0]) : *(const float2*)(factors + lane % 4 * 2);
+  const float2 factor = *(const float2*)(factors + lane % 4 * 2);
 #pragma unroll
-  for (int tile = 0; tile < 2; ++tile) store_partial<P::LINE>(result + tile * P::RESULT, sums[tile][0], factor, lane);
+  for (int tile = 0; tile < 2; ++tile) store_partial<8>(result + tile * P::RESULT, sums[tile][0], factor, lane);
 }
 
 // As `gate_up` of device.cu; with several slots, `slot_list` has tiles of slots (prefill.cu) and `hit` their number behind
@@ -191,10 +279,10 @@ __device__ __forceinline__ void gate_up_rows(void* memory, const X* x, const voi
   static_assert(P::UNITS == (L::H + COLUMNS - 1) / COLUMNS, "all columns");
   const float* shares = (const float*)share_list;
   const int* members = (const int*)member_list;
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, item = blockIdx.x / GROUPS, tile0 = blockIdx.x % GROUPS * (2 * P::PAIRS);
+  const int lane = threadIdx.x % 32, warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0), item = blockIdx.x / GROUPS, tile0 = blockIdx.x % GROUPS * (2 * P::PAIRS);
   const auto wait = [] { wait_for_previous_kernel(), start_next_kernel(); };
   if (!ROUTED) wait();
-  const int used = P::TOKENS > 1 && !ROUTED ? load_now((const int*)hit + (P::SLOTS > 1)) : 0;
+  const int used = !ROUTED ? load_now((const int*)hit + (P::SLOTS > 1)) : 0;
   Place at = {item, 1, 0};
   if constexpr (P::SLOTS > 1) {
     int unused;
@@ -206,7 +294,7 @@ __device__ __forceinline__ void gate_up_rows(void* memory, const X* x, const voi
   if (!HALVES<X>)
     for (long long i = (long long)blockIdx.x * P::THREADS + threadIdx.x; i < (long long)tokens * L::H; i += (long long)gridDim.x * P::THREADS) y[i] = 0.0f;
   if (ROUTED && at.expert < 0) wait();   // not to end before the kernel ahead
-  if (P::TOKENS > 1 && (ROUTED ? at.expert < 0 : item >= used)) return;
+  if (ROUTED ? at.expert < 0 : item >= used) return;
   const void* const tensors[] = {packed...};
   constexpr int CLASSES = largest(Gates::COUNT, Ups::COUNT);
   const int2 second_place = find<CLASSES, L::EXPERTS>(table + 2 * L::EXPERTS, at.expert, lane);
@@ -221,7 +309,7 @@ __device__ __forceinline__ void gate_up_rows(void* memory, const X* x, const voi
   float* const results = factors + 8 * P::SLOTS;
   char* const prepared = (char*)(results + PHASES * P::RUNS * 2 * P::RESULT);
   const Prepared<P, All> of_gate{prepared}, of_up{prepared + (same ? 0 : Prepared<P, All>::BYTES)};
-  const auto token_of = [&](int slot, int column) { return P::TOKENS == 1 ? 0 : slot < at.slots ? members[(at.first + slot) * 8 + column] : -1; };
+  const auto token_of = [&](int slot, int column) { return slot < at.slots ? members[(at.first + slot) * 8 + column] : -1; };
   const auto ready = [&] {
     if (ROUTED) wait();
     prepare_block<P>(
@@ -349,7 +437,7 @@ __device__ __forceinline__ void gate_up_rows(void* memory, const X* x, const voi
     for (int i = threadIdx.x; i < 2 * P::PAIRS * ROWS * P::TOKENS; i += P::THREADS) {
       const int t = i / (ROWS * P::TOKENS), r = i % ROWS, column = i / ROWS % P::TOKENS, out = (tile0 + t) * ROWS + r;
       if (tile0 + t >= ROW_TILES) break;
-      const float* result = results + (t / 2 * P::SPLIT * 2 + t % 2) * P::RESULT + place<P::LINE>(r, column);
+      const float* result = results + (t / 2 * P::SPLIT * 2 + t % 2) * P::RESULT + place<8>(r, column);
       float g = 0.0f, u = 0.0f;
 #pragma unroll
       for (int part = 0; part < P::SPLIT; ++part) {
@@ -373,10 +461,10 @@ __device__ __forceinline__ void down_rows(void* memory, const void* hidden, cons
   static_assert(UNITS % P::UNITS == 0, "whole slices");
   const float* shares = (const float*)share_list;
   const int* members = (const int*)member_list;
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, tile0 = blockIdx.x % GROUPS * (2 * P::PAIRS);
+  const int lane = threadIdx.x % 32, warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0), tile0 = blockIdx.x % GROUPS * (2 * P::PAIRS);
   const int slice = blockIdx.x / GROUPS % SLICES, item = blockIdx.x / GROUPS / SLICES, first_unit = slice * P::UNITS;
   start_next_kernel();
-  const int used = P::TOKENS == 1 ? top : load_now((const int*)hit + (P::SLOTS > 1));
+  const int used = load_now((const int*)hit + (P::SLOTS > 1));
   Place at = {item, 1, 0};
   if constexpr (P::SLOTS > 1) {
     int unused;
@@ -393,7 +481,7 @@ __device__ __forceinline__ void down_rows(void* memory, const void* hidden, cons
   float* const factors = (float*)memory;
   float* const results = factors + 8 * P::SLOTS;
   const Prepared<P, All> prepared{(char*)(results + P::RUNS * 2 * P::RESULT)};
-  const auto line_of = [&](int slot) { return (long long)(at.first + min(slot, at.slots - 1)) * P::LINE + (P::TOKENS == 1 ? 0 : lane / 4); };
+  const auto line_of = [&](int slot) { return (long long)(at.first + min(slot, at.slots - 1)) * 8 + lane / 4; };
   const auto columns_of = [&](int slot) { return (const __half*)hidden + line_of(slot) * L::I; };
   const auto shifts_of = [&](int slot, int unit) { return load_shifts<L::I>((const unsigned char*)shifts + line_of(slot) * L::SHIFTS, (first_unit + unit) * COLUMNS, true); };
   const auto unit_of = [&](int run, int number) {
@@ -403,7 +491,7 @@ __device__ __forceinline__ void down_rows(void* memory, const void* hidden, cons
     return unit;
   };
   const auto give = [&](int slot, int column, int out, float sum) {
-    const int line = (at.first + slot) * P::LINE + column, token = P::TOKENS == 1 ? 0 : members[line];
+    const int line = (at.first + slot) * 8 + column, token = members[line];
     if (token < 0 || token >= tokens || (L::H % ROWS != 0 && out >= L::H)) return;
     if ((L::BIASES & 4) && slice == 0) sum += shares[line] * ((const float*)bias)[at.expert * L::H + out];
     add(y + (long long)token * L::H + out, sum);
@@ -454,7 +542,7 @@ __device__ __forceinline__ void down_rows(void* memory, const void* hidden, cons
     for (int i = threadIdx.x; i < 2 * P::PAIRS * ROWS * P::TOKENS; i += P::THREADS) {
       const int t = i / (ROWS * P::TOKENS), r = i % ROWS, c = i / ROWS % P::TOKENS;
       if (tile0 + t >= ROW_TILES) break;
-      const float* result = results + (t / 2 * P::SPLIT * 2 + t % 2) * P::RESULT + place<P::LINE>(r, c);
+      const float* result = results + (t / 2 * P::SPLIT * 2 + t % 2) * P::RESULT + place<8>(r, c);
       float sum = 0.0f;
 #pragma unroll
       for (int part = 0; part < P::SPLIT; ++part) sum += result[part * 2 * P::RESULT];

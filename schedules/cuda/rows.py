@@ -23,8 +23,7 @@ class RowsPlan:
 
     A block takes one expert's slot (or a tile of ``tokens // 8`` slots), `pairs` pairs of row tiles (of each
     projection) and `units` units of columns. A *run* is a pair along the columns; `split` of them share the
-    units. `warps` warps take the runs in turn, `depth` units of both row tiles ahead. `tokens`: 1, or 8 a
-    slot.
+    units. `warps` warps take the runs in turn, `depth` units of both row tiles ahead. `tokens`: 8 a slot.
     """
 
     warps: int
@@ -48,7 +47,7 @@ class RowsPlan:
     @property
     def slots(self) -> int:
         """Slots of a block's tile."""
-        return max(self.tokens // COLUMN_TOKENS, 1)
+        return self.tokens // COLUMN_TOKENS
 
     def groups(self, rows: int) -> int:
         """Blocks that `rows` rows of a matrix take."""
@@ -64,8 +63,8 @@ class RowsPlan:
 
 def rows_bytes(plan: RowsPlan, projections: int, formats: Sequence[Format]) -> int:
     """Shared memory of a block: the tokens' factors, results that meet there, and the activations."""
-    wide, lanes = any(fmt.bits == 1 for fmt in formats), 4 if plan.tokens == 1 else 32
-    unit = (64 if wide else 32) * 4 * lanes + max(COLUMNS // fmt.group for fmt in formats) * 32
+    wide = any(fmt.bits == 1 for fmt in formats)
+    unit = (64 if wide else 32) * 128 + max(COLUMNS // fmt.group for fmt in formats) * 32
     kinds = 2 if projections == 2 and len(set(formats)) > 1 else 1  # gate's and up's format may differ
     results = projections * plan.pairs * plan.split * 2 * ROWS * plan.tokens * 4 if plan.slots == 1 else 0
     return 32 * plan.slots + results + kinds * plan.slots * plan.units * unit

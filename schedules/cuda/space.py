@@ -29,6 +29,10 @@ P = TypeVar("P")
 WAVES = (0.4, 12.0)
 """Blocks of a launch for each multiprocessor."""
 MOST_TILES = 32
+WAYS = ((True, 1), (True, 2), (True, 4), (False, 3), (False, 4), (False, 6))
+"""Through registers or rings, and how many tiles of weights are on their way."""
+ONE_TOKEN = ((True, 2), (True, 4), (True, 6), (True, 8))
+"""The same for 1 token: two row tiles at a time."""
 REGISTERS = 65536
 """Of a multiprocessor."""
 FEWEST_WARPS = 9
@@ -62,13 +66,13 @@ def rows_space(kernel: str, shape: ExpertsShape, tokens: int) -> list[RowsPlan]:
         rows, columns, formats, projections = columns, rows, shape.down, 1
     units, pairs = -(-columns // COLUMNS), -(-rows // (2 * ROWS))
     mean = tokens * shape.top_k / shape.experts  # tokens of an expert
-    tiles = [1] if tokens == 1 else [8] if len(set(formats)) > 1 else [8, 16, 24, 32]
+    tiles = [8] if len(set(formats)) > 1 else [8, 16, 24, 32]
     found = []
     for tile, some, each in product(tiles, [units] if first else divisors(units), divisors(pairs)):
         if tile > max(COLUMN_TOKENS, 2 * mean):
             continue
         hit = shape.experts * (1 - (1 - shape.top_k / shape.experts) ** tokens)
-        items = shape.top_k if tokens == 1 else hit * max(1.0, 0.5 + mean / tile)
+        items = hit * max(1.0, 0.5 + mean / tile)
         blocks = items * (pairs // each) * (units // some)
         if not 0.7 <= blocks / MULTIPROCESSORS <= WAVES[1]:
             continue
@@ -115,7 +119,7 @@ def _fitting(
                 continue
             if tokens < COLUMN_TOKENS and items > 1:
                 continue  # activations are prepared once in any case
-            for registers, stages in ((True, 1), (True, 2), (True, 4), (False, 3), (False, 4), (False, 6)):
+            for registers, stages in ONE_TOKEN if tokens == 1 else WAYS:
                 plan = Plan(warps, tiles, stages, registers, tokens, items)
                 whole = not registers or projections * tiles % stages == 0
                 if whole and shared_bytes(plan, projections, formats) <= SHARED_BYTES:

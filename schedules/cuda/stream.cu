@@ -11,7 +11,7 @@ template <int WARPS_, int TILES_, int STAGES_, bool REGISTERS_, int TOKENS_, int
   static constexpr int WARPS = WARPS_, TILES = TILES_, STAGES = STAGES_, TOKENS = TOKENS_, ITEMS = ITEMS_, THREADS = 32 * WARPS_;
   static constexpr bool REGISTERS = REGISTERS_;
   static constexpr int RINGS = REGISTERS_ ? 0 : STAGES_;   // slots in shared memory
-  template <class All> static constexpr int OWN = REGISTERS_ ? (TOKENS_ == 1 ? BYTES_SCRATCH : 0) : STAGES_ * All::SLOT;   // bytes of shared memory a warp
+  template <class All> static constexpr int OWN = TOKENS_ == 1 ? BYTES_SCRATCH : RINGS * All::SLOT;   // bytes of shared memory a warp
 };
 
 // A lane's 4, 8, 16 or 32 bytes of scales or zeros.

@@ -140,6 +140,7 @@ def _check(plan: Plan, rows: int, projections: int, formats: Sequence[Format]) -
     if (
         tiles % (plan.tiles * plan.items)
         or plan.tokens not in (1, COLUMN_TOKENS)
+        or (plan.tokens == 1 and not (plan.registers and plan.items == 1))
         or shared > SHARED_BYTES
         or plan.warps > 32
     ):

@@ -73,8 +73,6 @@ class Layer:
         first, second = -(-self.hidden // 256), -(-self.intermediate // 256)
         single = len({name for names in self.classes.values() for name in names}) == 1
         plans = {
-            "gate_up_1": RowsPlan(2, 3, first, first, 2, 1),
-            "down_1": RowsPlan(3, 2, 1, 1, 1, 1),
             "gate_up_8": RowsPlan(3, 2, first, 1, 2, 8),
             "down_8": RowsPlan(2, 3, second, second, 2, 8),
         }
@@ -101,8 +99,8 @@ LAYERS = {
             "down": ("int3-g32", "int8-g64"),
         },
         "oai_swiglu(alpha=1.702,limit=7.0)",
-        _plans(2, 3, "s3", items=3),
-        _plans(4, 1, "s2"),
+        _plans(2, 3, "r2", "s3", items=3),
+        _plans(4, 1, "r1", "s2"),
         biases=("gate_bias", "up_bias", "down_bias"),
     ),
     # The same classes with every load first, and float16 activations.
@@ -125,8 +123,8 @@ LAYERS = {
         768,
         {"up": ("int2-g128-sym",), "down": ("int4-g64",)},
         "relu2",
-        _plans(2, 8, "s3"),
-        _plans(3, 4, "s4", items=8),
+        _plans(2, 8, "r4", "s3"),
+        _plans(3, 4, "r2", "s4", items=8),
     ),
 } | {
     f"int{bits}{suffix}": Layer(
@@ -134,8 +132,8 @@ LAYERS = {
         512,
         {name: (f"int{bits}{suffix}",) for name in ("gate", "up", "down")},
         "silu_glu",
-        _plans(2, 4, "s4", "r2", items=4),
-        _plans(4, 2, "s3", "r1", items=2),
+        _plans(2, 4, "r4", "r2", items=4),
+        _plans(4, 2, "r2", "r1", items=2),
     )
     for bits in (1, 2, 3, 4, 8)
     for suffix in ("-g128-sym", "-g64")
@@ -149,8 +147,8 @@ LAYERS["bytes"] = Layer(
         "down": ("int4-g64-s8", "int8-g32-sym-s8", "int2-g128-sym"),
     },
     "silu_glu",
-    _plans(2, 3, "s3", "r1", items=3),
-    _plans(4, 1, "s2"),
+    _plans(2, 3, "r2", "r1", items=3),
+    _plans(4, 1, "r1", "s2"),
 )
 """Byte scales beside float16 ones."""
 CALLS: dict[str, list[list[int]]] = {
@@ -342,8 +340,10 @@ def test_a_plan_has_to_fit():
         down_kernel(layer, Plan(24, 32, 8, False, 8))  # shared memory
     with pytest.raises(InternalError, match="no whole windows"):
         down_kernel(layer, Plan(3, 4, 3, True, 8))
+    with pytest.raises(InternalError, match="does not fit"):
+        down_kernel(layer, Plan(3, 4, 4, False, 1))  # one token through a ring
     with pytest.raises(InternalError, match="a warp for each 256"):
-        gate_up_kernel(layer, Plan(3, 8, 3, False, 1), "float32")
+        gate_up_kernel(layer, Plan(3, 8, 2, True, 1), "float32")
 
 
 def test_shared_memory_is_partials_and_rings():
