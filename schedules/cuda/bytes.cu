@@ -7,8 +7,8 @@
 // product, each in columns of its own; more positions have accumulators of their own (*sets*). So column n of B is
 //     row half n % 2, plane n / 2 % 2, kind n / 4,
 // and the accumulators of lane l are row halves 0 and 1 of plane l % 2 and kind l / 2 % 2. A's rows g and g + 8 are two row
-// tiles. Sums are exact. An accumulator starts as the bits of a float so large that what is added to its bits is added to its
-// value, in units that are plane and position; no conversion is left to do.
+// tiles. Sums are exact. The last set's accumulator starts as the bits of a float so large that what is added to its bits is
+// added to its value, in units that are plane and position: with the other sets added, no conversion is left to do.
 #ifndef MOQC_BYTES
 #define MOQC_BYTES
 
@@ -19,13 +19,15 @@ template <class F> constexpr bool BY_BYTES = F::GROUP >= 64;   // 64 columns are
 constexpr int BYTES_SCRATCH = 512;   // bytes of shared memory a warp needs to prepare its activations
 
 template <int BITS> struct Bytes {
-  static constexpr int SETS = BITS == 1 ? 4 : BITS <= 3 ? 2 : 1;
+  static constexpr int SETS = BITS == 1 ? 4 : BITS <= 3 ? 2 : 1, LAST = SETS - 1;
   // The set of product m (0..3) of 64 columns.
   __host__ __device__ static constexpr int set(int m) { return BITS == 1 ? m : BITS == 2 ? m % 2 : BITS == 3 ? m / 3 : 0; }
   // Bit position, in their bytes, of the codes of a set and kind, in a row half.
   __host__ __device__ static constexpr int position(int set, int kind, int row) {
     return BITS == 1 ? 2 * set + kind : BITS == 2 ? 4 * set + 2 * kind : BITS == 3 ? (set ? 5 : 3 * kind + row) : BITS == 4 ? 4 * kind : 0;
   }
+  // What a set's sums are multiplied by to have the last one's unit.
+  __host__ __device__ static constexpr int weight(int set, int kind, int row) { return 1 << (position(LAST, kind, row) - position(set, kind, row)); }
 };
 
 // Operand A of product m of 64 columns, whose BITS words w has: the words of both kinds.
@@ -47,9 +49,11 @@ template <int BITS> __device__ __forceinline__ void byte_codes(word& first, word
 
 // The 256 activations of a warp's unit.
 template <class F> struct ByteActivations {
+  using B = Bytes<F::BITS>;
   word b[32];              // operand B of product m of 64 columns c: 8 c + 2 m and the next
-  float sums[F::GROUPS];   // of a group's activations, times the zero point or its step; 0 but in one column of a row half
-  float start[Bytes<F::BITS>::SETS][2];   // what accumulators start from, by row half
+  float start;             // what the last set's accumulators start from
+  float zeros[F::GROUPS];  // of a group's activations, times the zero point and added to `start`, or times its step; 0 but in one column of a row half
+  int weights[B::SETS][2]; // see `Bytes`, by row half
 
   // From the lane's columns 8 lane .. 8 lane + 7, by way of the warp's `scratch`. Returns what sums are to be multiplied by.
   __device__ __forceinline__ float prepare(const float (&x)[8], char* scratch, int lane) {
@@ -58,6 +62,8 @@ template <class F> struct ByteActivations {
     for (int i = 0; i < 8; ++i) most = fmaxf(most, fabsf(x[i]));
     most = fmaxf(__uint_as_float(__reduce_max_sync(0xffffffffu, __float_as_uint(most))), 1e-30f);
     const float by = 32512.0f / most;   // 127 * 256: both bytes have signs
+    const int kind = lane / 2 % 2;
+    start = __uint_as_float(0x4b400000u + ((8 * (lane % 2) - (kind ? B::position(B::LAST, 1, 0) : B::position(B::LAST, 0, 0))) << 23));
     word value[8];   // in the lower 16 bits
     int sum = 0;
 #pragma unroll
@@ -65,7 +71,7 @@ template <class F> struct ByteActivations {
 #pragma unroll
     for (int group = 0; group < F::GROUPS; ++group) {
       const int all = __reduce_add_sync(0xffffffffu, lane / (F::GROUP / 8) == group ? sum : 0);
-      sums[group] = lane % 4 == 0 ? (F::SYMMETRIC ? F::ZERO : F::ZERO_STEP) * (float)all : 0.0f;
+      zeros[group] = (F::SYMMETRIC ? start : 0.0f) + (lane % 4 == 0 ? (F::SYMMETRIC ? F::ZERO : F::ZERO_STEP) * (float)all : 0.0f);
     }
 #pragma unroll
     for (int plane = 0; plane < 2; ++plane) {
@@ -88,12 +94,7 @@ template <class F> struct ByteActivations {
     __syncwarp();
     expand((const uint4*)(scratch + lane / 8 % 2 * 256 + lane % 4 * 64), lane / 4 % 2, lane / 16);
 #pragma unroll
-    for (int set = 0; set < Bytes<F::BITS>::SETS; ++set)
-#pragma unroll
-      for (int row = 0; row < 2; ++row) {
-        const int at = lane / 2 % 2 ? Bytes<F::BITS>::position(set, 1, row) : Bytes<F::BITS>::position(set, 0, row);
-        start[set][row] = __uint_as_float(0x4b400000u + ((8 * (lane % 2) - at) << 23));
-      }
+    for (int i = 0; i < 2 * B::SETS; ++i) weights[i / 2][i % 2] = kind ? B::weight(i / 2, 1, i % 2) : B::weight(i / 2, 0, i % 2);
     return most / 32512.0f;
   }
 
@@ -120,14 +121,13 @@ template <class F> struct ByteActivations {
 // acc = two units times the activations: of each row tile, row halves 0 and 1.
 template <class F>
 __device__ __forceinline__ void dot_bytes(float (&acc)[4], const ByteActivations<F>& x, const word* const (&codes)[2], const word* const (&scales)[2], const word* const (&zeros)[2]) {
-  constexpr int SETS = Bytes<F::BITS>::SETS, BLOCKS = F::GROUP / 64;
+  using B = Bytes<F::BITS>;
+  constexpr int BLOCKS = F::GROUP / 64;
 #pragma unroll
   for (int group = 0; group < F::GROUPS; ++group) {
-    int c[SETS][4];
+    int c[B::SETS][4];
 #pragma unroll
-    for (int set = 0; set < SETS; ++set)
-#pragma unroll
-      for (int i = 0; i < 4; ++i) c[set][i] = __float_as_int(x.start[set][i % 2]);
+    for (int i = 0; i < 4 * B::SETS; ++i) c[i / 4][i % 4] = i / 4 == B::LAST ? __float_as_int(x.start) : 0;
 #pragma unroll
     for (int block = group * BLOCKS; block < (group + 1) * BLOCKS; ++block)
 #pragma unroll
@@ -135,20 +135,18 @@ __device__ __forceinline__ void dot_bytes(float (&acc)[4], const ByteActivations
         word a[4];
         byte_codes<F::BITS>(a[0], a[2], codes[0] + F::BITS * block, m);
         byte_codes<F::BITS>(a[1], a[3], codes[1] + F::BITS * block, m);
-        mma_bytes(c[Bytes<F::BITS>::set(m)], a, x.b[8 * block + 2 * m], x.b[8 * block + 2 * m + 1]);
+        mma_bytes(c[B::set(m)], a, x.b[8 * block + 2 * m], x.b[8 * block + 2 * m + 1]);
       }
 #pragma unroll
-    for (int tile = 0; tile < 2; ++tile) {
+    for (int i = 0; i < 4; ++i) {
+      const int tile = i / 2, row = i % 2;
+      int all = c[B::LAST][i];
+#pragma unroll
+      for (int set = 0; set < B::LAST; ++set) all += x.weights[set][row] * c[set][i];
+      const float zero = F::SYMMETRIC ? x.zeros[group] : fmaf(x.zeros[group], byte_value(zeros[tile][group / 2], group % 2 * 2 + row), x.start);
       const float2 scale = __half22float2(scale_of<F>(scales[tile], group));
-#pragma unroll
-      for (int row = 0; row < 2; ++row) {
-        const float by = row ? scale.y : scale.x;
-        float sum = __int_as_float(c[0][2 * tile + row]) - x.start[0][row];
-        sum -= F::SYMMETRIC ? x.sums[group] : x.sums[group] * byte_value(zeros[tile][group / 2], group % 2 * 2 + row);
-        acc[2 * tile + row] = group == 0 ? by * sum : fmaf(by, sum, acc[2 * tile + row]);
-#pragma unroll
-        for (int set = 1; set < SETS; ++set) acc[2 * tile + row] = fmaf(by, __int_as_float(c[set][2 * tile + row]) - x.start[set][row], acc[2 * tile + row]);
-      }
+      const float sum = __int_as_float(all) - zero;
+      acc[i] = group == 0 ? (row ? scale.y : scale.x) * sum : fmaf(row ? scale.y : scale.x, sum, acc[i]);
     }
   }
 }

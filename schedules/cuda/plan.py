@@ -104,9 +104,8 @@ def gate_up_rule(shape: ExpertsShape, tokens: int, shared: int = SHARED_BYTES) -
     large = rows >= LARGE_ROWS
     cut = _Cut(warps, rows, tokens, formats, 2 if shape.gate else 1, shared)
     if tokens == 1:
-        # As few tiles a block as fill the machine once.
-        wanted = -(-shape.top_k * rows // MULTIPROCESSORS)
-        return cut.registers(wanted, 4 if bits <= 2 and not several else 2)
+        stages = 4 if large and bits <= 2 and not several else 2
+        return cut.filling(shape.top_k, 16 // warps, stages)
     if large:
         # One block a multiprocessor: prepare the activations once, then many items.
         wanted = 4 if bits >= 3 and not several else 8
@@ -162,6 +161,14 @@ class _Cut:
             each for each in divisors(self.rows // tiles) if each * tiles <= max(tiles_a_block, tiles)
         )
         return Plan(self.warps, tiles, stages, True, self.tokens, items)
+
+    def filling(self, slots: int, most: int, stages: int) -> Plan:
+        """As few tiles a block as fill the machine once, with up to `most` blocks a multiprocessor."""
+        for each in range(most, 0, -1):
+            plan = self.registers(-(-slots * self.rows // (MULTIPROCESSORS * each)), stages)
+            if slots * self.rows // plan.tiles >= 0.9 * MULTIPROCESSORS * each:
+                return plan
+        return self.registers(-(-slots * self.rows // MULTIPROCESSORS), stages)
 
     def ring(self, tiles: int) -> Plan:
         """About `tiles` tiles through a ring of three stages; through registers where no ring fits."""

@@ -19,20 +19,8 @@ template <int WARPS_, int PAIRS_, int UNITS_, int SPLIT_, int DEPTH_, int TOKENS
   static constexpr int THREADS = 32 * WARPS, RUN = UNITS / SPLIT, RUNS = PAIRS * SPLIT;   // RUN: units of a run; RUNS: of a matrix
   static constexpr int SLOTS = TOKENS / 8;
   static constexpr int RESULT = SLOTS == 1 ? ROWS * TOKENS : 0;   // floats of a row tile in shared memory
-  static constexpr bool TOGETHER = WARPS % 4 == 0 && (SLOTS == 1 ? RUNS : PAIRS) % 4 == 0;   // warps of a group are never apart
   static_assert(UNITS % SPLIT == 0 && (SLOTS == 1 || SPLIT == 1), "whole units");
 };
-
-#if __CUDA_ARCH_FEAT_SM90_ALL
-constexpr bool HAS_GROUPS = true;
-MOQC_WGMMA(8, "%0,%1,%2,%3", "%4,%5,%6,%7}, %8", MOQC_D4(0))
-MOQC_WGMMA(16, "%0,%1,%2,%3,%4,%5,%6,%7", "%8,%9,%10,%11}, %12", MOQC_D4(0), MOQC_D4(4))
-MOQC_WGMMA(24, "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11", "%12,%13,%14,%15}, %16", MOQC_D4(0), MOQC_D4(4), MOQC_D4(8))
-#else
-constexpr bool HAS_GROUPS = false;
-#endif
-// Products by groups of four warps (wgmma), which decode while the tensor core works; those of one bit are sparse.
-template <class P, class F> constexpr bool BY_GROUPS = HAS_GROUPS && P::TOGETHER && F::BITS != 1;
 
 // Prepared activations of one format in shared memory: operand B of each unit, and the groups' sums (see `prepare`).
 template <class P, class All> struct Prepared {
@@ -50,12 +38,8 @@ template <class P, class All> struct Prepared {
     constexpr int QUADS = Formats<F>::X / 4;
     float sums[2 * F::GROUPS];
     prepare<F>(x, sums);
-    if (BY_GROUPS<P, F>) {   // registers 2s and 2s + 1 of all lanes are the two core matrices of step s
 #pragma unroll
-      for (int i = 0; i < 32; ++i) *(word*)(memory + unit * UNIT + i * 128 + lane * 4) = x[i];
-    }
-#pragma unroll
-    for (int quad = 0; quad < (BY_GROUPS<P, F> ? 0 : QUADS); ++quad) *operand(unit, quad, lane) = make_uint4(x[4 * quad], x[4 * quad + 1], x[4 * quad + 2], x[4 * quad + 3]);
+    for (int quad = 0; quad < QUADS; ++quad) *operand(unit, quad, lane) = make_uint4(x[4 * quad], x[4 * quad + 1], x[4 * quad + 2], x[4 * quad + 3]);
     if (lane < 4)
 #pragma unroll
       for (int group = 0; group < F::GROUPS; ++group) *sum(unit, group, lane) = make_float2(sums[2 * group], sums[2 * group + 1]);
@@ -121,67 +105,6 @@ __device__ __forceinline__ void dot_pair(Sums<P>& acc, const W (&window)[2], int
   }
 }
 
-#if __CUDA_ARCH_FEAT_SM90_ALL
-// One row tile's group of columns in the tensor core.
-template <class P, class F> struct InFlight {
-  static constexpr int STEPS = F::GROUP / 16, REGISTERS = 4 * P::SLOTS;
-  word a[2][STEPS][4];   // of row tile 0 and 1
-  float d[REGISTERS] = {};
-  float2 scale = {0.0f, 0.0f};   // of its rows g and g + 8
-
-  __device__ __forceinline__ void hold() {   // no register of d is read or written on the other side of this
-#pragma unroll
-    for (int i = 0; i < REGISTERS; ++i) asm volatile("" : "+f"(d[i])::"memory");
-  }
-  __device__ __forceinline__ void land(float (&acc)[P::SLOTS][4]) {
-    wgmma_wait<0>();
-    hold();
-#pragma unroll
-    for (int i = 0; i < REGISTERS; ++i) acc[i / 4][i % 4] = fmaf(i % 4 < 2 ? scale.x : scale.y, d[i], acc[i / 4][i % 4]);
-  }
-  // d is set. `steps` describes the activations of the group's first step.
-  __device__ __forceinline__ void go(int tile, unsigned long long steps) {
-    hold();
-    wgmma_fence();
-#pragma unroll
-    for (int s = 0; s < STEPS; ++s) Wgmma<8 * P::SLOTS>::run(d, a[tile][s], steps + 16 * s);   // 256 bytes a step
-    wgmma_commit();
-  }
-};
-
-// As `dot_pair`, but what is begun here last lands in the next call: of `flight`, which belongs to row tile 1.
-template <class F, class P, class All, class W>
-__device__ __forceinline__ void dot_together(Sums<P>& acc, InFlight<P, F>& flight, const W (&window)[2], int i, const Prepared<P, All>& x, int unit, int lane) {
-  constexpr int STEPS = F::GROUP / 16;
-  const word first = shared_address(x.memory + unit * Prepared<P, All>::UNIT);
-  const unsigned long long steps = (unsigned long long)((first & 0x3ffff) >> 4) | 128ull >> 4 << 16 | (unsigned long long)(P::UNITS * Prepared<P, All>::UNIT >> 4) << 32;
-#pragma unroll
-  for (int group = 0; group < F::GROUPS; ++group)
-#pragma unroll
-    for (int tile = 0; tile < 2; ++tile) {
-#pragma unroll
-      for (int s = 0; s < STEPS; ++s) {
-        const int step = group * STEPS + s;
-        fragment<F::BITS>(flight.a[tile][s], window[tile].codes[i] + step / 8 * (2 * F::BITS), step % 8);
-      }
-      flight.land(acc[1 - tile]);
-      flight.scale = __half22float2(scale_of<F>(window[tile].scales[i], group));
-#pragma unroll
-      for (int slot = 0; slot < P::SLOTS; ++slot) {
-        const float2 sum = *x.sum(slot * P::UNITS + unit, group, lane);
-        float* d = flight.d + 4 * slot;
-        d[0] = d[2] = sum.x, d[1] = d[3] = sum.y;
-        if (!F::SYMMETRIC) {
-          const word zeros = window[tile].zeros[i][group / 2];
-          const float z0 = byte_value(zeros, group % 2 * 2), z8 = byte_value(zeros, group % 2 * 2 + 1);
-          d[0] *= z0, d[1] *= z0, d[2] *= z8, d[3] *= z8;
-        }
-      }
-      flight.go(tile, steps + 16 * (group * STEPS));
-    }
-}
-#endif
-
 // A warp's runs 0 to count - 1. `at(run, tile)` is the first unit of one of a run's tiles, `begin(run)` the number of that
 // unit in the block; `ready()` is called once the first weights are on their way, and makes the activations; `finish(run,
 // sums)` takes what a run gives.
@@ -205,24 +128,14 @@ __device__ __forceinline__ void take_runs(const Prepared<P, All>& x, int count, 
     if (i < total) load(i);
   ready();
   Sums<P> acc = {};
-#if __CUDA_ARCH_FEAT_SM90_ALL
-  InFlight<P, F> flight;
-#endif
 #pragma unroll 1
   for (int done = 0; done < total; done += P::DEPTH)
 #pragma unroll
     for (int i = 0; i < P::DEPTH; ++i) {
       if (done + i >= total) break;
-#if __CUDA_ARCH_FEAT_SM90_ALL
-      if constexpr (BY_GROUPS<P, F>) dot_together<F>(acc, flight, window, i, x, begin(run) + unit, lane);
-      else
-#endif
-        dot_pair<F>(acc, window, i, x, begin(run) + unit, lane);
+      dot_pair<F>(acc, window, i, x, begin(run) + unit, lane);
       if (loaded < total) load(i);
       if (++unit == P::RUN) {
-#if __CUDA_ARCH_FEAT_SM90_ALL
-        if constexpr (BY_GROUPS<P, F>) flight.land(acc[1]), flight.scale = make_float2(0.0f, 0.0f);
-#endif
         finish(run, acc);
 #pragma unroll
         for (int j = 0; j < 8 * P::SLOTS; ++j) (&acc[0][0][0])[j] = 0.0f;
@@ -252,9 +165,6 @@ __device__ __forceinline__ void prepare_block(float* factors, int warp, int lane
     __syncthreads();
   }
   if (threadIdx.x < 8 * P::SLOTS) factors[threadIdx.x] = power(most[threadIdx.x]) * given(threadIdx.x / 8, threadIdx.x % 8);
-#if __CUDA_ARCH_FEAT_SM90_ALL
-  if (P::TOGETHER) fence_for_bulk();   // the tensor core reads what was written
-#endif
   __syncthreads();
 }
 
@@ -279,7 +189,7 @@ __device__ __forceinline__ void gate_up_rows(void* memory, const X* x, const voi
   static_assert(P::UNITS == (L::H + COLUMNS - 1) / COLUMNS, "all columns");
   const float* shares = (const float*)share_list;
   const int* members = (const int*)member_list;
-  const int lane = threadIdx.x % 32, warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0), item = blockIdx.x / GROUPS, tile0 = blockIdx.x % GROUPS * (2 * P::PAIRS);
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, item = blockIdx.x / GROUPS, tile0 = blockIdx.x % GROUPS * (2 * P::PAIRS);
   const auto wait = [] { wait_for_previous_kernel(), start_next_kernel(); };
   if (!ROUTED) wait();
   const int used = !ROUTED ? load_now((const int*)hit + (P::SLOTS > 1)) : 0;
@@ -461,7 +371,7 @@ __device__ __forceinline__ void down_rows(void* memory, const void* hidden, cons
   static_assert(UNITS % P::UNITS == 0, "whole slices");
   const float* shares = (const float*)share_list;
   const int* members = (const int*)member_list;
-  const int lane = threadIdx.x % 32, warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0), tile0 = blockIdx.x % GROUPS * (2 * P::PAIRS);
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, tile0 = blockIdx.x % GROUPS * (2 * P::PAIRS);
   const int slice = blockIdx.x / GROUPS % SLICES, item = blockIdx.x / GROUPS / SLICES, first_unit = slice * P::UNITS;
   start_next_kernel();
   const int used = load_now((const int*)hit + (P::SLOTS > 1));

@@ -148,18 +148,15 @@ __device__ __forceinline__ void stream_registers(float* partials, const Unit& fi
   }
 }
 
-// The same of one token by bytes, two row tiles at a time.
+// The same of one token by bytes, two row tiles at a time: one of each matrix, or two of one.
 template <class P, class F, int UNITS, int PHASES, class Wait, class GetEight, class Finish>
 __device__ __forceinline__ void stream_bytes(char* scratch, float* partials, const Unit& first, const Unit& second, int lane, Wait wait, GetEight get_eight, Finish finish) {
   constexpr int TILE = P::WARPS * ROWS, TOTAL = PHASES * P::TILES, DEPTH = window_of<P, PHASES>();
   Window<Formats<F>, DEPTH> window;
-  Unit next = Unit::with_facts<F>(first), other = Unit::with_facts<F>(second);
-  int fetched = 0;
+  Unit next[2] = {Unit::with_facts<F>(first), Unit::with_facts<F>(second)};
   const auto load = [&](int i) {
-    if (PHASES == 2 && fetched == P::TILES) next = other;
-    window.load(i, next);
-    next.step(UNITS);
-    ++fetched;
+    window.load(i, next[i % PHASES]);
+    next[i % PHASES].step(UNITS);
   };
 #pragma unroll
   for (int i = 0; i < DEPTH; ++i) load(i);
@@ -175,7 +172,7 @@ __device__ __forceinline__ void stream_bytes(char* scratch, float* partials, con
       float acc[4];
       dot_bytes<F>(acc, x, {window.codes[i], window.codes[i + 1]}, {window.scales[i], window.scales[i + 1]}, {window.zeros[i], window.zeros[i + 1]});
       if (tile + DEPTH < TOTAL) load(i), load(i + 1);
-      store_quad(partials + (tile + i) * TILE, TILE, acc, factor, lane);
+      store_quad(partials + (tile + i) / PHASES * TILE, PHASES == 2 ? P::TILES * TILE : TILE, acc, factor, lane);
     }
   finish(0);
 }

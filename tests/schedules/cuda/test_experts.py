@@ -76,9 +76,12 @@ class Layer:
             "gate_up_8": RowsPlan(3, 2, first, 1, 2, 8),
             "down_8": RowsPlan(2, 3, second, second, 2, 8),
         }
-        for tokens, tile in ((16, 16), (64, 24)):
+        for tokens, tile, down in (
+            (16, 16, RowsPlan(2, 3, second, 1, 1, 8)),
+            (64, 24, RowsPlan(2, 3, second, 1, 1, 8)),
+        ):
             plans[f"gate_up_{tokens}"] = replace(plans["gate_up_8"], tokens=tile if single else 8)
-            plans[f"down_{tokens}"] = RowsPlan(2, 3, second, 1, 1, tile if single else 8)
+            plans[f"down_{tokens}"] = replace(down, tokens=tile if single else 8)
         return plans
 
 
