@@ -111,9 +111,10 @@ def gate_up_rule(shape: ExpertsShape, tokens: int, shared: int = SHARED_BYTES) -
         wanted = 4 if bits >= 3 and not several else 8
         share = shape.slots(tokens) * rows * 16 // (15 * MULTIPROCESSORS)
         return cut.registers(wanted, 4 if bits == 2 else 2, share)
-    # With zeros the registers do not suffice: 48.4 us through them, 33.7 through a ring (deepseek-v2-lite).
-    plain = not several and all(fmt.symmetric for fmt in formats)
-    return cut.registers(2, 2) if bits >= 4 and plain else cut.ring(4)
+    # Through a ring activations are prepared anew between gate and up of different formats.
+    apart = shape.gate not in ((), shape.up)
+    plain = bits >= 4 and not several and all(fmt.symmetric for fmt in formats)
+    return cut.registers(2, 2) if apart or plain else cut.ring(4)
 
 
 def down_rule(shape: ExpertsShape, tokens: int, shared: int = SHARED_BYTES) -> Plan:
@@ -122,9 +123,10 @@ def down_rule(shape: ExpertsShape, tokens: int, shared: int = SHARED_BYTES) -> P
     rows, units = -(-shape.hidden // ROWS), -(-shape.intermediate // COLUMNS)
     large = -(-shape.intermediate // ROWS) >= LARGE_ROWS
     if tokens == 1:
-        half = shape.top_k * units // 2
-        cut = _Cut(16 if large else half if 8 <= half <= 16 else 8, rows, tokens, shape.down, 1, shared)
-        return cut.registers(16, 2 if bits == 3 or several else 4) if large else cut.registers(2, 2)
+        quarter = shape.top_k * units // 4  # of the units: four blocks add to a result
+        warps = quarter if not large and 4 <= quarter <= 16 else 8
+        cut = _Cut(warps, rows, tokens, shape.down, 1, shared)
+        return cut.registers(16, 4 if bits <= 2 and not several else 2) if large else cut.registers(2, 2)
     cut = _Cut(8, rows, tokens, shape.down, 1, shared)
     if several and not large:
         return cut.ring(8)

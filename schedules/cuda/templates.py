@@ -71,10 +71,8 @@ def distinct(*lists: Sequence[Format]) -> list[Format]:
     return sorted({fmt for formats in lists for fmt in formats}, key=lambda fmt: (-fmt.bits, fmt))
 
 
-def gate_up_of(
-    shape: ExpertsShape, plan: AnyPlan, id_dtype: str, *, routed: bool = False
-) -> tuple[str, int]:
-    """The function of the first product, and a block's shared memory; `routed`: slots are the router's ids."""
+def gate_up_of(shape: ExpertsShape, plan: AnyPlan, id_dtype: str, *, routed: bool = False) -> tuple[str, int]:
+    """The function of the first product, and a block's shared memory; `routed`: slots are a router's ids."""
     formats, projections = distinct(shape.gate, shape.up), 2 if shape.gate else 1
     lists = ", ".join(map(formats_of, (shape.gate, shape.up, formats)))
     if isinstance(plan, RowsPlan):

@@ -40,7 +40,7 @@ def test_plans_of_a_large_and_a_small_layer():
     assert gate_up_rule(mixtral, 8) == Plan(16, 4, 2, True, 8, items=14)
     qwen3 = ExpertsShape(128, 8, 2048, 768, mixed, mixed, mixed)
     assert gate_up_rule(qwen3, 8) == Plan(8, 4, 3, False, 8)
-    assert str(down_rule(qwen3, 1)) == "w12t2r2m1i1"
+    assert str(down_rule(qwen3, 1)) == "w6t2r2m1i1"
 
 
 def test_refuses_sizes_it_cannot_take():
