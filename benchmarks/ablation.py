@@ -9,15 +9,25 @@ the four domains and on each unseen file.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from concurrent.futures import as_completed
+from dataclasses import replace
+from typing import Any
 
+from torch import Tensor
 from workers import add_options, bench, context, prepare, processes, set_threads
 
-from moqc.calibrate.quantize import quantize_experts
+from moqc.calibrate.quantize import QUANTIZERS, quantize_experts
 from moqc.ir.annotations import BITS
 from moqc.passes.allocation_problem import OWN_FORMATS
 from moqc.passes.pipeline import Pipeline
+from moqc.passes.quantize_experts import protections
 from moqc.pipelines import ASYMMETRIC_FORMATS, PRIOR, TRELLIS_FORMATS, Debug, run_passes
+from moqc.quant import gptq
+from moqc.quant.formats import Format
+from moqc.quant.quantizers import STORABLE
+from moqc.quant.tensor import Quantized
+from moqc.quant.versions import QUANTIZER_VERSIONS
 
 TRELLIS = "+".join(TRELLIS_FORMATS)
 ASYMMETRIC = "+".join(ASYMMETRIC_FORMATS)
@@ -32,6 +42,29 @@ def analyses(options: str = "", prior: float = PRIOR, rotate: str = "true", curv
     given = f"curvature={curvature} prior={prior} rotate={rotate} {options}".strip()
     return f"profile-channels,measure-gradients,measure-costs{{{given}}}"
 
+
+def register(name: str, sweeps: int = gptq.SWEEPS, **options: Any) -> None:
+    """A quantizer that is gptq with other options."""
+
+    def together(w: Tensor, hessian: Tensor, formats: Sequence[Format]) -> list[Quantized]:
+        default, gptq.SWEEPS = gptq.SWEEPS, sweeps
+        try:
+            return [made for made, _ in gptq.quantize_gptq_each(w, hessian, formats, **options)]
+        finally:
+            gptq.SWEEPS = default
+
+    def run(w: Tensor, hessian: Tensor | None, fmt: Format) -> Quantized:
+        assert hessian is not None
+        return together(w, hessian, [fmt])[0]
+
+    STORABLE[name] = replace(STORABLE["gptq"], run=run, together=together)
+    QUANTIZERS[name], QUANTIZER_VERSIONS[name] = name, QUANTIZER_VERSIONS["gptq"]
+
+
+# In every process: this module is the main one of all of them.
+register("gptq-no-descent", sweeps=0)
+register("gptq-no-order", act_order=False)
+register("gptq-damping-0.01", damping=0.01)
 
 VARIANTS = {
     "default": (analyses(), "", "gptq"),
@@ -61,7 +94,13 @@ VARIANTS = {
     ),
     "one format (no allocation)": ("", " allocator=uniform", "gptq"),
     "default plan, rounded to nearest": (analyses(), "", "rtn"),
+    "default plan, AWQ's clip search": (analyses(), "", "awq"),
+    "default plan, no descent after GPTQ": (analyses(), "", "gptq-no-descent"),
+    "default plan, columns in order": (analyses(), "", "gptq-no-order"),
+    "default plan, damping 0.01": (analyses(), "", "gptq-damping-0.01"),
     "default plan, MC-MoE's quantizer": (analyses(), "", "mcmoe"),
+    "1 % of the channels protected": (f"{analyses()},protect-channels", "", "gptq"),
+    "super experts pinned": (f"profile-activation,{analyses()},score-experts", "", "gptq"),
 }  # fmt: skip
 """Name -> (passes before allocate-bits, options of it, quantizer)."""
 
@@ -80,7 +119,8 @@ def measure(name: str, bits: str, seed: int) -> list[float]:
         quantizer,
         ctx.calibration,
         opened.workspace,
-        rotate=quantizer == "gptq" and "rotate=false" not in passes,
+        rotate=quantizer.startswith("gptq") and "rotate=false" not in passes,
+        protections=protections(mod),
     )
     found = opened.measure(store, {})
     size = opened.expert_bits(store) / opened.counts.expert_weights

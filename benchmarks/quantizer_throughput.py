@@ -21,7 +21,7 @@ from moqc.quant.gptq import quantize_gptq_each
 
 SHAPES = {"mixtral-8x7b": (8, 4096, 14336, 32), "qwen3-30b-a3b": (128, 2048, 768, 48)}
 """Experts of a layer, hidden and intermediate size, layers."""
-FORMATS = "int1-g128,int2-g128,int2-g64,int3-g128,int4-g128"
+FORMATS = "int1-g128-sym-s8,int2-g128-sym-s8,int3-g128-sym-s8,int4-g128-s8"
 """The default candidates of measure-costs."""
 
 

@@ -40,11 +40,15 @@ from moqc.passes.measure_gradients import MeasureGradients
 from moqc.passes.pipeline import Pipeline
 from moqc.passes.profile_activation import ProfileActivation
 from moqc.passes.profile_channels import ProfileChannels
+from moqc.passes.protect_channels import ProtectChannels
+from moqc.passes.score_experts import ScoreExperts
 from moqc.pipelines import Debug, run_passes
 from moqc.quant.formats import Format
 from moqc.quant.quantizers import STORABLE
 from moqc.quant.tensor import Quantized
 
+MADE_OF_OTHERS = (AllocateBits, ProfileActivation, ProtectChannels, ScoreExperts)
+"""Passes that need no time once the others have measured."""
 DOMAINS = ("en_novels", "fr_novels", "math", "multi_misc")
 TASKS = ("arc_easy", "arc_challenge", "openbook_qa", "piqa", "winogrande")
 
@@ -102,7 +106,7 @@ def prepare(pool: ProcessPoolExecutor, wanted: Iterable[tuple[Pipeline, int]]) -
                     costs[replace(item, formats=(), prior=0.0, robustness=0.0), name, seed] = None
             elif isinstance(item, ProfileChannels | MeasureGradients):
                 first[alone] = None
-            elif not isinstance(item, AllocateBits | ProfileActivation):  # reads what profile-channels does
+            elif not isinstance(item, MADE_OF_OTHERS):
                 second[alone] = None
     start = time.monotonic()
     for done in [pool.submit(_reference), *(pool.submit(_measure, *one) for one in first)]:
@@ -134,6 +138,7 @@ def _costs(item: MeasureCosts, name: str, seed: int, site: str) -> None:
         gradients=None if item.curvature == "block" else measure_gradients(*sources),
         by_token=item.curvature == "token",
         rotate=item.rotate,
+        held_out=item.held_out,
     )
 
 

@@ -53,6 +53,7 @@ class MeasureCosts(Pass):
     robustness: float = 0.0
     rotate: bool = False
     prior: float = 0.0
+    held_out: bool = False
 
     def required(self) -> tuple[Key[Any], ...]:
         """The sensitivity may be missing: all blocks then count the same."""
@@ -87,6 +88,7 @@ class MeasureCosts(Pass):
             gradients=gradients,
             by_token=self.curvature == "token",
             rotate=self.rotate,
+            held_out=self.held_out,
         )
         sensitivity = SENSITIVITY.get(mod)
         if weighted:  # the change of the loss, by the diagonal of the Fisher information

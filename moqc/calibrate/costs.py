@@ -11,7 +11,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TypedDict
 
@@ -36,7 +36,7 @@ from moqc.quant.problem import MCMOE_BITS
 from moqc.quant.quantizers import STORABLE
 from moqc.quant.versions import QUANTIZER_VERSIONS
 
-VERSION = 4
+VERSION = 5
 """Of what is measured here; part of every cache key, as are the versions of the quantizers."""
 
 NOISE = 0.1
@@ -68,46 +68,73 @@ def measure_costs(
     gradients: Gradients | None = None,
     by_token: bool = False,
     rotate: bool = False,
+    held_out: bool = False,
 ) -> dict[str, SiteCosts]:
-    """Costs of all units: site -> projection -> format -> `UnitCosts`.
+    """Costs of all units: site -> projection -> format -> `UnitCosts`, cached by site and format.
 
     The number is ``Σ_t g_t² ‖E(x_t) - E_q(x_t)‖²`` over the dataset's tokens routed to the expert, per token
-    of the dataset, taken from a `Sample`: the squared error in the block's output when this unit alone is
-    quantized with `quantizer`, one of `STORABLE`. With `gradients` it is multiplied by the mean squared
-    gradient of the loss in what the expert contributes to; or, `by_token`, every component of the error by
-    that at this very place, on the tokens that have gradients. With `rotate`, the inputs of down are rotated.
-    ``even`` is what the number would be on text that uses all experts alike (`Sample.even`). Cached by site
-    and format in the statistics' workspace.
+    of the dataset, taken from a `Sample`, with this unit alone quantized by `quantizer`, one of `STORABLE`;
+    ``even``: on text that uses all experts alike (`Sample.even`). With `gradients` it is multiplied by the
+    mean squared gradient of the loss in the expert's output; or, `by_token`, every component of the error by
+    that at this very place, on the tokens that have gradients. `rotate`: the inputs of down are rotated.
+    `held_out`: errors are of tokens that the quantizer's Hessians do not see (`Sample.held_out`).
     """
     workspace, version = statistics.workspace, QUANTIZER_VERSIONS[quantizer]
     model = LayeredModel(checkpoint)
     costs: dict[str, SiteCosts] = {}
     for site in track(statistics.sites, "measuring costs"):
-        source = [statistics.keys[site], None if gradients is None else gradients.keys[site]]
-        source += ["by token"] * by_token + ["rotated"] * rotate
+        source = [statistics.keys[site], gradients.keys[site] if gradients is not None and by_token else None]
+        source += ["rotated"] * rotate + ["held out"] * held_out
         keys = {fmt: digest("costs", VERSION, version, source, quantizer, str(fmt)) for fmt in formats}
         missing = [fmt for fmt in formats if not workspace.has(keys[fmt])]
+        slopes = None if gradients is None else gradients.sample(site)
         if missing:
             weights, measured = model.experts(site), statistics.of(site)
+            sample = _sample(measured, slopes if by_token else None, held_out)
             weights = weights.rotated() if rotate else weights
-            sample = _weighted(measured, None if gradients is None else gradients.sample(site), by_token)
-            found = _site_costs(weights, measured, sample, missing, quantizer)
+            found = _site_costs(weights, measured, sample, missing, quantizer, held_out)
             for fmt in missing:
                 workspace.save_json(keys[fmt], found[fmt])
-        by_format = {str(fmt): workspace.load_json(keys[fmt]) for fmt in formats}
-        projections = next(iter(by_format.values())).keys()
-        costs[site] = {name: {fmt: by_format[fmt][name] for fmt in by_format} for name in projections}
+        curvature = None if by_token or slopes is None else _by_expert(slopes)
+        costs[site] = _by_projection({str(f): workspace.load_json(keys[f]) for f in formats}, curvature)
     return costs
 
 
-def _weighted(measured: SiteStatistics, with_gradients: Sample | None, by_token: bool) -> Sample:
-    """The tokens on which errors are measured, with their curvature; how often experts are used is of all."""
-    if with_gradients is None or with_gradients.curvature is None:
-        return measured.sample
-    if by_token:
-        return replace(with_gradients, pairs=measured.pairs, tokens=measured.tokens)
-    mean = with_gradients.leaning(with_gradients.curvature.mean(2)).float()
-    return replace(measured.sample, curvature=mean.view(-1, 1, 1))
+def _sample(measured: SiteStatistics, slopes: Sample | None, held_out: bool) -> Sample:
+    """The tokens on which errors are measured; how often experts are used is of all tokens."""
+    sample = measured.sample
+    if slopes is not None:
+        sample = replace(slopes, pairs=measured.pairs, tokens=measured.tokens)
+    return sample.held_out() if held_out else sample
+
+
+def _by_expert(sample: Sample) -> list[float]:
+    """Mean squared gradient of the loss in what each expert contributes to, leaning on that of all."""
+    assert sample.curvature is not None
+    curvature: list[float] = sample.leaning(sample.curvature.mean(2)).tolist()
+    return curvature
+
+
+def _by_projection(
+    by_format: Mapping[str, Mapping[str, UnitCosts]], curvature: Sequence[float] | None
+) -> SiteCosts:
+    """Costs [format][projection] as [projection][format], times `curvature` [expert] if given."""
+
+    def weighted(values: list[float]) -> list[float]:
+        return (
+            values if curvature is None else [value * c for value, c in zip(values, curvature, strict=True)]
+        )
+
+    return {
+        name: {
+            fmt: {
+                "datasets": [weighted(row) for row in found[name]["datasets"]],
+                "even": weighted(found[name]["even"]),
+            }
+            for fmt, found in by_format.items()
+        }
+        for name in next(iter(by_format.values()))
+    }
 
 
 @torch.inference_mode()
@@ -117,13 +144,16 @@ def _site_costs(
     sample: Sample,
     formats: Sequence[Format],
     quantizer: str,
+    held_out: bool,
 ) -> dict[Format, dict[str, UnitCosts]]:
     """Format -> costs of each projection."""
     exact = weights.output(slice(None), sample.x)
     rotated = parse_activation(weights.activation).rotated
     costs: dict[Format, dict[str, UnitCosts]] = {fmt: {} for fmt in formats}
     for projection in weights.projections:
-        hessians = measured.hessians(projection, rotated=rotated).matrices
+        inputs = weights.hidden(slice(None), sample.x) if projection == "down" else sample.x
+        without = (sample, inputs) if held_out else None
+        hessians = measured.hessians(projection, rotated=rotated, without=without).matrices
         made = STORABLE[quantizer].each(weights.matrices(projection), hessians, formats)
         for fmt, quantized in zip(formats, made, strict=True):
             block = weights.substitute(**{projection: quantized.dequantize()})

@@ -15,7 +15,7 @@ They are kept a site at a time in the workspace: memory holds one layer.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -104,6 +104,17 @@ class Sample:
         weight = (squares * counts).sum() / counts.sum().clamp(min=1)
         return means * weight * counts.sum() / (self.tokens * len(counts))
 
+    def held_out(self) -> Sample:
+        """The part that can be kept from a fit: of each expert's tokens, half of them at most."""
+        limits = (self.pairs.sum(0).unsqueeze(1) + 1) // 2
+        places = torch.arange(self.weights.shape[1], device=self.weights.device)
+        return replace(self, weights=torch.where(places < limits, self.weights, 0.0))
+
+    def moments(self, values: Tensor) -> Tensor:
+        """Gate-weighted second moments float32 [E, K, K] of `values` [E, S, K] of the tokens drawn."""
+        scaled = values * self.weights.unsqueeze(2)
+        return scaled.mT @ scaled
+
     def leaning(self, values: Tensor) -> Tensor:
         """Mean of each expert, leaning on that of all by `PRIOR_PAIRS` pairs: float64 [E] of [E, S]."""
         kept = self.weights != 0
@@ -135,11 +146,20 @@ class SiteStatistics:
         """Tokens routed to each expert over all datasets, int64 [E]."""
         return self.pairs.sum(0)
 
-    def hessians(self, projection: str, *, rotated: bool = False) -> Hessians:
-        """Hessians of the input of `projection`; of down's `rotated` input."""
-        if projection != "down":
-            return shrink(self.input_moments, self.counts)
-        return shrink(rotate_moments(self.hidden_moments) if rotated else self.hidden_moments, self.counts)
+    def hessians(
+        self, projection: str, *, rotated: bool = False, without: tuple[Sample, Tensor] | None = None
+    ) -> Hessians:
+        """Hessians of the input of `projection`; of down's `rotated` input.
+
+        `without`: tokens that are left out, and their inputs [E, S, K] of this projection.
+        """
+        moments, counts = self.input_moments, self.counts
+        if projection == "down":
+            moments = rotate_moments(self.hidden_moments) if rotated else self.hidden_moments
+        if without is not None:
+            sample, values = without
+            moments, counts = moments - sample.moments(values), counts - (sample.weights != 0).sum(1)
+        return shrink(moments, counts)
 
 
 @dataclass(frozen=True)

@@ -79,7 +79,7 @@ def test_costs_are_cached_by_format(
     monkeypatch.setattr(
         costs,
         "_site_costs",
-        lambda w, m, s, formats, q: asked.extend(formats) or original(w, m, s, formats, q),
+        lambda w, m, s, formats, *rest: asked.extend(formats) or original(w, m, s, formats, *rest),
     )
     four = Format.parse("int4-g32")
     second = measure_costs(checkpoint, statistics, [*FORMATS, four], quantizer="rtn")

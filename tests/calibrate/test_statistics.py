@@ -71,6 +71,30 @@ def test_hidden_moments_give_the_exact_output_error(
     )
 
 
+@pytest.mark.parametrize(("projection", "rotated"), [("up", False), ("down", True)])
+def test_hessians_without_the_tokens_held_out(
+    small: Any, calibration: CalibrationSet, workspace: Workspace, projection: str, rotated: bool
+) -> None:
+    """They are those of the other half of each expert's tokens, all of which are in this small sample."""
+    model = small(moe_intermediate_size=40)
+    statistics = collect_statistics(model.checkpoint, calibration, workspace)
+    site = statistics.sites[0]
+    found, block = statistics.of(site), LayeredModel(model.checkpoint).experts(site)
+    block = block.rotated() if rotated else block
+    sample, part = found.sample, found.sample.held_out()
+    inputs = block.hidden(slice(None), sample.x) if projection == "down" else sample.x
+    moments = torch.zeros(8, inputs.shape[2], inputs.shape[2])
+    counts = found.counts.clone()
+    for expert, count in enumerate(found.counts.tolist()):
+        held = (count + 1) // 2
+        assert int((part.weights[expert] != 0).sum()) == held
+        counts[expert] -= held
+        rows = inputs[expert, held:count] * sample.weights[expert, held:count].unsqueeze(1)
+        moments[expert] = rows.T @ rows
+    left = found.hessians(projection, rotated=rotated, without=(part, inputs)).matrices
+    torch.testing.assert_close(left, shrink(moments, counts).matrices, rtol=1e-3, atol=1e-4)
+
+
 def test_samples_are_routed_tokens_with_their_weights(
     small: Any, calibration: CalibrationSet, tokens: Tensor, workspace: Workspace
 ) -> None:
