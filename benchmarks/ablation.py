@@ -20,16 +20,16 @@ from workers import add_options, bench, context, prepare, processes, set_threads
 from moqc.calibrate.quantize import QUANTIZERS, quantize_experts
 from moqc.ir.annotations import BITS
 from moqc.passes.allocation_problem import OWN_FORMATS
+from moqc.passes.measure_costs import FORMATS
 from moqc.passes.pipeline import Pipeline
 from moqc.passes.quantize_experts import protections
-from moqc.pipelines import ASYMMETRIC_FORMATS, PRIOR, TRELLIS_FORMATS, Debug, run_passes
+from moqc.pipelines import ASYMMETRIC_FORMATS, COSTS_BY, PRIOR, Debug, run_passes
 from moqc.quant import gptq
 from moqc.quant.formats import Format
 from moqc.quant.quantizers import STORABLE
 from moqc.quant.tensor import Quantized
 from moqc.quant.versions import QUANTIZER_VERSIONS
 
-TRELLIS = "+".join(TRELLIS_FORMATS)
 ASYMMETRIC = "+".join(ASYMMETRIC_FORMATS)
 MANY = (
     "int1-g128-sym-s8+int1-g64-s8+int2-g128-sym-s8+int2-g64-s8+int3-g128-sym-s8+int3-g64-s8+int4-g128-s8+"
@@ -37,10 +37,12 @@ MANY = (
 )
 
 
-def analyses(options: str = "", prior: float = PRIOR, rotate: str = "true", curvature: str = "expert") -> str:
+def analyses(options: str = "", **changed: object) -> str:
     """The default ones with other options of measure-costs."""
-    given = f"curvature={curvature} prior={prior} rotate={rotate} {options}".strip()
-    return f"profile-channels,measure-gradients,measure-costs{{{given}}}"
+    given = {"quantizer": COSTS_BY, "curvature": "expert", "prior": PRIOR, "rotate": "true"} | changed
+    text = " ".join([*(f"{name}={value}" for name, value in given.items()), options]).strip()
+    slopes = "measure-sensitivity" if given["curvature"] == "block" else "measure-gradients"
+    return f"profile-channels,{slopes},measure-costs{{{text}}}"
 
 
 def register(name: str, sweeps: int = gptq.SWEEPS, **options: Any) -> None:
@@ -68,29 +70,27 @@ register("gptq-damping-0.01", damping=0.01)
 
 VARIANTS = {
     "default": (analyses(), "", "gptq"),
-    **{f"prior {p}": (analyses(prior=p), "", "gptq") for p in (0.0, 0.1, 0.25, 0.5, 1.0)},
-    **{
-        f"trellis formats, prior {p}": (analyses(f"formats={TRELLIS}", prior=p), "", "gptq")
-        for p in (0.0, 0.1, 0.25, 0.5)
-    },
+    **{f"prior {p}": (analyses(prior=p), "", "gptq") for p in (0.0, 0.25, 0.5, 0.75, 1.0)},
+    "costs of GPTQ": (analyses(quantizer="gptq"), "", "gptq"),
+    "costs of GPTQ, on tokens held out": (analyses(quantizer="gptq", held_out="true"), "", "gptq"),
+    "costs of GPTQ, prior 0.25": (analyses(quantizer="gptq", prior=0.25), "", "gptq"),
     "formats with zero points": (analyses(f"formats={ASYMMETRIC}"), "", "gptq"),
     "more formats": (analyses(f"formats={MANY}"), "", "gptq"),
     "inputs of down not rotated": (analyses(rotate="false"), "", "gptq"),
     "curvature by token": (analyses(curvature="token"), "", "gptq"),
-    "curvature by block": (
-        f"profile-channels,measure-sensitivity,measure-costs{{prior={PRIOR} rotate=true}}", "", "gptq",
-    ),
-    "no curvature": (f"profile-channels,measure-costs{{prior={PRIOR} rotate=true}}", "", "gptq"),
-    "costs of round-to-nearest": (analyses("quantizer=rtn"), "", "gptq"),
+    "curvature by block": (analyses(curvature="block"), "", "gptq"),
+    "no curvature": (analyses(curvature="block").replace("measure-sensitivity,", ""), "", "gptq"),
     "mean + 0.5 std over datasets": (analyses("robustness=0.5"), "", "gptq"),
-    "mean + 1 std over datasets": (analyses("robustness=1.0"), "", "gptq"),
     "gate and up tied": (analyses(), " tie=gate-up", "gptq"),
     "whole experts": (analyses(), " tie=expert", "gptq"),
     "at most 2 classes a block": (analyses(), " classes=2", "gptq"),
-    "at most 3 classes a block": (analyses(), " classes=3", "gptq"),
     "MxMoE": (
         f"profile-channels,measure-costs{{formats={'+'.join(OWN_FORMATS['mxmoe'])} rotate=true}}",
         " allocator=mxmoe", "gptq",
+    ),
+    "MxMoE from the default formats": (
+        f"profile-channels,measure-costs{{formats={'+'.join(FORMATS)} rotate=true}}",
+        f" allocator=mxmoe formats={'+'.join(FORMATS)}", "gptq",
     ),
     "one format (no allocation)": ("", " allocator=uniform", "gptq"),
     "default plan, rounded to nearest": (analyses(), "", "rtn"),
@@ -98,7 +98,6 @@ VARIANTS = {
     "default plan, no descent after GPTQ": (analyses(), "", "gptq-no-descent"),
     "default plan, columns in order": (analyses(), "", "gptq-no-order"),
     "default plan, damping 0.01": (analyses(), "", "gptq-damping-0.01"),
-    "default plan, MC-MoE's quantizer": (analyses(), "", "mcmoe"),
     "1 % of the channels protected": (f"{analyses()},protect-channels", "", "gptq"),
     "super experts pinned": (f"profile-activation,{analyses()},score-experts", "", "gptq"),
 }  # fmt: skip
@@ -109,7 +108,7 @@ def measure(name: str, bits: str, seed: int) -> list[float]:
     """Expert file bits a weight, increase on the domains, and on every unseen file."""
     passes, allocation, quantizer = VARIANTS[name]
     ctx, opened = context(seed), bench()
-    set_threads("tcq" in passes)
+    set_threads(trellis=False)
     reference = opened.measure(None, {})
     chosen = f"{passes},allocate-bits{{bits={bits}{allocation}}}".lstrip(",")
     mod = run_passes(Pipeline.parse(chosen), opened.mod, ctx, Debug())

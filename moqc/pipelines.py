@@ -37,8 +37,10 @@ WIDEST_BITS = 4.0
 """Budget up to which 8-bit candidates are not worth their measurement."""
 MCMOE_EXTRA_BITS = (32 - 24) / 128
 """Bits a weight by which MC-MoE's storage (float16 scale and zero) exceeds that of its plans' formats."""
-PRIOR = 0.25
+PRIOR = 0.15
 """Share of a cost that is that of text which calibration lacks; docs/quality.md has what others give."""
+COSTS_BY = "rtn"
+"""Quantizer whose errors are the costs, whatever rounds in the end; docs/quality.md has what others give."""
 ANALYSES = {
     "uniform": (),
     "frequency": ("profile-activation",),
@@ -56,7 +58,7 @@ ANALYSES = {
         "profile-activation",
         "profile-channels",
         "measure-gradients",
-        "measure-costs{{quantizer={quantizer} formats={formats} curvature=expert prior={prior}{rotate}}}",
+        "measure-costs{{quantizer={by} formats={formats} curvature=expert prior={prior}{rotate}}}",
     ),
 }
 """What an allocator reads is measured by these passes; any other allocator gets all of them."""
@@ -185,7 +187,7 @@ def allocation_pipeline(
         candidates = (*candidates, WIDE)
     names = "+".join(candidates)
     rotated = _rotation(plan, rotate)
-    values = {"quantizer": quantizer, "formats": names, "rotate": rotated, "prior": PRIOR}
+    values = {"quantizer": quantizer, "formats": names, "rotate": rotated, "prior": PRIOR, "by": COSTS_BY}
     texts = [text.format(**values) for text in analyses]
     if plan.quantizer == "mcmoe":
         bits -= MCMOE_EXTRA_BITS

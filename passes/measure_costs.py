@@ -39,7 +39,8 @@ class MeasureCosts(Pass):
     component by that of its own token and channel. The cost is the mean over the
     datasets plus `robustness` times their standard deviation, of which a share of `prior` is replaced by the
     cost on text that uses all experts alike: the domains that calibration lacks. With `rotate`, the inputs of
-    down are rotated, as `quantize-experts{rotate=true}` will have them. Writes COSTS: ``{site: {projection:
+    down are rotated, as `quantize-experts{rotate=true}` will have them; `held_out`: errors are measured on
+    tokens that the Hessians of the quantizer do not see. Writes COSTS: ``{site: {projection:
     {format: [int] * E}}}``, in 1e-15 nats a token; without sensitivity and gradients, squared errors scaled
     so that the largest of the module is 1e12. Costs of different units add up.
     """

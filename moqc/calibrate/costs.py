@@ -148,12 +148,11 @@ def _site_costs(
 ) -> dict[Format, dict[str, UnitCosts]]:
     """Format -> costs of each projection."""
     exact = weights.output(slice(None), sample.x)
-    rotated = parse_activation(weights.activation).rotated
     costs: dict[Format, dict[str, UnitCosts]] = {fmt: {} for fmt in formats}
     for projection in weights.projections:
-        inputs = weights.hidden(slice(None), sample.x) if projection == "down" else sample.x
-        without = (sample, inputs) if held_out else None
-        hessians = measured.hessians(projection, rotated=rotated, without=without).matrices
+        hessians = None
+        if not STORABLE[quantizer].data_free:
+            hessians = _hessians(weights, measured, sample if held_out else None, projection)
         made = STORABLE[quantizer].each(weights.matrices(projection), hessians, formats)
         for fmt, quantized in zip(formats, made, strict=True):
             block = weights.substitute(**{projection: quantized.dequantize()})
@@ -166,6 +165,16 @@ def _site_costs(
                 "even": sample.even(errors).tolist(),
             }
     return costs
+
+
+def _hessians(
+    weights: ExpertWeights, measured: SiteStatistics, without: Sample | None, projection: str
+) -> Tensor:
+    rotated = parse_activation(weights.activation).rotated
+    if without is None:
+        return measured.hessians(projection, rotated=rotated).matrices
+    inputs = weights.hidden(slice(None), without.x) if projection == "down" else without.x
+    return measured.hessians(projection, rotated=rotated, without=(without, inputs)).matrices
 
 
 def measure_block_errors(

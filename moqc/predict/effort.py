@@ -26,6 +26,8 @@ UNIT_SECONDS = 0.015
 """Of the quantizer for each expert projection and format, whatever its size."""
 ROUNDING_RATE = 2.0e7
 """Weights a second that are rounded to nearest with clip search."""
+COST_RATE = 4.5e6
+"""The same with a grid for every group of few bits, and with the output errors on a sample of tokens."""
 BUILD_SECONDS, BUILD_LAYER_SECONDS = 25.0, 1.0
 """Gate, export and code generation: fixed, and for each layer."""
 GRADIENT_TOKENS = 8192
@@ -63,9 +65,9 @@ def estimate_effort(model: Outline, formats: Sequence[str], tokens: int) -> Effo
     quantizing = quantizer / QUANTIZER_FLOPS + UNIT_SECONDS * units
     efforts = [TRELLIS_EFFORT if Format.parse(name).trellis else 1 for name in formats]
     other = sum(matrix.rows * matrix.columns for matrix in model.matrices)
+    costs = sum(efforts) * expert_weights(model) / COST_RATE
     return Effort(
-        calibration_seconds=(FORWARD_PASSES * forward * tokens + gradients + moments) / FORWARD_FLOPS
-        + sum(efforts) * quantizing,
+        calibration_seconds=(FORWARD_PASSES * forward * tokens + gradients + moments) / FORWARD_FLOPS + costs,
         quantization_seconds=sum(efforts) / len(efforts) * quantizing + other / ROUNDING_RATE,
         build_seconds=BUILD_SECONDS + BUILD_LAYER_SECONDS * model.layers,
     )

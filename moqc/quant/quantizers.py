@@ -31,10 +31,10 @@ class Quantizer:
     together: Callable[[torch.Tensor, torch.Tensor, Sequence[Format]], list[Quantized]] | None = None
 
     def each(
-        self, matrices: torch.Tensor, hessian: torch.Tensor, formats: Sequence[Format]
+        self, matrices: torch.Tensor, hessian: torch.Tensor | None, formats: Sequence[Format]
     ) -> list[Quantized]:
         """The matrices in each of `formats`."""
-        if self.together is not None:
+        if self.together is not None and hessian is not None:
             return self.together(matrices, hessian, formats)
         return [self.run(matrices, hessian, fmt) for fmt in formats]
 
