@@ -9,6 +9,7 @@ the four domains and on each unseen file.
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from concurrent.futures import as_completed
 from dataclasses import replace
@@ -150,8 +151,12 @@ def main() -> None:
             for name in options.only
         }
         for done in as_completed(jobs):
+            if (error := done.exception()) is not None:  # of the others there are results
+                print(f"{', '.join(jobs[done])}: {error}", file=sys.stderr, flush=True)
+                continue
             cells = [*jobs[done], *(f"{value:.4f}" for value in done.result())]
             print(f"| {' | '.join(cells)} |", flush=True)
+    sys.exit(any(job.exception() is not None for job in jobs))
 
 
 if __name__ == "__main__":
