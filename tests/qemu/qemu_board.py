@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import shutil
+import socket
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
@@ -19,7 +20,8 @@ SERVE = """
 import sys, time
 sys.modules["torch"] = None
 from tvm.rpc.server import PopenRPCServerState
-print(PopenRPCServerState("127.0.0.1", 19190, 19990, silent=True).port, flush=True)
+port = int(sys.argv[1])
+print(PopenRPCServerState("127.0.0.1", port, port + 100, silent=True).port, flush=True)
 while True:
     time.sleep(1)
 """
@@ -62,8 +64,11 @@ def environment() -> dict[str, str]:
 def rpc_server(core: str) -> Iterator[int]:
     """The port of one of TVM's RPC servers there. No emulation where this machine is of that kind."""
     command = ["python3"] if platform.machine() == "aarch64" else python(core)
+    with socket.socket() as free:  # servers that looked for a port in one range at one time took the same
+        free.bind(("127.0.0.1", 0))
+        command = [*command, "-c", SERVE, str(free.getsockname()[1])]
     with subprocess.Popen(
-        [*command, "-c", SERVE], env=environment(), stdout=subprocess.PIPE, text=True, start_new_session=True
+        command, env=environment(), stdout=subprocess.PIPE, text=True, start_new_session=True
     ) as server:
         try:
             assert server.stdout is not None
