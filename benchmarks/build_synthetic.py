@@ -43,7 +43,8 @@ def main() -> None:
         synthesize = SynthesizeWeights(
             experts=tuple(options.experts.split("+")), linears=options.linears, activations=mode
         )
-        passes = Pipeline((synthesize, *lowering_pipeline(options.context, options.max_batch).passes))
+        lowering = lowering_pipeline(options.context, options.max_batch, target.caches[0])
+        passes = Pipeline((synthesize, *lowering.passes))
         latent = target.latent_attention
         mod = import_model(checkpoint, max_batch=options.max_batch, max_chunk=MAX_CHUNK, latent=latent)
         logger.info("imported")

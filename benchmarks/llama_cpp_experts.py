@@ -29,6 +29,7 @@ import numpy as np
 from moqc.runtime.tvm_runtime import use_threads
 
 GGML_TYPES = {"Q4_K": 12, "Q4_0": 2, "Q8_0": 8, "Q3_K": 11, "Q2_K": 10, "IQ2_XS": 17, "IQ1_S": 19}
+FORMATS = "int4-g128-s8,int3-g128-sym-s8,int2-g128-sym-s8,int1-g128-sym-s8"
 F32, I32 = 0, 26
 SECONDS = 0.4
 
@@ -97,14 +98,13 @@ class Ggml:
 
 
 def moqc_product(
-    bits: int, rows: int, columns: int, experts: int, ids: np.ndarray, x: np.ndarray
+    fmt: Any, rows: int, columns: int, experts: int, ids: np.ndarray, x: np.ndarray
 ) -> Callable[[], float]:
     """The same for moqc: route, quantize the activations, multiply."""
     import tvm
     from tvm import relax, tirx
 
     from moqc.ir.packed import packed_types
-    from moqc.quant.formats import Format
     from moqc.schedules.cpu.families import FAMILIES
     from moqc.schedules.cpu.lower import _activation_types, _emit
     from moqc.schedules.cpu.packed_experts import ExpertsShape, gate_up_kernel
@@ -113,7 +113,7 @@ def moqc_product(
     from moqc.schedules.cpu.route import lower_route
     from moqc.targets import find_target
 
-    target, fmt, top_k = find_target("native"), Format(bits), ids.shape[1]
+    target, top_k = find_target("native"), ids.shape[1]
     family = FAMILIES[target.dot]
     shape = ExpertsShape(
         experts,
@@ -190,6 +190,7 @@ def measure(side: str, options: argparse.Namespace) -> dict[str, float]:
     """Microseconds by provider of one side."""
     use_threads(options.threads)
     from moqc.bench.shapes import find_shape
+    from moqc.quant.formats import Format
 
     shape, random = find_shape(options.shape), np.random.default_rng(0)
     tokens = options.tokens
@@ -199,8 +200,8 @@ def measure(side: str, options: argparse.Namespace) -> dict[str, float]:
     if side == "moqc":
         size = (shape.intermediate, shape.hidden, shape.experts)
         return {
-            f"moqc W{bits}": median_us(moqc_product(int(bits), *size, ids, x))
-            for bits in options.bits.split(",")
+            f"moqc {name}": median_us(moqc_product(Format.parse(name), *size, ids, x))
+            for name in options.formats.split(",")
         }
     ggml, times = Ggml(options.threads), 20 if tokens == 1 else 1
     return {
@@ -216,7 +217,7 @@ def main() -> None:
     parser.add_argument("--shape", default="qwen3-30b-a3b")
     parser.add_argument("--tokens", type=int, default=1)
     parser.add_argument("--types", default="Q4_K,Q4_0,Q8_0,Q2_K,IQ2_XS")
-    parser.add_argument("--bits", default="8,4,3,2,1")
+    parser.add_argument("--formats", default=FORMATS, help="default: what the compiler chooses from")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--side", choices=["llama.cpp", "moqc"], help=argparse.SUPPRESS)

@@ -114,7 +114,9 @@ def _checked(model: str | Path, machines: Sequence[Target], options: CompileOpti
     for machine in machines:
         check_toolchain(machine)
         check_kernels(machine, options)
-        check_lowering(options.linears, machine.mode(options.activations), options.max_batch)
+        activations = machine.mode(options.activations)
+        machine.kv_cache(options.kv_cache, activations)
+        check_lowering(options.linears, activations, options.max_batch)
     needs_calibration(options)  # knows the plans there are
     bits = options.bits if options.model_bits is None else options.model_bits
     check_bits(bits)
@@ -172,6 +174,7 @@ def _passes(options: CompileOptions, machine: Target, context: int) -> Pipeline:
         options,
         activations=activations,
         context=context,
+        kv_cache=machine.kv_cache(options.kv_cache, activations),
         layout=machine.layout,
         rotate=machine.rotates,
         narrow=machine.launched,

@@ -132,6 +132,7 @@ def _cache(mod: IRModule, chunk: int) -> CacheSpec:
         chunk=min(chunk, context),
         tensors=tuple(map(tuple, cache["tensors"])),
         dtype=cache["dtype"],
+        states=tuple(cache["states"]),
     )
 
 

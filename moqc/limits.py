@@ -74,7 +74,7 @@ def check_caches(mod: IRModule, target: Target, context: int, batch: int) -> Non
         return  # planning takes a pass over the model
     planned = PlanCache(context=context, batch=batch)(mod, PassContext(target=target))
     for shape in CACHE.of(planned)["tensors"]:
-        size = _FLOAT_BYTES * prod(shape)
+        size = _FLOAT_BYTES * prod(shape)  # targets with such a limit have no others
         _check(f"the cache of {batch} sequences of {context} tokens", size, target, "use less of either")
 
 

@@ -110,8 +110,18 @@ class CacheSpec(Record):
     """Tokens a row may have in one call."""
     tensors: tuple[tuple[int, ...], ...]
     """Shapes of the cache arguments, in order."""
-    dtype: Literal["float32", "float16"] = "float32"
-    """Of the cache arguments."""
+    dtype: Literal["float32", "float16", "int8"] = "float32"
+    """Of the keys and values (`moqc.quant.kv_cache`)."""
+    states: tuple[int, ...] = ()
+    """Which of the cache arguments are states of recurrent layers: those are float32."""
+
+    @property
+    def buffers(self) -> tuple[tuple[tuple[int, ...], str], ...]:
+        """Shape and dtype of each cache argument."""
+        return tuple(
+            (shape, "float32" if number in self.states else self.dtype)
+            for number, shape in enumerate(self.tensors)
+        )
 
 
 class Generation(Record):

@@ -191,6 +191,7 @@ class SynthOptions:
     target: str = like(Recipe, "target")
     context: int | None = like(Recipe, "context")
     max_batch: int = like(Recipe, "max_batch")
+    kv_cache: str | None = like(Recipe, "kv_cache")
     seed: int = like(Recipe, "seed")
     cache: str | Path | None = like(CompileOptions, "cache")
     force: bool = like(CompileOptions, "force")
@@ -221,6 +222,7 @@ class PlanOptions:
     )
     context: int | None = like(Recipe, "context")
     max_batch: int = like(Recipe, "max_batch")
+    kv_cache: str | None = like(Recipe, "kv_cache")
     calibration_tokens: int = like(Recipe, "calibration_tokens")
 
 

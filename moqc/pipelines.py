@@ -210,6 +210,7 @@ def default_pipeline(
     *,
     activations: str,
     context: int,
+    kv_cache: str = "float32",
     layout: str = DEFAULT_LAYOUT,
     rotate: bool = True,
     narrow: bool = False,
@@ -217,8 +218,9 @@ def default_pipeline(
     """All passes of `moqc compile`, from the imported module to one that can be built.
 
     `activations` is "int8" or "float" and `context` a number of tokens: what the recipe's are on the target
-    and model at hand. `layout` is the target's, `rotate` whether its kernels can rotate the inputs of down,
-    `narrow` whether its integers have 32 bits. Raises UserError for a choice that cannot be.
+    and model at hand, `kv_cache` the dtype of caches. `layout` is the target's, `rotate` whether its kernels
+    can rotate the inputs of down, `narrow` whether its integers have 32 bits. Raises UserError for a choice
+    that cannot be.
     """
     plan = Plan.parse(f"{recipe.allocator}:{recipe.quantizer}")
     if plan.quantizer == "mcmoe":
@@ -232,7 +234,7 @@ def default_pipeline(
         + f"quantize-experts{{quantizer={plan.quantizer} activations={activations}{rotated}}},"
         f"quantize-linears{{linears={linears} embeddings={linears} activations={activations}}}"
     )
-    rest = lowering_pipeline(context, recipe.max_batch, narrow=narrow)
+    rest = lowering_pipeline(context, recipe.max_batch, kv_cache, narrow=narrow)
     allocation = allocation_pipeline(
         plan,
         recipe.bits,
@@ -261,11 +263,12 @@ def check_lowering(linears: str, activations: str, max_batch: int) -> str:
     return linears if linears == "none" else str(Format.parse(linears))
 
 
-def lowering_pipeline(context: int, max_batch: int, *, narrow: bool = False) -> Pipeline:
+def lowering_pipeline(context: int, max_batch: int, kv_cache: str, *, narrow: bool = False) -> Pipeline:
     """The passes after quantization: caches, kernels, schedules; `narrow` for devices of 32-bit integers."""
     # What has no 64-bit integers runs a list of launches, those of main.
     between = "narrow-integers" if narrow else "last-logits"
-    return Pipeline.parse(f"plan-cache{{context={context} batch={max_batch}}},{between},legalize,schedule")
+    cache = f"plan-cache{{context={context} batch={max_batch} dtype={kv_cache}}}"
+    return Pipeline.parse(f"{cache},{between},legalize,schedule")
 
 
 def run_passes(pipeline: Pipeline, mod: IRModule, ctx: PassContext, debug: Debug) -> IRModule:

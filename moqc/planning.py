@@ -49,7 +49,7 @@ def plan(model: str | Path, options: PlanOptions) -> Plan:
         batch=options.max_batch,
         copied_bytes=copied_bytes(folder),
         times=with_bandwidth(kernel_times(machine), options.bandwidth),
-        cache=machine.cache,
+        cache=machine.kv_cache(options.kv_cache, machine.mode(None)),
     )
     return make_plan(
         outline(config, latent=machine.latent_attention),

@@ -71,6 +71,11 @@ class Recipe:
         None, "tokens a sequence may have [default: the model's, at most 4096]", metavar="N"
     )
     max_batch: int = option(4, "sequences at once", metavar="N")
+    kv_cache: str | None = option(
+        None,
+        "of keys and values: float16, int8 or float32 [default: float16; float32 with exact activations]",
+        metavar="DTYPE",
+    )
     prune: float | None = option(
         None, "skip this share of the experts' work, such as 15%", metavar="SHARE", parse=parse_share
     )

@@ -102,6 +102,7 @@ def synthesize_artifact(config: str | Path, out: Path, options: SynthOptions) ->
     check_output(out, force=options.force)
     machine, declared = find_target(options.target), read_declared(config, options.layers)
     activations, experts = machine.mode(options.activations), tuple(options.experts)
+    kept = machine.kv_cache(options.kv_cache, activations)
     check_toolchain(machine)
     check_lowering(options.linears, activations, options.max_batch)
     parse_mix(experts)
@@ -113,7 +114,7 @@ def synthesize_artifact(config: str | Path, out: Path, options: SynthOptions) ->
         chunk = longest_chunk(parsed, machine, length, options.max_batch)
         check_architecture(checkpoint, workspace, machine)
         ctx = PassContext(machine, checkpoint, workspace=workspace, seed=seed)
-        lowering = lowering_pipeline(length, options.max_batch, narrow=machine.launched)
+        lowering = lowering_pipeline(length, options.max_batch, kept, narrow=machine.launched)
         passes = Pipeline(
             (
                 SynthesizeWeights(experts=experts, linears=options.linears, activations=activations),

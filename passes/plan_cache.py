@@ -12,6 +12,7 @@ from moqc.ir import ops
 from moqc.ir.annotations import CACHE, PARAMS, Key
 from moqc.ir.sites import bindings
 from moqc.passes.base import Pass, PassContext
+from moqc.quant.kv_cache import stored_columns
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,8 @@ class PlanCache(Pass):
     """Give attentions key and value caches and recurrent layers states: parameters of main after the weights.
 
     They are written in place. `context` is the number of positions a sequence may have, `batch` the number of
-    sequences. main returns (logits, caches...).
+    sequences, `dtype` that of keys and values (`moqc.quant.kv_cache`; empty: the target's default); states
+    are float32. main returns (logits, caches...).
     """
 
     name: ClassVar[str] = "plan-cache"
@@ -28,22 +30,26 @@ class PlanCache(Pass):
 
     context: int = 2048
     batch: int = 4
+    dtype: str = ""
 
     def run(self, mod: IRModule, ctx: PassContext) -> IRModule:
-        """Rewrite main; the caches have the dtype that the kernels of the target of `ctx` want."""
+        """Rewrite main. Raises PipelineError for a dtype that the kernels of the target do not have."""
         if self.context < 1 or self.batch < 1:
             raise PipelineError(
                 f"plan-cache: context={self.context} batch={self.batch}; both must be at least 1"
             )
         if CACHE.get(mod) is not None:
             raise PipelineError(f"plan-cache: the module has {CACHE} already")
-        dtype = "float32" if ctx.target is None else ctx.target.cache
+        known = ("float32",) if ctx.target is None else ctx.target.caches
+        if self.dtype not in ("", *known):
+            raise PipelineError(f"plan-cache: dtype={self.dtype} is not one of {', '.join(known)}")
+        dtype = self.dtype or known[0]
         builder = _CachedMain(mod, self.context, self.batch, dtype)
         result = mod.clone()
         result.update_func(mod.get_global_var("main"), builder.build())
         tensors = [[int(extent) for extent in cache.ty.shape] for cache in builder.caches]
         value = {"context": self.context, "batch": self.batch, "tensors": tensors, "dtype": dtype}
-        return CACHE.put(result, value)
+        return CACHE.put(result, {**value, "states": builder.states})
 
 
 class _CachedMain:
@@ -53,6 +59,7 @@ class _CachedMain:
         self._main, self._context, self._batch, self._dtype = mod["main"], context, batch, dtype
         self._builder = relax.BlockBuilder()
         self.caches: list[relax.Var] = []
+        self.states: list[int] = []
         self._operators = 0
         self._calls = {
             variable: self._cached(value)
@@ -89,10 +96,10 @@ class _CachedMain:
         further = [named[name] for name in attrs["operands"]]
         if ops.is_call(call, ops.RECURRENT):
             _, _, heads, columns = named["v"].ty.shape
-            state = self._cache("state", [self._batch, heads, named["k"].ty.shape[3], columns])
+            state = self._state("state", [self._batch, heads, named["k"].ty.shape[3], columns])
             return ops.cached_recurrent(*fixed, state, *further, **attrs)
         channels, window = named["weight"].ty.shape
-        state = self._cache("latest", [self._batch, int(window) - 1, channels])
+        state = self._state("latest", [self._batch, int(window) - 1, channels])
         return ops.cached_causal_conv(*fixed, state, *further, **attrs)
 
     def _cached_attention(self, named: dict[str, relax.Expr], attrs: dict[str, Any]) -> relax.Call:
@@ -108,14 +115,24 @@ class _CachedMain:
             )
         heads = named["k"].ty.shape[1]
         pair = [
-            self._cache(f"{name}_cache", [self._batch, heads, self._context, named[name].ty.shape[3]])
+            self._cache(f"{name}_cache", [self._batch, heads, self._context, self._columns(named[name])])
             for name in ("k", "v")
         ]
         fixed = [named[name] for name in ("q", "k", "v", "positions")]
         further = [named[name] for name in attrs["operands"]]
         return ops.cached_attention(*fixed, *pair, *further, **attrs)
 
-    def _cache(self, name: str, shape: list[Any]) -> relax.Var:
+    def _columns(self, rows: relax.Expr) -> int:
+        """Elements of a cache's row for keys or values [B,H,S,D]."""
+        return stored_columns(self._dtype, int(rows.ty.shape[3]))
+
+    def _state(self, name: str, shape: list[Any]) -> relax.Var:
+        """A new parameter for a recurrent layer, which adds up over all tokens: float32."""
+        self.states.append(len(self.caches))
+        return self._cache(name, shape, "float32")
+
+    def _cache(self, name: str, shape: list[Any], dtype: str | None = None) -> relax.Var:
         """A new parameter, numbered as its operator is."""
-        self.caches.append(relax.Var(f"{name}_{self._operators - 1}", relax.TensorType(shape, self._dtype)))
+        ty = relax.TensorType(shape, dtype or self._dtype)
+        self.caches.append(relax.Var(f"{name}_{self._operators - 1}", ty))
         return self.caches[-1]

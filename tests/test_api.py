@@ -359,7 +359,8 @@ def test_card_analysis_and_recipe_are_kept(compiled, model):
 def test_plan_counts_the_same_bytes(compiled, model):
     """Weights to the byte; cache shapes too."""
     manifest = read_manifest(compiled)
-    plan = moqc.plan(model.folder, bits=QUICK["bits"], allocator="uniform", context=QUICK["context"])
+    same = {"context": QUICK["context"], "kv_cache": manifest.cache.dtype}
+    plan = moqc.plan(model.folder, bits=QUICK["bits"], allocator="uniform", **same)
     assert plan.chosen.stored.parameter_bytes == manifest.sizes.parameter_bytes
     elements = sum(shape[1] * shape[3] for shape in manifest.cache.tensors)
     assert plan.chosen.stored.kv_bytes_per_token == 4 * elements

@@ -194,11 +194,11 @@ def pair(request, tmp_path_factory, write_tokenizer) -> Pair:
         text = model / "text.txt"
         text.write_text("".join(PROMPTS.values()) * 8)
         options = {"bits": 3.0, "allocator": "frequency", "calibration": [text]}
-        options |= {"calibration_tokens": 512}
+        options |= {"calibration_tokens": 512, "kv_cache": "float32"}
         tokens, window = 512, 64
     else:
         model, text, tokens, window = TINY, TEST_TEXT, 8192, 512
-        options = {"bits": 2.5, "calibration_tokens": 4096}
+        options = {"bits": 2.5, "calibration_tokens": 4096, "kv_cache": "float32"}
     artifacts = {}
     for mode in ("float", "int8"):
         artifacts[mode] = tmp_path_factory.mktemp("artifacts") / mode

@@ -88,9 +88,24 @@ def test_artifact_runs_and_is_certified(tmp_path, config):
     assert again.files["params-00001.safetensors"] == manifest.files["params-00001.safetensors"]
 
 
+def test_caches_in_other_dtypes_give_the_same_logits_but_for_rounding(tmp_path, config):
+    logits, tokens = {}, np.random.default_rng(0).integers(3, 200, (2, 40))
+    for dtype, columns in (("float32", 8), ("float16", 8), ("int8", 10)):
+        options = {**ARTIFACT, "kv_cache": dtype}
+        manifest = synthesize_artifact(config, tmp_path / dtype, cache=tmp_path / "cache", **options)
+        assert manifest.cache.buffers[0] == ((2, 2, 64, columns), dtype)
+        session = moqc.load(tmp_path / dtype).session()
+        logits[dtype] = np.concatenate([session.extend(part) for part in np.split(tokens, [30], 1)], axis=1)
+    size = np.linalg.norm(logits["float32"])
+    assert 0 < np.linalg.norm(logits["float16"] - logits["float32"]) < 1e-3 * size
+    assert 0 < np.linalg.norm(logits["int8"] - logits["float32"]) < 2e-2 * size
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"kv_cache": "int4"}, "kv-cache 'int4': the kernels of target .* have float16, int8, float32"),
+        ({"target": "cuda", "activations": None, "kv_cache": "int8"}, "of target cuda have float16"),
         ({"experts": ("int2-g64:x",)}, "'int2-g64:x': expected a format"),
         ({"experts": ("int2-g64", "int2-g64")}, "each once"),
         ({"experts": ()}, "no format for the experts"),

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import statistics
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +19,12 @@ from moqc.targets import find_target, missing_features
 
 COLD_BYTES = 1 << 30
 """Weights that lie between two uses of the same ones."""
+SECONDS = 1.0
+"""Time spent on one row, at least."""
+TURNS = 7
+"""How often memory is read meanwhile."""
+HOT_CALLS = 10
+"""Calls in a row with hot weights."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,12 +78,14 @@ def bench_kernels(
         raise UserError(f"tokens {', '.join(map(str, tokens)) or 'none'}: must be at least 1")
     classes = [parse_classes(text) for text in bits]
     bandwidth = read_bandwidth(machine, COLD_BYTES)
-    rows = []
-    for text, formats in track(list(zip(bits, classes, strict=True)), "kernels"):
-        bench = Layer(machine, layer, formats, COLD_BYTES if cold else 0)
-        for count in tokens:
-            seconds, hit_bytes, read = bench.measure(count, bandwidth)
-            rows.append(
+    # Layers take turns, so that each finds all of theirs between two uses of its own weights.
+    size = COLD_BYTES // len(classes) if cold else 0
+    layers = [Layer(machine, layer, formats, size) for formats in track(classes, "layers")]
+    rows: dict[str, list[KernelTime]] = {text: [] for text in bits}
+    for count in track(tokens, "kernels"):
+        times, read = _measure(layers, count, bandwidth, 1 if cold else HOT_CALLS)
+        for text, (seconds, hit_bytes) in zip(bits, times, strict=True):
+            rows[text].append(
                 KernelTime(
                     target=machine.name,
                     shape=shape,
@@ -88,4 +98,27 @@ def bench_kernels(
                     gflops=2 * count * layer.top_k * layer.weights_per_expert / seconds / 1e9,
                 )
             )
-    return rows
+    return [row for text in dict.fromkeys(bits) for row in rows[text]]
+
+
+def _measure(
+    layers: Sequence[Layer], tokens: int, bandwidth: Callable[[], float], calls: int
+) -> tuple[list[tuple[float, float]], float]:
+    """For each layer the seconds of a call and the bytes of the experts it hits; the reads' rate. Medians.
+
+    Layers take turns of so many `calls`, of which the first does not count if there are several; every now
+    and then memory is read. A machine that others share changes its speed within seconds.
+    """
+    timed = [layer.timed(tokens) for layer in layers]
+    found: list[list[tuple[float, float]]] = [[] for _ in layers]
+    reads: list[float] = []
+    for run in timed:
+        run()  # starts the threads
+    for turn in range(TURNS):
+        reads.append(bandwidth())
+        end = time.perf_counter() + SECONDS * len(layers) / TURNS
+        while time.perf_counter() < end or len(found[0]) <= turn:
+            for run, results in zip(timed, found, strict=True):
+                results += [run() for _ in range(calls)][calls > 1 :]
+    medians = [tuple(map(statistics.median, zip(*results, strict=True))) for results in found]
+    return [(seconds, size) for seconds, size in medians], statistics.median(reads)

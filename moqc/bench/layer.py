@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -23,11 +22,6 @@ from moqc.quant.formats import Format
 from moqc.quant.layouts import find_layout
 from moqc.quant.pack import BYTE_SCALE_SHIFT, Packed
 from moqc.targets import Target
-
-SECONDS = 1.0
-"""Time spent on one measurement, at least."""
-_TURNS = 7
-"""Turns of kernel calls and plain reads."""
 
 
 class Layer:
@@ -108,27 +102,18 @@ class Layer:
         packed = Packed(codes=codes, scales=scales, zeros=zeros)
         return find_layout(self.target.layout).unpack(packed, fmt, rows, columns).dequantize()
 
-    def measure(self, tokens: int, bandwidth: Callable[[], float]) -> tuple[float, float, float]:
-        """Seconds a call, bytes of the experts it hits, and `bandwidth` measured in between; all medians.
-
-        Calls and reads take turns, because a machine that others share changes its speed within seconds.
-        """
+    def timed(self, tokens: int) -> Callable[[], tuple[float, float]]:
+        """A function that makes the next of `calls`: its seconds, and the bytes of the experts it hits."""
         x, _, shares = (tvm.runtime.tensor(each) for each in self.inputs(tokens))
         calls = self.calls(tokens)
-        times: list[float] = []
-        sizes: list[float] = []
-        reads: list[float] = []
-        self._run(x, next(calls)[0], shares, *self.sets[0])  # starts the threads
-        for turn in range(_TURNS):
-            reads.append(bandwidth())
-            end = time.perf_counter() + SECONDS / _TURNS
-            while time.perf_counter() < end or len(times) <= turn:
-                ids, size, weights = next(calls)
-                start = time.perf_counter()
-                self._run(x, ids, shares, *weights)
-                times.append(time.perf_counter() - start)
-                sizes.append(size)
-        return statistics.median(times), statistics.median(sizes), statistics.median(reads)
+
+        def run() -> tuple[float, float]:
+            ids, size, weights = next(calls)
+            start = time.perf_counter()
+            self._run(x, ids, shares, *weights)
+            return time.perf_counter() - start, size
+
+        return run
 
     def calls(self, tokens: int) -> Iterator[tuple[Any, float, list[Any]]]:
         """Routings with their bytes and the set of weights. One set: the same routing over and over.

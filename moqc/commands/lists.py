@@ -89,7 +89,7 @@ def _target(target: Target) -> dict[str, Any]:
         "features": sorted(target.features),
         "architectures": list(target.architectures),
         "activations": list(target.activations),
-        "cache": target.cache,
+        "caches": list(target.caches),
         "layout": target.layout,
         "largest_binding": target.largest_binding,
         "verified": target.verified,

@@ -251,7 +251,7 @@ def _other_speed(choices: SkipChoices, linears: str) -> Speed | None:
         return None
     storage = Storage(0.0, False, None if linears == "none" else Format.parse(linears))
     return other_speed(
-        choices.model, footprint(choices.model, storage, choices.target.cache), machine, context=0
+        choices.model, footprint(choices.model, storage, choices.target.caches[0]), machine, context=0
     )
 
 

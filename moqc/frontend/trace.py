@@ -20,6 +20,7 @@ from moqc.frontend import masks
 from moqc.frontend.experts import ExpertLayout
 from moqc.frontend.hooks import hook
 from moqc.frontend.skeleton import build_skeleton, fake_parameters, first_line
+from moqc.quant.kv_cache import stored_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +46,10 @@ class AttentionUse:
     def element_count(self) -> int:
         """Elements that a token adds to the key and value caches."""
         return self.kv_heads * (self.key_width + self.value_width)
+
+    def cache_bytes(self, dtype: str) -> int:
+        """Bytes that a token adds to caches of `dtype`."""
+        return self.kv_heads * (stored_bytes(dtype, self.key_width) + stored_bytes(dtype, self.value_width))
 
 
 @dataclass(frozen=True, slots=True)

@@ -158,7 +158,9 @@ LINEAR_BITS: Key[dict[str, str]] = Key(
     "moqc.linear_bits", "quantize-linears", "site of a quantized linear or embedding -> format name"
 )
 CACHE: Key[dict[str, Any]] = Key(
-    "moqc.cache", "plan-cache", "context, batch, dtype and tensors (a list of shapes) of the key-value cache"
+    "moqc.cache",
+    "plan-cache",
+    "context, batch, dtype, tensors (a list of shapes) and states (numbers of recurrent ones) of the caches",
 )
 KERNELS: Key[list[dict[str, Any]]] = Key(
     "moqc.kernels",

@@ -14,6 +14,7 @@ from moqc.ir.calls import attributes, bit_classes, describe, operands, plain
 from moqc.ir.packed import mixed_operands, packed_names, packed_types
 from moqc.quant.activations import parse_activation
 from moqc.quant.formats import Format
+from moqc.quant.kv_cache import DTYPES, stored_columns
 
 INTEGERS = ("int32", "int64")
 
@@ -111,9 +112,9 @@ def _check_attention(call: relax.Call) -> None:
         _check_number(call, name)
     if "k_cache" in named:
         slots, capacity = named["k_cache"].ty.shape[0], named["k_cache"].ty.shape[2]
-        floats = ("float32", "float16")
-        _check(call, "k_cache", named["k_cache"].ty, (slots, key_heads, capacity, width), floats)
-        _check(call, "v_cache", named["v_cache"].ty, (slots, key_heads, capacity, value_width), floats)
+        for name, columns in (("k_cache", width), ("v_cache", value_width)):
+            stored = stored_columns(str(named["k_cache"].ty.dtype), int(columns))
+            _check(call, name, named[name].ty, (slots, key_heads, capacity, stored), DTYPES)
 
 
 def _check_prune_routing(call: relax.Call) -> None:

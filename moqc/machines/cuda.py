@@ -55,7 +55,7 @@ def find_cuda(name: str) -> Target:
         schedules="cuda",
         layout="mma16x256",
         activations=("float",),
-        cache="float16",
+        caches=("float16",),
         architectures=architectures,
         machine=host.machine,
         tools=("nvcc",),

@@ -35,6 +35,7 @@ _OPENCL = Target(
     frozenset(),
     schedules="portable",
     activations=("float",),
+    caches=("float32",),
     machine="any",
     largest_binding=1 << 30,
     doc="any OpenCL 1.2 device, with float16 products where it has cl_khr_fp16; run here through pyopencl",

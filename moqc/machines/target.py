@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from moqc.errors import TargetError
+from moqc.quant.kv_cache import DTYPES
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +31,8 @@ class Target:
     `tvm` is the dict `tvm.target.Target` takes. `features` are the CPU flags (Linux names) the generated code
     uses; loading an artifact checks them. `schedules` names the folder under `schedules/`; `layout` the
     packed weight layout its kernels read (`moqc.quant.layouts`). `activations` are the modes its kernels
-    have, the default first; `cache` is the dtype of its key-value caches. `architectures` are those of the
+    have, the default first; `caches` are the dtypes its key-value caches can have, the default first
+    (`moqc.quant.kv_cache`). `architectures` are those of the
     GPUs that the library has machine code for; empty for CPUs. `machine` is the host's CPU as
     `platform.machine` says, "any" where no code is made for it; `tools` are entries of
     `moqc.toolchains.TOOLS` beside its linker. `verified` says how its code was checked. `largest_binding` is
@@ -45,7 +47,7 @@ class Target:
     schedules: str = "cpu"
     layout: str = "interleaved16"
     activations: tuple[str, ...] = ("int8", "float")
-    cache: str = "float32"
+    caches: tuple[str, ...] = DTYPES
     architectures: tuple[str, ...] = ()
     machine: str = "x86_64"
     tools: tuple[str, ...] = ()
@@ -67,6 +69,17 @@ class Target:
             modes = ", ".join(self.activations)
             raise TargetError(f"activations {activations!r}: the kernels of target {self.name} have {modes}")
         return activations or self.activations[0]
+
+    def kv_cache(self, dtype: str | None, activations: str) -> str:
+        """The dtype of caches asked for, or the default: in float32 where activations are exact.
+
+        TargetError if there are no kernels for it.
+        """
+        if dtype not in (None, *self.caches):
+            known = ", ".join(self.caches)
+            raise TargetError(f"kv-cache {dtype!r}: the kernels of target {self.name} have {known}")
+        exact = activations == "float" and "float32" in self.caches
+        return dtype or ("float32" if exact else self.caches[0])
 
     @property
     def rotates(self) -> bool:

@@ -15,6 +15,7 @@ WEBGPU = Target(
     frozenset(),
     schedules="portable",
     activations=("float",),
+    caches=("float32",),
     machine="any",
     largest_binding=BINDING_BYTES,
     shard_bytes=SHARD_BYTES,

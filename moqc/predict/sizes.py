@@ -18,7 +18,7 @@ from moqc.quant.formats import ROW_TILE, Format
 
 STORED_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 FLOAT_BYTES = 4
-"""In memory, of a weight that is not quantized, of an activation, of an element of the key-value cache."""
+"""In memory, of a weight that is not quantized and of an activation."""
 LIBRARY_BYTES = {"uniform": 640_000, "mixed": 1_700_000}
 """Compiled library with one format for all experts, and with several: measured on artifacts of tiny-moe and
 small-moe for x86-64-v4-vnni. It depends on the kernels, hardly on the model."""
@@ -125,7 +125,7 @@ def footprint(model: Outline, storage: Storage, cache: str = "float32") -> Footp
         token_weights=multiplied,
         token_expert_bytes=active,
         token_expert_weights=active_weights,
-        kv_bytes_per_token=sum(STORED_BYTES[cache] * use.element_count for use in model.attention),
+        kv_bytes_per_token=sum(use.cache_bytes(cache) for use in model.attention),
     )
 
 

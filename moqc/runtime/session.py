@@ -33,7 +33,7 @@ class Session:
         self._weights = weights
         self._spec = manifest.cache
         self._vocabulary = manifest.vocabulary
-        self._caches = device.group([device.zeros(shape, self._spec.dtype) for shape in self._spec.tensors])
+        self._caches = device.group([device.zeros(*buffer) for buffer in self._spec.buffers])
         self._decoders: dict[int, Decoder | None] = {}
         self.length = 0
         """Tokens each sequence has so far."""

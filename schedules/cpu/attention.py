@@ -2,7 +2,8 @@
 
 Rows are the (query token, query head) pairs that share a key head; a task takes `ROWS` of them through the
 keys in blocks of `KEYS` slots with the online softmax. Scores of `lanes` keys are dot products along the head
-dimension, folded into one vector; values are accumulated in registers, four rows at a time.
+dimension, folded into one vector; values are accumulated in registers, four rows at a time. A block of
+a cache that is not float32 is unpacked first, once for all rows of the task.
 """
 
 from __future__ import annotations
@@ -13,11 +14,12 @@ from tvm import tirx
 from tvm.tirx.script import builder as T
 
 from moqc.schedules.activations import exp, tanh
+from moqc.schedules.cpu.attention_buffers import KEYS, REGISTER_ROWS, REGISTER_VECTORS, ROWS, AttentionBuffers
 from moqc.schedules.cpu.attention_shape import AttentionShape
-from moqc.schedules.cpu.emit import Kernel, bind, int64, kernel, load, loop, store, when
+from moqc.schedules.cpu.emit import bind, int64, kernel, load, loop, store, when
+from moqc.schedules.cpu.kv_rows import write_row
 from moqc.schedules.cpu.vector import (
     PARALLEL_WORK,
-    common_lanes,
     each_vector,
     fold_rows,
     parallel_if,
@@ -26,59 +28,7 @@ from moqc.schedules.cpu.vector import (
     vector_type,
 )
 
-ROWS = 16
-KEYS = 64
-_REGISTER_ROWS = 4
-_REGISTER_VECTORS = 4
 _MASKED = -1e30
-
-
-class _Buffers:
-    """The kernel's arguments and, inside a task, its scratch."""
-
-    def __init__(
-        self, k: Kernel, shape: AttentionShape, batch: Any, tokens: Any, cache: tuple[Any, Any] | None
-    ) -> None:
-        key_heads, own_width, value_width = shape.key_heads, shape.own_width, shape.value_width
-        self.shape, self.batch, self.tokens = shape, int64(batch), int64(tokens)
-        self.q = k.parameter("q", [batch, shape.heads, tokens, shape.key_width], "float32")
-        self.k = k.parameter("k", [batch, key_heads, tokens, own_width], "float32")
-        self.v = k.parameter("v", [batch, key_heads, tokens, value_width], "float32")
-        self.positions = k.parameter("positions", [batch, tokens], "int64")
-        self.keys, self.values, self.cached = self.k, self.v, cache is not None
-        self.slots = tokens if cache is None else cache[1]
-        if cache is not None:
-            self.keys = k.parameter("k_cache", [cache[0], key_heads, cache[1], own_width], "float32")
-            self.values = k.parameter("v_cache", [cache[0], key_heads, cache[1], value_width], "float32")
-        self.sinks = k.parameter("sinks", [shape.heads], "float32") if shape.sinks else None
-        self.out = k.parameter("out", [batch, tokens, shape.heads, value_width], "float32")
-        self.lanes, self.value_lanes = (
-            common_lanes(shape.lanes, own_width, shape.key_width),
-            common_lanes(shape.lanes, value_width),
-        )
-        self.kind, self.value_kind = vector_type(self.lanes), vector_type(self.value_lanes)
-
-    def key_parts(self) -> list[tuple[Any, int, int]]:
-        """Buffers that hold a key's columns, with the first column and the number of them."""
-        own = self.shape.own_width
-        latents = [(self.values, own, self.shape.value_width)] if self.shape.latent else []
-        return [(self.keys, 0, own), *latents]
-
-    def allocate(self) -> None:
-        """Scratch of one task."""
-
-        def local(*extents: int, dtype: str = "float32") -> Any:
-            return T.alloc_buffer(extents, dtype)
-
-        self.scaled, self.sums = local(ROWS, self.shape.key_width), local(ROWS, self.shape.value_width)
-        self.scores = local(ROWS, KEYS)
-        self.top, self.total = local(ROWS), local(ROWS, self.lanes)
-        self.place, self.bounds = local(ROWS, dtype="int32"), local(2, dtype="int32")
-        self.reach = local(ROWS, dtype="int32")
-        self.best, self.gathered = local(self.lanes), local(self.lanes, dtype="int32")
-        # What shall be in registers is small: TVM takes buffers from 1 KiB on from a pool.
-        self.tile = [local(self.lanes) for _ in range(self.lanes)]
-        self.registers = [local(_REGISTER_VECTORS * self.value_lanes) for _ in range(_REGISTER_ROWS)]
 
 
 def attention_kernel(
@@ -86,13 +36,14 @@ def attention_kernel(
 ) -> tirx.PrimFunc:
     """The kernel of R.moqc.attention (`cache` None) or R.moqc.cached_attention (cache = its batch and slots).
 
-    Arguments, all float32 but positions: q [B,H,S,D], k [B,Hk,S,K], v [B,Hk,S,Dv], positions int64 [B,S],
-    k_cache [Bc,Hk,C,K] and v_cache [Bc,Hk,C,Dv] (written in place), sinks [H] if any, out [B,S,H,Dv]; K is
-    `own_width`. `batch` and `tokens` are ints or int64 variables. A token's slot is its position; tokens of
-    position < 0 or >= C are not cached, and the output of those below 0 is 0.
+    Arguments, float32 but for positions and caches: q [B,H,S,D], k [B,Hk,S,K], v [B,Hk,S,Dv], positions
+    int64 [B,S], k_cache [Bc,Hk,C,K] and v_cache [Bc,Hk,C,Dv] (written in place; dtype and columns as
+    `stored` says), sinks [H] if any, out [B,S,H,Dv]; K is `own_width`. `batch` and `tokens` are ints or
+    int64 variables. A token's slot is its position; tokens of position < 0 or >= C are not cached, and the
+    output of those below 0 is 0.
     """
     with kernel("attention", cached=int(cache is not None)) as k:
-        buffers = _Buffers(k, shape, batch, tokens, cache)
+        buffers = AttentionBuffers(k, shape, batch, tokens, cache)
         batch, tokens = buffers.batch, buffers.tokens
         pairs = T.alloc_buffer((1,), "int64")
         store(pairs, [0], int64(0) if buffers.cached else batch * tokens * tokens)
@@ -110,7 +61,7 @@ def attention_kernel(
     return k.finish()
 
 
-def _write_cache(buffers: _Buffers, pairs: Any) -> None:
+def _write_cache(buffers: AttentionBuffers, pairs: Any) -> None:
     """Copy this call's keys and values to their slots, and count the (query, key) pairs into `pairs`."""
     shape = buffers.shape
     copies = (
@@ -124,12 +75,10 @@ def _write_cache(buffers: _Buffers, pairs: Any) -> None:
             store(pairs, [0], load(pairs, [0]) + span)
             with loop(0, shape.key_heads) as head:
                 for source, target, width, lanes in copies:
-                    with each_vector(width, lanes) as d:
-                        value = load(source, [b, head, s, d], vector_type(lanes))
-                        store(target, [b, head, position, d], value)
+                    write_row((target, [b, head, position]), (source, [b, head, s]), width, lanes)
 
 
-def _task(buffers: _Buffers, b: Any, head: Any, block: Any) -> None:
+def _task(buffers: AttentionBuffers, b: Any, head: Any, block: Any) -> None:
     """Attention of rows block*ROWS.. of one batch entry and key head."""
     first = bind(block * ROWS)
     count = bind(tirx.min(int64(ROWS), buffers.tokens * buffers.shape.group - first))
@@ -139,19 +88,20 @@ def _task(buffers: _Buffers, b: Any, head: Any, block: Any) -> None:
     with loop(0, (high - low + (KEYS - 1)) // KEYS) as step:
         start = bind(low + step * KEYS)
         keys = bind(tirx.min(int64(KEYS), high - start))
+        buffers.unpack((b, head), start, keys)
         with loop(0, count) as row:
             _score_row(buffers, (b, head), row, start, keys, high)
             _renormalize(buffers, row, keys)
-        full = bind(count // _REGISTER_ROWS)
+        full = bind(count // REGISTER_ROWS)
         with loop(0, full) as quad:
-            _accumulate(buffers, (b, head), quad * _REGISTER_ROWS, _REGISTER_ROWS, start, keys)
-        with loop(full * _REGISTER_ROWS, count) as row:
+            _accumulate(buffers, (b, head), quad * REGISTER_ROWS, REGISTER_ROWS, start, keys)
+        with loop(full * REGISTER_ROWS, count) as row:
             _accumulate(buffers, (b, head), row, 1, start, keys)
     with loop(0, count) as row:
         _finish_row(buffers, b, head, first, row)
 
 
-def _start_rows(buffers: _Buffers, b: Any, head: Any, first: Any, count: Any) -> None:
+def _start_rows(buffers: AttentionBuffers, b: Any, head: Any, first: Any, count: Any) -> None:
     """Load the queries, times the scale; reset the accumulators; find the range of slots the rows attend."""
     shape, bounds = buffers.shape, buffers.bounds
     store(bounds, [0], T.int32(2**31 - 1 if buffers.cached else 0))
@@ -189,13 +139,15 @@ def _first_seen(shape: AttentionShape, position: Any) -> Any:
     return first
 
 
-def _token(buffers: _Buffers, head: Any, first: Any, row: Any) -> tuple[Any, Any]:
+def _token(buffers: AttentionBuffers, head: Any, first: Any, row: Any) -> tuple[Any, Any]:
     """The token and the query head of a row."""
     group = buffers.shape.group
     return bind((first + row) // group), bind(head * group + (first + row) % group)
 
 
-def _score_row(buffers: _Buffers, where: tuple[Any, Any], row: Any, start: Any, keys: Any, end: Any) -> None:
+def _score_row(
+    buffers: AttentionBuffers, where: tuple[Any, Any], row: Any, start: Any, keys: Any, end: Any
+) -> None:
     """Masked scores of one row against `keys` slots from `start` on, and their maximum per lane in `best`."""
     shape, lanes, kind = buffers.shape, buffers.lanes, buffers.kind
     store(buffers.best, [0], spread(_MASKED, lanes))
@@ -203,12 +155,12 @@ def _score_row(buffers: _Buffers, where: tuple[Any, Any], row: Any, start: Any, 
         base = bind(start + tile * lanes)
         for i, total in enumerate(buffers.tile):
             # A slot past the end reads the last one; the mask discards it.
-            slot = bind(tirx.min(base + i, end - 1))
+            key = bind(tirx.min(tile * lanes + i, keys - 1))
             store(total, [0], spread(0.0, lanes))
             for keys_at, first, width in buffers.key_parts():
                 with each_vector(width, lanes) as d:
                     query = load(buffers.scaled, [row, d + first], kind)
-                    product = load(keys_at, [*where, slot, d], kind) * query
+                    product = load(keys_at, [*buffers.at(where, start, key), d], kind) * query
                     store(total, [0], load(total, [0], kind) + product)
         score = bind(fold_rows(buffers.tile, lanes))
         if shape.softcap:
@@ -219,7 +171,7 @@ def _score_row(buffers: _Buffers, where: tuple[Any, Any], row: Any, start: Any, 
         store(buffers.best, [0], tirx.max(load(buffers.best, [0], kind), score))
 
 
-def _visible(buffers: _Buffers, b: Any, row: Any, base: Any, end: Any) -> Any:
+def _visible(buffers: AttentionBuffers, b: Any, row: Any, base: Any, end: Any) -> Any:
     """Which of the `lanes` slots from `base` on the row attends."""
     shape, lanes = buffers.shape, buffers.lanes
     query, none = spread(load(buffers.place, [row]), lanes), spread(0, lanes, "int32")
@@ -242,7 +194,7 @@ def _visible(buffers: _Buffers, b: Any, row: Any, base: Any, end: Any) -> Any:
     return seen
 
 
-def _renormalize(buffers: _Buffers, row: Any, keys: Any) -> None:
+def _renormalize(buffers: AttentionBuffers, row: Any, keys: Any) -> None:
     """Turn the row's scores into weights relative to the new maximum, and rescale what was summed so far."""
     lanes, kind, wide = buffers.lanes, buffers.kind, buffers.value_lanes
     top = bind(load(buffers.top, [row]))
@@ -261,12 +213,12 @@ def _renormalize(buffers: _Buffers, row: Any, keys: Any) -> None:
 
 
 def _accumulate(
-    buffers: _Buffers, where: tuple[Any, Any], row: Any, rows: int, start: Any, keys: Any
+    buffers: AttentionBuffers, where: tuple[Any, Any], row: Any, rows: int, start: Any, keys: Any
 ) -> None:
     """Add weight x value of `keys` slots to the sums of `rows` rows, held in registers meanwhile."""
     lanes, kind, width = buffers.value_lanes, buffers.value_kind, buffers.shape.value_width
-    for first in range(0, width, _REGISTER_VECTORS * lanes):
-        span = min(_REGISTER_VECTORS * lanes, width - first)
+    for first in range(0, width, REGISTER_VECTORS * lanes):
+        span = min(REGISTER_VECTORS * lanes, width - first)
         registers = list(enumerate(buffers.registers[:rows]))
         for r, total in registers:
             with each_vector(span, lanes) as d:
@@ -275,14 +227,15 @@ def _accumulate(
             for r, total in registers:
                 weight = bind(spread(load(buffers.scores, [row + r, key]), lanes))
                 with each_vector(span, lanes) as d:
-                    value = load(buffers.values, [*where, start + key, d + first], kind)
+                    place = (*buffers.at(where, start, key), d + first)
+                    value = load(buffers.value_rows, place, kind)
                     store(total, [d], load(total, [d], kind) + weight * value)
         for r, total in registers:
             with each_vector(span, lanes) as d:
                 store(buffers.sums, [row + r, d + first], load(total, [d], kind))
 
 
-def _finish_row(buffers: _Buffers, b: Any, head: Any, first: Any, row: Any) -> None:
+def _finish_row(buffers: AttentionBuffers, b: Any, head: Any, first: Any, row: Any) -> None:
     """Divide by the softmax's denominator; a row that attended nothing is 0."""
     lanes, wide = buffers.lanes, buffers.value_lanes
     store(buffers.best, [0], load(buffers.total, [row, 0], buffers.kind))

@@ -11,6 +11,7 @@ class AttentionShape:
 
     `scale` multiplies the scores; `window`, `chunk` and `softcap` of 0 mean none; `lanes` of a vector.
     Keys that are `latent` end in the values, which are stored once; `key_width` is that of a query.
+    `stored` is the dtype of the caches (`moqc.quant.kv_cache`).
     """
 
     heads: int
@@ -25,6 +26,7 @@ class AttentionShape:
     lanes: int
     chunk: int = 0
     latent: bool = False
+    stored: str = "float32"
 
     @property
     def own_width(self) -> int:

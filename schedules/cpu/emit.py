@@ -131,10 +131,13 @@ def store(buffer: Any, indices: Sequence[Index], value: Any) -> None:
     T.buffer_store(buffer, value, [*lead, last if lanes == 1 else T.ramp(last, int64(1), lanes)])
 
 
-def prefetch(buffer: Any, indices: Sequence[Index]) -> None:
-    """Ask for the cache line of an element soon to be read; an address outside the buffer does no harm."""
+def prefetch(buffer: Any, indices: Sequence[Index], *, near: bool = True) -> None:
+    """Ask for the cache line of an element soon to be read; an address outside the buffer does no harm.
+
+    Not `near`: into the second-level cache, which can wait for more lines at a time than the first.
+    """
     address = T.address_of(buffer[tuple(int64(index) for index in indices)])
-    hint = [T.int32(0), T.int32(3), T.int32(1)]  # for reading, into all caches, data
+    hint = [T.int32(0), T.int32(3 if near else 2), T.int32(1)]  # for reading, into which caches, data
     T.evaluate(T.call_llvm_intrin(T.llvm_lookup_intrinsic_id("llvm.prefetch"), address, *hint, dtype="void"))
 
 

@@ -48,6 +48,7 @@ def _attention_shape(call: relax.Call, target: Target) -> AttentionShape:
         lanes=target.vector_lanes,
         chunk=attrs.get("chunk", 0),
         latent=bool(attrs.get("latent", 0)),
+        stored=str(named["k_cache"].ty.dtype) if "k_cache" in named else "float32",
     )
 
 

@@ -38,10 +38,11 @@ class RowsPlan(Plan):
     are asked for `ahead` lines of 64 bytes before.
 
     That is a page, because hardware stops asking at its end: cold decoding took 66 % of the machine's read
-    bandwidth without (54 % at 2 bits), 80 % (75 %) with (`moqc bench-kernels --shape olmoe-1b-7b`).
+    bandwidth without (54 % at 2 bits), 80 % (75 %) with (`moqc bench-kernels --shape olmoe-1b-7b`). They are
+    asked into the second-level cache: 81 % in place of 78 % at 4 bits (docs/benchmarks-cpu.md).
     """  # noqa: D205
 
-    tasks: int = 8
+    tasks: int = 4
     ahead: int = 64
     unroll: int = 1
 

@@ -32,11 +32,12 @@ from moqc.schedules.cpu.emit import (
     store,
     symbol,
     unravel,
+    when,
 )
 from moqc.schedules.cpu.tiles import ACTIVATION_TILES, Activations
-from moqc.schedules.cpu.vector import shuffle
+from moqc.schedules.cpu.vector import common_lanes, shuffle, spread, vector_type
 
-SERIAL_ELEMENTS = 4096
+SERIAL_ELEMENTS = 8192
 """Up to so many elements are quicker done by one thread than handed to several."""
 
 
@@ -65,12 +66,36 @@ def activations_kernel(
                     tiles = _vectors(family, x, at, group, valid)
                     _prepare(outputs, row, group, [*map(rotated_tile, tiles[:turned]), *tiles[turned:]])
 
-        with T.If(rows <= max(1, SERIAL_ELEMENTS // columns)):
-            with T.Then(), loop(0, rows) as row:
-                body(row)
-            with T.Else(), parallel(rows) as row:
-                body(row)
+        def each_row() -> None:
+            with T.If(rows <= max(1, SERIAL_ELEMENTS // columns)):
+                with T.Then(), loop(0, rows) as row:
+                    body(row)
+                with T.Else(), parallel(rows) as row:
+                    body(row)
+
+        if order is None:
+            each_row()
+        else:
+            with T.If(extents[0] == 1):  # all rows are the one token
+                with T.Then():
+                    with when(rows > 0):
+                        body(int64(0))
+                    with loop(1, rows) as row:
+                        _repeat_first(outputs, row)
+                with T.Else():
+                    each_row()
     return k.finish()
+
+
+def _repeat_first(outputs: Activations, row: Any) -> None:
+    """Copy row 0 to `row`."""
+    for buffer in (outputs.values, outputs.scales, outputs.sums, outputs.tile_sums):
+        if buffer is not None:
+            columns = int(buffer.shape[1])
+            lanes = common_lanes(64 if str(buffer.dtype) == "int8" else 16, columns)
+            with loop(0, columns // lanes) as step:
+                value = load(buffer, [0, step * lanes], vector_type(lanes, str(buffer.dtype)))
+                store(buffer, [row, step * lanes], value)
 
 
 def _segments(columns: int, rotated: int) -> list[tuple[int, int, int, int]]:
@@ -133,7 +158,7 @@ def _prepare(outputs: Activations, row: Any, group: Any, tiles: list[list[Any]])
                 column = group * ACTIVATION_GROUP + t * COLUMN_TILE + number * lanes
                 store(outputs.values, [row, column], vector)
         return
-    scale = bind(_largest([vector for vectors in tiles for vector in vectors]) / T.float32(127))
+    scale = bind(largest([vector for vectors in tiles for vector in vectors]) / T.float32(127))
     step = broadcast(bind(T.if_then_else(scale > 0, scale, T.float32(1))), lanes)
     total: Any = None
     for t, vectors in enumerate(tiles):
@@ -160,11 +185,12 @@ def _write_codes(outputs: Activations, row: Any, tile: Any, vectors: list[Any], 
     return count
 
 
-def _largest(vectors: list[Any]) -> Any:
+def largest(vectors: list[Any]) -> Any:
     """max|x|, through the bits: they order like the magnitudes, and a NaN is above everything."""
     lanes = vectors[0].ty.dtype.lanes
-    largest: Any = None
+    found: Any = None
     for vector in vectors:
-        bits = T.reinterpret(f"int32x{lanes}", vector) & splat(0x7FFFFFFF, lanes, "int32")
-        largest = bits if largest is None else tirx.max(largest, bits)
-    return T.reinterpret("float32", intrinsic("int32", "llvm.vector.reduce.smax", largest))
+        bits = T.reinterpret(vector_type(lanes, "int32"), vector) & spread(0x7FFFFFFF, lanes, "int32")
+        found = bits if found is None else tirx.max(found, bits)
+    whole = found if lanes == 1 else intrinsic("int32", "llvm.vector.reduce.smax", found)
+    return T.reinterpret("float32", whole)

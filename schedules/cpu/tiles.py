@@ -103,17 +103,17 @@ class Block:
             result.append(bind(functools.reduce(operator.or_, parts)))
         return result
 
-    def prefetch(self, tile: Index, lines: int) -> None:
+    def prefetch(self, tile: Index, lines: int, *, near: bool = True) -> None:
         """Ask for the codes of a tile `lines` lines after `tile`; blocks follow each other in memory."""
         bits = self.weights.format.bits
         for line in range(bits):
-            prefetch(self.weights.codes, [*self.at, tile + lines // bits, line, 0])
+            prefetch(self.weights.codes, [*self.at, tile + lines // bits, line, 0], near=near)
 
     def prefetch_group(self, group: Index) -> None:
         """Ask for the scales and zeros of the group `PREFETCH_GROUPS` after `group`."""
-        prefetch(self.weights.scales, [*self.at, group + PREFETCH_GROUPS, 0])
+        prefetch(self.weights.scales, [*self.at, group + PREFETCH_GROUPS, 0], near=False)
         if self.weights.zeros is not None:
-            prefetch(self.weights.zeros, [*self.at, group + PREFETCH_GROUPS, 0])
+            prefetch(self.weights.zeros, [*self.at, group + PREFETCH_GROUPS, 0], near=False)
 
     def scale(self, group: Index, half: int, lanes: int) -> Any:
         """Scales of the rows, float32xL."""
@@ -246,7 +246,7 @@ def _add_group(
         correction = part if correction is None else correction + part
         for t in range(first, min(first + ACTIVATION_TILES, tiles)):
             tile = group * per_group + t
-            block.prefetch(tile, ahead)
+            block.prefetch(tile, ahead, near=False)
             for half, product in enumerate(_tile_products(family, block, x, row, tile)):
                 counts[half] = product if counts[half] is None else counts[half] + product
         step = broadcast(x.scale(row, group, per_group, first), lanes)

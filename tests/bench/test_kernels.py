@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 
 from moqc.bench import kernels
-from moqc.bench import layer as layers
 from moqc.bench.kernels import bench_kernels, parse_classes
 from moqc.bench.layer import Layer
 from moqc.bench.shapes import SHAPES, Shape, find_shape
@@ -20,7 +19,7 @@ TINY = Shape(experts=6, top_k=2, hidden=64, intermediate=96)
 def _tiny(monkeypatch):
     monkeypatch.setitem(SHAPES, "tiny", TINY)
     monkeypatch.setattr(kernels, "COLD_BYTES", 1 << 20)
-    monkeypatch.setattr(layers, "SECONDS", 0.01)
+    monkeypatch.setattr(kernels, "SECONDS", 0.01)
 
 
 @pytest.mark.parametrize("cold", [True, False])
@@ -36,6 +35,11 @@ def test_counts_the_bytes_of_the_experts_that_are_hit(cold):
     assert many.gflops * many.us * 1e3 == pytest.approx(2 * 50 * 2 * 3 * 64 * 96)
     assert one.weights == ("cold" if cold else "hot")
     assert one.read_gb_per_s > 0
+
+
+def test_rows_come_by_bits_then_tokens_and_the_layers_share_the_rotated_bytes():
+    rows = bench_kernels("native", "tiny", ["4", "2"], [1, 5])
+    assert [(row.bits, row.tokens) for row in rows] == [("4", 1), ("4", 5), ("2", 1), ("2", 5)]
 
 
 def test_cold_calls_visit_all_sets_before_one_comes_again(monkeypatch):

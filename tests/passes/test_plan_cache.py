@@ -11,6 +11,7 @@ from moqc.ir.verify import verify
 from moqc.passes.base import PassContext
 from moqc.passes.pipeline import Pipeline
 from moqc.passes.plan_cache import PlanCache
+from moqc.targets import find_target
 
 ATTENTION = """
 batch = TypeVar("batch")
@@ -51,6 +52,7 @@ def test_caches_are_parameters_and_results():
         "batch": 3,
         "tensors": shapes,
         "dtype": "float32",
+        "states": [],
     }
     assert PARAMS.of(planned) == ["sinks"]
     main = planned["main"]
@@ -81,6 +83,23 @@ def test_the_result_verifies_and_round_trips():
 def test_the_pipeline_text_names_it():
     text = "plan-cache{context=32 batch=3}"
     assert str(Pipeline.parse(text)) == text
+
+
+@pytest.mark.parametrize(("dtype", "columns"), [("float16", [8, 6]), ("int8", [10, 8])])
+def test_rows_have_the_columns_of_their_dtype(dtype, columns):
+    planned = PlanCache(context=32, batch=3, dtype=dtype)(
+        parse_module(ATTENTION), PassContext(target=find_target("x86-64-v3"))
+    )
+    cache = CACHE.of(planned)
+    assert cache["dtype"] == dtype
+    assert [shape[3] for shape in cache["tensors"]] == [*columns, columns[0], columns[0]]
+    assert str(planned["main"].params[3].ty.dtype) == dtype
+    verify(planned)
+
+
+def test_a_dtype_without_kernels_is_refused():
+    with pytest.raises(PipelineError, match="dtype=int8 is not one of float16"):
+        PlanCache(dtype="int8")(parse_module(ATTENTION), PassContext(target=find_target("cuda")))
 
 
 @pytest.mark.parametrize("options", [{"context": 0}, {"batch": 0}])

@@ -109,9 +109,13 @@ class VirtualMachine : public Engine {
   }
 
   void MakeCaches(const json::Object& cache) {
-    std::string dtype = Has(cache, "dtype") ? GetString(cache, "dtype") : "float32";
+    std::string rows = Has(cache, "dtype") ? GetString(cache, "dtype") : "float32";
+    std::vector<int64_t> states;  // of recurrent layers, always float32
+    if (Has(cache, "states")) states = Integers(Get<json::Array>(cache, "states"));
     for (const auto& extents : Get<json::Array>(cache, "tensors")) {
       std::vector<int64_t> shape = Integers(extents.cast<json::Array>());
+      bool state = std::find(states.begin(), states.end(), static_cast<int64_t>(caches_.size())) != states.end();
+      std::string dtype = state ? "float32" : rows;
       ffi::Tensor zeros = OnHost(shape, dtype);
       std::memset(zeros.data_ptr(), 0, Bytes(zeros));
       caches_.push_back(OnDevice(zeros, shape, dtype));

@@ -8,6 +8,8 @@ import pytest
 import tvm
 from tvm import tirx
 
+from moqc.quant.kv_cache import stored_columns
+from moqc.quant.kv_rows import load_rows, store_rows
 from moqc.schedules.cpu.attention import attention_kernel
 from moqc.schedules.cpu.attention_shape import AttentionShape
 from moqc.targets import TARGETS
@@ -74,8 +76,8 @@ class Sequences:
         self.sinks = draw(shape.heads) if shape.sinks else None
         self.positions = np.where(np.arange(tokens) < np.array(lengths)[:, None], np.arange(tokens), -1)
         self.caches = [
-            tvm.runtime.tensor(np.zeros((3, shape.key_heads, SLOTS, width), np.float32))
-            for width in (shape.own_width, shape.value_width)
+            tvm.runtime.tensor(np.zeros((3, shape.key_heads, SLOTS, columns), shape.stored))
+            for columns in (stored_columns(shape.stored, w) for w in (shape.own_width, shape.value_width))
         ]
 
     def run(self, kernel, start, stop, cached=True):
@@ -89,7 +91,9 @@ class Sequences:
         return out.numpy()
 
     def expected(self):
-        return expected(self.shape, self.q, self.k, self.v, self.positions, self.sinks)
+        """Attention of what the caches can hold."""
+        k, v = (load_rows(store_rows(each, self.shape.stored), each.shape[-1]) for each in (self.k, self.v))
+        return expected(self.shape, self.q, k, v, self.positions, self.sinks)
 
 
 VARIANTS = {
@@ -105,9 +109,15 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("name", VARIANTS)
-def test_cached_chunks_equal_one_shot(name):
-    shape = shape_of(**VARIANTS[name])
+STORED = [
+    *((name, "float32") for name in VARIANTS),
+    *itertools.product(("sinks-softcap", "wide-keys", "latent-odd", "odd", "avx2"), ("float16", "int8")),
+]
+
+
+@pytest.mark.parametrize(("name", "stored"), STORED, ids="-".join)
+def test_cached_chunks_equal_one_shot(name, stored):
+    shape = shape_of(**VARIANTS[name], stored=stored)
     kernel = compile_kernel(shape, cached=True, target="x86-64-v3" if shape.lanes == 8 else "x86-64-v4")
     sequences = Sequences(shape, lengths=(140, 1, 77), tokens=140)
     # A prefill, single tokens, an odd chunk and the rest: every cut must give what one call gives.
