@@ -3,8 +3,9 @@
     python benchmarks/kernel_costs.py sm_90
     python benchmarks/kernel_costs.py x86-64-v4-amx
 
-Reads ``schedules/records/NAME.json`` and writes ``schedules/kernel_costs/NAME.json``. For sm_90, formats in
-groups of 64 come from the decode kernels of ``results/h200-kernels.json``.
+Reads ``schedules/records/NAME.json`` and updates ``schedules/kernel_costs/NAME.json``: times of matrices
+without records stay as they are. For sm_90, formats in groups of 64 come from the decode kernels of
+``results/h200-kernels.json``.
 """
 
 import dataclasses
@@ -20,6 +21,7 @@ from workload import SHAPES
 from moqc.schedules import plan_records as records
 from moqc.schedules.kernel_times import FOLDER, SCHEMA, matrix_times
 
+FIELDS = ("rows", "columns", "format", "tokens")
 RESULTS = Path(__file__).parent / "results" / "h200-kernels.json"
 
 
@@ -44,12 +46,13 @@ def main() -> None:
     if name == "sm_90":
         source += f"; int*-g64: benchmarks/results/{RESULTS.name}"
         rows += benched()
-    times = [
-        {"rows": key[0], "columns": key[1], "format": key[2], "tokens": key[3], "microseconds": round(us, 4)}
-        for key, us in matrix_times(rows).items()
-    ]
-    text = json.dumps({"schema": SCHEMA, "source": source, "matrices": times}, indent=1)
-    (FOLDER / f"{name}.json").write_text(text + "\n")
+    path = FOLDER / f"{name}.json"
+    known = json.loads(path.read_text())["matrices"] if path.is_file() else []
+    times = {tuple(row[field] for field in FIELDS): row for row in known}
+    for key, us in matrix_times(rows).items():
+        times[key] = {**dict(zip(FIELDS, key, strict=True)), "microseconds": round(us, 4)}
+    text = json.dumps({"schema": SCHEMA, "source": source, "matrices": list(times.values())}, indent=1)
+    path.write_text(text + "\n")
 
 
 if __name__ == "__main__":

@@ -170,9 +170,11 @@ class _Chunks:
         several = pairs >= hit * PANEL_TOKENS
         a_thread = tirx.if_then_else(several, int64(plans.many.tasks), int64(plans.few.tasks))
         tasks = bind(a_thread * int64(T.call_packed("runtime.NumThreads")))
-        wanted = T.truncdiv(parts * blocks + (tasks - 1), tasks)
+        wanted = bind(tirx.max(T.truncdiv(parts * blocks + (tasks - 1), tasks), int64(1)))
         self._blocks = blocks
-        self._size = bind(tirx.max(tirx.min(wanted, int64(blocks)), int64(1)))
+        # As many chunks as that size gives, but of equal size: threads take equal numbers of them.
+        chunks = bind(T.truncdiv(blocks + (wanted - 1), wanted))
+        self._size = bind(T.truncdiv(blocks + (chunks - 1), chunks))
         self.count = bind(T.truncdiv(blocks + (self._size - 1), self._size))
 
     def blocks(self, number: Any) -> Any:

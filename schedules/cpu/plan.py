@@ -34,8 +34,8 @@ class Plan:
 
 @dataclass(frozen=True)
 class RowsPlan(Plan):
-    """Few tokens: about `tasks` tasks a thread, `unroll` groups a turn of the loop over columns, whose codes
-    are asked for `ahead` lines of 64 bytes before.
+    """Few tokens: about `tasks` tasks a thread, `unroll` times 128 columns a turn
+    of the loop, whose codes are asked for `ahead` lines of 64 bytes before.
 
     That is a page, because hardware stops asking at its end: cold decoding took 66 % of the machine's read
     bandwidth without (54 % at 2 bits), 80 % (75 %) with (`moqc bench-kernels --shape olmoe-1b-7b`). They are
