@@ -173,8 +173,8 @@ def compile_and_run(mod: IRModule, weights: Sequence[npt.NDArray[Any]], target: 
     """
     bounds = mod["main"].attrs["tir_var_upper_bound"]
     ctx = PassContext(target=target)
-    caches = PlanCache(context=2 * int(bounds["seq"]), batch=int(bounds["batch"]), dtype="float32")
-    mod = caches(mod, ctx)
+    planner = PlanCache(context=2 * int(bounds["seq"]), batch=int(bounds["batch"]), dtype="float32")
+    mod = planner(mod, ctx)
     executable = build(Schedule()(Legalize()(mod, ctx), ctx), target)
     machine = relax.VirtualMachine(executable, tvm.cpu())
     tensors = [tvm.runtime.tensor(np.ascontiguousarray(weight)) for weight in weights]
