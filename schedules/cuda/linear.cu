@@ -48,7 +48,7 @@ __device__ __forceinline__ void linear_few(void* memory, const float* x, int tok
       }
       if (pass + 1 < PASSES) __syncthreads();   // before the partial sums are overwritten
     };
-    multiply<P, Formats<F>, UNITS, 1>((char*)memory, partials + warp * (ROWS * P::TOKENS), unit, unit, lane, wait, get_x, finish);
+    stream_registers<P, F, UNITS, 1, 1>(partials + warp * (ROWS * P::TOKENS), unit, unit, lane, wait, get_x, finish);
   }
 }
 
