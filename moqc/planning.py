@@ -50,6 +50,7 @@ def plan(model: str | Path, options: PlanOptions) -> Plan:
         copied_bytes=copied_bytes(folder),
         times=with_bandwidth(kernel_times(machine), options.bandwidth),
         cache=machine.kv_cache(options.kv_cache, machine.mode(None)),
+        library=machine.library_bytes,
     )
     return make_plan(
         outline(config, latent=machine.latent_attention),

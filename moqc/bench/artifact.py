@@ -63,8 +63,11 @@ def bench_artifact(path: Path, options: BenchOptions) -> SpeedResult:
     """
     prompts, generated, batch = options.prompts, options.generated, options.batch
     repetitions = options.repetitions
-    if repetitions < 1 or batch < 1 or min([*prompts, *generated], default=0) < 1:
-        raise UserError("bench: lengths, repetitions and batch are at least 1, and one test is needed")
+    for name, value in (("repetitions", repetitions), ("batch", batch)):
+        if value < 1:
+            raise UserError(f"{name} {value}: must be at least 1")
+    if min([*prompts, *generated], default=0) < 1:
+        raise UserError("bench: give lengths of at least 1 with --prompt or --generate")
     count = use_threads(options.threads)
     start = time.perf_counter()
     artifact = load(path)

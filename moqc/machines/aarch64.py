@@ -11,6 +11,7 @@ from moqc.machines.target import Roofline, Target
 TRIPLE = "aarch64-linux-gnu"
 _NEON = frozenset({"asimd"})
 _DOT = _NEON | {"asimdhp", "asimddp"}
+_LIBRARY = (530_000, 980_000)
 _VERIFIED = "under qemu-user: packed kernels against the reference, tiny-moe's logits; not on a board"
 
 CORES = {
@@ -36,6 +37,7 @@ AARCH64 = (
         _tvm("+neon"),
         _NEON,
         machine="aarch64",
+        library_bytes=_LIBRARY,
         verified=_VERIFIED,
         doc="any 64-bit ARM (Raspberry Pi 3 and 4)",
     ),
@@ -44,6 +46,7 @@ AARCH64 = (
         _tvm("+v8.2a", "+fullfp16", "+dotprod"),
         _DOT,
         machine="aarch64",
+        library_bytes=_LIBRARY,
         verified=_VERIFIED,
         doc="64-bit ARM with dot products (2018 on: Raspberry Pi 5, Jetson, Graviton 2, Apple M1); "
         "aarch64:CORE tunes for one, such as aarch64:cortex-a76",
@@ -53,6 +56,7 @@ AARCH64 = (
         _tvm("+v8.2a", "+fullfp16", "+dotprod", "+i8mm"),
         _DOT | {"i8mm"},
         machine="aarch64",
+        library_bytes=_LIBRARY,
         verified=_VERIFIED,
         doc="64-bit ARM with int8 matrix products (Cortex-A710, Graviton 3, Apple M2 on)",
     ),

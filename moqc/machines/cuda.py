@@ -58,6 +58,7 @@ def find_cuda(name: str) -> Target:
         caches=("float16",),
         architectures=architectures,
         machine=host.machine,
+        library_bytes=(1_250_000, 1_250_000),
         tools=("nvcc",),
         verified="run on an H200 (sm_90), against the reference",
         roofline=_H200 if architectures == ("sm_90",) else None,

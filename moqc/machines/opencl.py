@@ -37,6 +37,7 @@ _OPENCL = Target(
     activations=("float",),
     caches=("float32",),
     machine="any",
+    library_bytes=(275_000, 690_000),
     largest_binding=1 << 30,
     doc="any OpenCL 1.2 device, with float16 products where it has cl_khr_fp16; run here through pyopencl",
     verified="logits on PoCL (float32) and Intel's CPU runtime (float16) against the CPU artifact",

@@ -38,7 +38,9 @@ class Target:
     `moqc.toolchains.TOOLS` beside its linker. `verified` says how its code was checked. `largest_binding` is
     the most bytes of a buffer that kernels read, None where there is no limit; `shard_bytes` those of a file
     of parameters, unless one tensor is larger. `roofline` is None where nothing is known. `records` is a file
-    of plans (`moqc.schedules.plan_records`) that come before those that ship.
+    of plans (`moqc.schedules.plan_records`) that come before those that ship. `library_bytes` is the size of
+    a library with one format of experts, and with several, as it was for tiny-moe: it depends on the
+    kernels, hardly on the model.
     """
 
     name: str
@@ -57,6 +59,7 @@ class Target:
     shard_bytes: int = 2 << 30
     roofline: Roofline | None = None
     records: str | None = None
+    library_bytes: tuple[int, int] = (760_000, 1_360_000)
 
     @property
     def device(self) -> str:

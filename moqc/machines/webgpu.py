@@ -17,6 +17,7 @@ WEBGPU = Target(
     activations=("float",),
     caches=("float32",),
     machine="any",
+    library_bytes=(275_000, 690_000),
     largest_binding=BINDING_BYTES,
     shard_bytes=SHARD_BYTES,
     doc="browsers with WebGPU: a static folder with kernels in WGSL and a page",

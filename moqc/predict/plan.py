@@ -40,7 +40,7 @@ class Deployment:
 
     `linears` is a format or None, `context` and `batch` size the cache, `copied_bytes` is the size of the
     tokenizer files that go into the artifact, `times` what is known about speed, `cache` the dtype of the
-    key-value cache.
+    key-value cache, `library` the bytes of a compiled library with one format of experts, and with several.
     """
 
     linears: Format | None
@@ -50,6 +50,7 @@ class Deployment:
     copied_bytes: int
     times: KernelTimes
     cache: str = "float32"
+    library: tuple[int, int] = (0, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,7 +165,8 @@ def _predictor(model: Outline, deployment: Deployment) -> Callable[[float], Pred
     """Expert file bits -> the prediction."""
 
     def predict(bits: float) -> Prediction:
-        storage = Storage(bits, deployment.uniform, deployment.linears)
+        library = deployment.library[0 if deployment.uniform else 1]
+        storage = Storage(bits, deployment.uniform, deployment.linears, library)
         stored = footprint(model, storage, deployment.cache)
         speed = decode_speed(model, stored, deployment.times, context=0)
         cache = deployment.batch * deployment.context * stored.kv_bytes_per_token
@@ -216,11 +218,12 @@ def _largest(
 ) -> Prediction:
     """The prediction with most bits whose `measure`, which grows with them, is within `budget`."""
     low, high = _reach(model, bits=16.0)
-    if measure(predict(low)) > budget:
+    least = measure(predict(low))
+    if least > budget:
+        wanted, needed = (f"{x:,.0f}" if x >= 100 else f"{x:.3g}" for x in (budget, least))
         raise BudgetError(
-            f"{budget:,.6g} {unit} are out of reach: the smallest plan, {low:.3f} file bits per expert "
-            f"weight, takes {measure(predict(low)):,.6g}; raise the budget, or give the other matrices fewer "
-            "bits (--linears)"
+            f"{wanted} {unit} are out of reach: the smallest plan, {low:.3f} file bits per expert weight, "
+            f"takes {needed}; raise the budget, or give the other matrices fewer bits (--linears)"
         )
     if measure(predict(high)) <= budget:
         return predict(high)

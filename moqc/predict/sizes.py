@@ -19,15 +19,14 @@ from moqc.quant.formats import ROW_TILE, Format
 STORED_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 FLOAT_BYTES = 4
 """In memory, of a weight that is not quantized and of an activation."""
-LIBRARY_BYTES = {"uniform": 640_000, "mixed": 1_700_000}
-"""Compiled library with one format for all experts, and with several: measured on artifacts of tiny-moe and
-small-moe for x86-64-v4-vnni. It depends on the kernels, hardly on the model."""
-UNIT_BYTES = {"uniform": 12, "mixed": 88}
-"""For each expert projection: its format in the manifest, and its costs in ``analysis.json``."""
-TENSOR_BYTES = 250
+UNIT_BYTES = {"uniform": 21, "mixed": 115}
+"""For each expert projection: its format in the manifest, what was measured of it in ``analysis.json``."""
+TENSOR_BYTES = 290
 """Of manifest and safetensors header for a stored tensor."""
-TENSORS = {"uniform": 3, "mixed": 12}
+TENSORS = {"uniform": 3, "mixed": 8}
 """Stored tensors of a projection of an experts block: codes, scales and zeros of each bit class."""
+OTHER_BYTES = 10_000
+"""The rest of the manifest, and the model card."""
 RUNTIME_BYTES = 92 << 20
 """Python, numpy, the tokenizer and TVM's runtime library before a model is loaded; measured."""
 
@@ -37,12 +36,14 @@ class Storage:
     """How a model would be stored.
 
     `expert_bits` are file bits per expert weight, tables and all; `uniform` tells that one format serves all
-    experts; `linears` is the format of the other matrices, None to leave them as they are.
+    experts; `linears` is the format of the other matrices, None to leave them as they are; `library_bytes`
+    is the size of the compiled library (`Target.library_bytes`).
     """
 
     expert_bits: float
     uniform: bool
     linears: Format | None
+    library_bytes: int = 0
 
     @property
     def kind(self) -> str:
@@ -141,7 +142,7 @@ def _overhead_bytes(model: Outline, storage: Storage) -> int:
     units = sum(use.layout.experts * len(use.layout.projections) for use in model.experts)
     blocks = sum(len(use.layout.projections) for use in model.experts)
     tensors = TENSORS[storage.kind] * blocks + 3 * len(model.matrices)
-    return LIBRARY_BYTES[storage.kind] + UNIT_BYTES[storage.kind] * units + TENSOR_BYTES * tensors
+    return storage.library_bytes + OTHER_BYTES + UNIT_BYTES[storage.kind] * units + TENSOR_BYTES * tensors
 
 
 def work_bytes(model: Outline, rows: int) -> int:

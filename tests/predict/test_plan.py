@@ -169,3 +169,13 @@ def test_decoding_on_an_h200_is_as_measured():
         assert plan.speed_source.startswith("experts: measured, NVIDIA H200")
         (_, _, rate) = plan.contexts[-1]
         assert 0.85 < rate / measured < 1.15, (model, rate, measured)
+
+
+@pytest.mark.slow
+def test_an_artifact_has_the_size_that_was_planned(tmp_path):
+    """Within 1 %, library and manifest included."""
+    options = {"bits": 4.5, "allocator": "uniform"}
+    planned = moqc.plan(TINY, **options).chosen.file_bytes
+    moqc.compile(TINY, tmp_path / "tiny", quantizer="rtn", **options)
+    found = sum(path.stat().st_size for path in (tmp_path / "tiny").iterdir())
+    assert abs(planned / found - 1) < 0.01, (planned, found)
