@@ -132,7 +132,7 @@ def _compile_checkpoint(
 ) -> Manifest | str:
     from moqc.assemble import assemble
     from moqc.ir.text import print_module
-    from moqc.limits import check_caches, longest_chunk
+    from moqc.limits import check_allocation, check_caches, longest_chunk
     from moqc.passes.base import PassContext
     from moqc.pipelines import needs_calibration, run_passes
 
@@ -140,6 +140,10 @@ def _compile_checkpoint(
     length = context_length(checkpoint.config, options.context)
     chunk = longest_chunk(checkpoint.config, machine, length, options.max_batch)
     passes = _passes(options, machine, length)
+    if options.start_from is None:
+        for item in passes.passes:
+            item.check()
+        check_allocation(passes, checkpoint.layouts)
     finished = options.debug.stop_after is None
     start = None if options.start_from is None else Path(options.start_from)
     if finished:

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from math import prod
 from pathlib import Path
 
 from transformers import PretrainedConfig
 from tvm import IRModule
 
-from moqc.errors import TargetError
+from moqc.errors import BudgetError, TargetError
 from moqc.frontend.checkpoint import Checkpoint
+from moqc.frontend.experts import ExpertLayout
 from moqc.frontend.hf import MAX_CHUNK
 from moqc.ir.annotations import CACHE
+from moqc.passes.allocate_bits import AllocateBits
+from moqc.passes.allocation_problem import FORMATS, OWN_FORMATS, TABLE_BITS
 from moqc.passes.base import PassContext
+from moqc.passes.measure_costs import MeasureCosts
+from moqc.passes.pipeline import Pipeline
 from moqc.passes.plan_cache import PlanCache
 from moqc.pipelines import CANDIDATES, Pruning
 from moqc.quant.formats import Format
+from moqc.quant.overrides import Override, matches
 from moqc.recipe import Recipe
 from moqc.schedules.plan_records import read
 from moqc.targets import Target
@@ -66,6 +73,44 @@ def check_bindings(checkpoint: Checkpoint, target: Target, bits: float, linears:
     """
     for name, size in _sizes(checkpoint, bits, linears):
         _check(name, size, target, "use fewer bits, or a target for a device with larger buffers")
+
+
+def check_allocation(passes: Pipeline, layouts: Sequence[ExpertLayout]) -> None:
+    """What allocate-bits would refuse after all measurements, as far as sizes and names tell.
+
+    Raises BudgetError for bits below the smallest formats, UserError for an override that names nothing.
+    """
+    measured = [item.formats for item in passes.passes if isinstance(item, MeasureCosts)]
+    for item in passes.passes:
+        if not isinstance(item, AllocateBits):
+            continue
+        names = [
+            f"{layout.site}.{expert}.{projection}"
+            for layout in layouts
+            for expert in range(layout.experts)
+            for projection in layout.projections
+        ]
+        for text in item.overrides:
+            matches(Override.parse(text), names)
+        candidates = item.formats or OWN_FORMATS.get(item.allocator) or (*measured, FORMATS)[0]
+        least = _least_bits(layouts, candidates)
+        if not item.model_bits and item.bits < least:
+            raise BudgetError(
+                f"{item.bits:.4g} bits per weight are out of reach: the smallest of these formats take "
+                f"{math.ceil(1000 * least) / 1000:.3f}; raise the bits or allow other formats"
+            )
+
+
+def _least_bits(layouts: Sequence[ExpertLayout], candidates: Sequence[str]) -> float:
+    """File bits per expert weight with every projection in the smallest of the `candidates`."""
+    formats, bits, weights = [Format.parse(name) for name in candidates], 0, 0
+    for layout in layouts:
+        bits += layout.experts * TABLE_BITS
+        for projection in layout.projections:
+            experts, rows, columns = layout.shape(projection)
+            bits += experts * min(fmt.stored_bits(rows, columns) for fmt in formats)
+            weights += experts * rows * columns
+    return bits / weights
 
 
 def check_caches(mod: IRModule, target: Target, context: int, batch: int) -> None:

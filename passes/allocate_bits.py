@@ -68,7 +68,7 @@ class AllocateBits(Pass):
 
     def run(self, mod: IRModule, ctx: PassContext) -> IRModule:
         """Write BITS, and LINEAR_PLAN for a budget of the whole model."""
-        self._check_options()
+        self.check()
         sites = find_experts(mod)
         if not sites:
             raise PipelineError(f"{self.name}: the module has no R.moqc.experts left to allocate bits for")
@@ -97,7 +97,8 @@ class AllocateBits(Pass):
         plan = {name: str(whole.formats[choice]) for name, choice in chosen}
         return LINEAR_PLAN.put(BITS.put(mod, plan_of(problem, solution.choice[:experts])), plan)
 
-    def _check_options(self) -> None:
+    def check(self) -> None:
+        """Refuse bits, ties and bounds that cannot be, and those that the allocator does not know."""
         name, bits = ("model_bits", self.model_bits) if self.model_bits else ("bits", self.bits)
         if not 0 < bits <= MOST_BITS:
             raise BudgetError(f"{name}={bits:g}: must be above 0 and at most {MOST_BITS:g}")

@@ -93,6 +93,10 @@ class Pass(ABC):
         """Annotations read with these options; override where an option decides."""
         return self.reads
 
+    def check(self) -> None:
+        """Refuse options that cannot be with a PipelineError or BudgetError; called before any pass runs."""
+        return
+
     def __call__(self, mod: IRModule, ctx: PassContext) -> IRModule:
         """Run the pass and check what it declares.
 

@@ -59,9 +59,13 @@ class Pipeline:
         )
 
     def check(self, available: Iterable[Key[Any] | str] = FRONT_END) -> None:
-        """PipelineError when a pass reads an annotation that is neither `available` nor written before it."""
+        """Refuse options that cannot be, and an order that cannot work.
+
+        PipelineError when a pass reads an annotation that is neither `available` nor written before it.
+        """
         present = {str(key) for key in available}
         for number, item in enumerate(self.passes, start=1):
+            item.check()
             missing = [key for key in item.required() if key.name not in present]
             if missing:
                 key = missing[0]

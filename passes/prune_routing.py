@@ -50,7 +50,8 @@ class PruneRouting(Pass):
 
     def run(self, mod: IRModule, ctx: PassContext) -> IRModule:
         """Calibrate with checkpoint, calibration and workspace of `ctx`; parameters go to its params."""
-        self._check(mod)
+        self.check()
+        self._check_module(mod)
         params = ctx.need("params", self.name)
         samples, prunings = self._calibrate(ctx)
         report: dict[str, Any] = {}
@@ -70,7 +71,8 @@ class PruneRouting(Pass):
             mod = _demote(mod, {site: entry["cold"] for site, entry in report.items()})
         return PRUNING.put(_rewrite(mod, prunings), report)
 
-    def _check(self, mod: IRModule) -> None:
+    def check(self) -> None:
+        """Refuse rules and policies there are not, and two amounts or none."""
         if self.rule == "odp-literal":
             raise PipelineError(
                 f"{self.name}: odp-literal needs the length of the whole prompt, which a compiled model does "
@@ -82,6 +84,8 @@ class PruneRouting(Pass):
             raise PipelineError(f"{self.name}: cold={self.cold} is not one of {', '.join(POLICIES)}")
         if (self.share > 0) == (self.loss > 0):
             raise PipelineError(f"{self.name}: give share or loss, one of them, above 0")
+
+    def _check_module(self, mod: IRModule) -> None:
         if PRUNING.get(mod) is not None:
             raise PipelineError(f"{self.name}: the module has {PRUNING} already")
         if self.cold == "demote" and BITS.get(mod) is None:

@@ -52,12 +52,13 @@ def restrict(problem: Problem, names: Sequence[str], overrides: Sequence[Overrid
         if not any(wide):
             widths = ", ".join(map(str, sorted({fmt.bits for fmt in problem.formats})))
             raise UserError(f"override {override}: no candidate has these bits; the formats have {widths}")
-        for unit in _matches(override, names):
+        for unit in matches(override, names):
             allowed[unit] = wide
     return replace(problem, allowed=allowed)
 
 
-def _matches(override: Override, names: Sequence[str]) -> list[int]:
+def matches(override: Override, names: Sequence[str]) -> list[int]:
+    """Numbers of the `names` that the pattern is found in. Raises UserError for none, or a bad pattern."""
     try:
         pattern = re.compile(override.sites)
     except re.error as error:
