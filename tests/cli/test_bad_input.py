@@ -180,6 +180,10 @@ def test_not_an_artifact(refused, tmp_path):
         ["--pipeline", "plan-cache"],
         ["--pipeline", "legalize,schedule"],
         ["--print-after", "a,,b"],
+        ["--bits", "1.06", "--quantizer", "gptq", "--allocator", "global"],
+        ["--override", "foo=3", "--quantizer", "gptq", "--allocator", "global"],
+        ["--prune", "10%", "--prune-rule", "foo"],
+        ["--prune", "10%", "--prune-rule", "odp-literal"],
     ],
 )
 def test_options_of_compile(refused, tmp_path, options):
