@@ -34,8 +34,8 @@ def make(options, mode):
         max_batch=1,
         force=True,
     ).cache
-    elements = sum(int(np.prod(shape)) for shape in cache.tensors)
-    print(json.dumps({"mode": mode, "kv_bytes_a_token": 4 * elements // (cache.batch * cache.context)}))
+    size = sum(int(np.prod(shape)) * np.dtype(dtype).itemsize for shape, dtype in cache.buffers)
+    print(json.dumps({"mode": mode, "kv_bytes_a_token": size // (cache.batch * cache.context)}))
 
 
 def measure(options, mode):
