@@ -21,7 +21,7 @@ from tvm.tirx.compilation_pipeline import finalize_device_passes
 
 from moqc.errors import InternalError, TargetError
 from moqc.launches import Expression, Kernel, Precision, evaluate
-from moqc.schedules.portable.emit import HALF, REAL_NAME
+from moqc.schedules.portable.emit import HALF, LOST, REAL_NAME
 
 PREAMBLES = {
     "opencl": f"""static inline float {HALF}(uint word, uint upper) {{
@@ -36,14 +36,27 @@ PREAMBLES = {
 """,
 }
 """What comes before every kernel, after `TYPES`: float16 without the extensions for it."""
+_EXPONENT = 0x7F800000
+"""Bits of a float32 that are all set where it is infinite or not a number: compilers may take it that it is
+never either, but not that of an integer."""
 TYPES: dict[str, dict[Precision, str]] = {
     "opencl": {
-        "float32": f"typedef float {REAL_NAME};\n",
-        "float16": f"#pragma OPENCL EXTENSION cl_khr_fp16 : enable\ntypedef half {REAL_NAME};\n",
+        "float32": f"""typedef float {REAL_NAME};
+static inline int {LOST}(float sum) {{ return 0; }}
+""",
+        "float16": f"""#pragma OPENCL EXTENSION cl_khr_fp16 : enable
+typedef half {REAL_NAME};
+static inline int {LOST}(float sum) {{ return (as_int(sum) & {_EXPONENT}) == {_EXPONENT}; }}
+""",
     },
     "webgpu": {
-        "float32": f"alias {REAL_NAME} = f32;\n",
-        "float16": f"enable f16;\nalias {REAL_NAME} = f16;\n",
+        "float32": f"""alias {REAL_NAME} = f32;
+fn {LOST}(sum : f32) -> i32 {{ return 0i; }}
+""",
+        "float16": f"""enable f16;
+alias {REAL_NAME} = f16;
+fn {LOST}(sum : f32) -> i32 {{ return i32((bitcast<i32>(sum) & {_EXPONENT}i) == {_EXPONENT}i); }}
+""",
     },
 }
 """Language -> precision -> what every source begins with on a device that has it."""

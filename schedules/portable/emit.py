@@ -22,6 +22,8 @@ REAL = "float16"
 """The type weights are decoded to and multiplied in. In generated sources it is `REAL_NAME`, which a host
 defines as what its device has: 16-bit floats, or else 32-bit ones."""
 REAL_NAME = "moqc_real"
+LOST = "moqc_lost"
+"""Function that comes with `REAL_NAME`: whether a sum, as float32, was more than `REAL` holds; 0 or 1."""
 HALF = "moqc_half"
 """Function of the sources' preamble: (word, upper) -> the float16 in its lower or upper half as float32."""
 

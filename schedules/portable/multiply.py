@@ -20,6 +20,7 @@ from tvm.tirx.script import builder as T
 from moqc.quant.formats import COLUMN_TILE, ROW_TILE
 from moqc.schedules.cpu.emit import bind, ceildiv, load, loop, store, when
 from moqc.schedules.portable.emit import (
+    LOST,
     REAL,
     THREADS,
     barrier,
@@ -38,8 +39,6 @@ SLICES = THREADS // ROW_TILE
 """Threads that share a row."""
 _CHAIN = 8
 """Products that are added up in `REAL`."""
-_EXPONENT = 0x7F800000
-"""The bits of a float32 that are all set where it is infinite or not a number."""
 
 
 @dataclass(frozen=True)
@@ -100,8 +99,7 @@ class Product:
         weights = [load(self._weights, [first + column]) for column in range(COLUMN_TILE)]
         chains = [_chain(reals[at : at + _CHAIN], weights[at:]) for at in range(0, COLUMN_TILE, _CHAIN)]
         store(self._total, [0], sum(chains[1:], chains[0]))
-        bits = tirx.reinterpret("int32", load(self._total, [0]))
-        with when((bits & _EXPONENT) == _EXPONENT):
+        with when(T.call_pure_extern("int32", LOST, load(self._total, [0])) != 0):
             store(self._total, [0], _chain(values, [cast(weight, "float32") for weight in weights]))
         return load(self._total, [0])
 
