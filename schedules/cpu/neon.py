@@ -30,6 +30,11 @@ def _bytes(vector: Any, sign: str = "u") -> Any:
 class NeonFamily(DotFamily):
     """What the families share: shifts are of bytes, so the uppermost bits need no mask."""
 
+    @property
+    def turn_columns(self) -> int:
+        """See `DotFamily`: one group, because for two of 64 registers run out (up to a fifth more instructions)."""
+        return 32
+
     def move(self, word: Any, distance: int, mask: int) -> Any:
         """See `DotFamily`."""
         moved, left = _bytes(word), 0xFF

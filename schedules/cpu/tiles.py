@@ -32,8 +32,6 @@ from moqc.schedules.cpu.trellis import trellis_operands
 
 ACTIVATION_TILES = ACTIVATION_GROUP // COLUMN_TILE
 """Column tiles that share a scale of the activations: 2, so a group of weights is one tile or whole pairs."""
-TURN_COLUMNS = 128
-"""A turn of the loop over columns has as many: 2 % less time for cold 4-bit weights in groups of 64."""
 PREFETCH_GROUPS = 64
 """How many groups ahead scales and zeros are asked for: what a page of codes is about as long as."""
 
@@ -212,7 +210,7 @@ def row_product(family: DotFamily, block: Block, x: Activations, row: Index, pla
         store(total, [0], splat(0, lanes))
     tiles, per_group = block.weights.tiles, block.weights.format.group // COLUMN_TILE
     whole, rest = divmod(tiles, per_group)
-    unroll = plan.unroll * max(1, TURN_COLUMNS // block.weights.format.group)
+    unroll = plan.unroll * max(1, family.turn_columns // block.weights.format.group)
     turns, left = divmod(whole, unroll)
 
     def add(group: Any, count: int = per_group) -> None:
