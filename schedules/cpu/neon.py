@@ -32,7 +32,7 @@ class NeonFamily(DotFamily):
 
     @property
     def turn_columns(self) -> int:
-        """See `DotFamily`: one group, because for two of 64 registers run out (up to a fifth more instructions)."""
+        """See `DotFamily`: one group; registers run out for two of 64 (up to a fifth more instructions)."""
         return 32
 
     def move(self, word: Any, distance: int, mask: int) -> Any:
