@@ -49,7 +49,7 @@ template <int EXPERTS, class Id> __device__ __forceinline__ int expert_of(const 
 
 // ---------------------------------------------------------------------------------------------- the two products
 // Gate functions of moqc/quant/activations.py; ALPHA and LIMIT are the bits of floats.
-__device__ __forceinline__ float silu(float v) { return v / (1.0f + __expf(-v)); }
+__device__ __forceinline__ float silu(float v) { return __fdividef(v, 1.0f + __expf(-v)); }
 __device__ __forceinline__ float clamp(float v, float limit) { return fminf(fmaxf(v, -limit), limit); }
 __device__ __forceinline__ float gelu_erf(float v) { return 0.5f * v * (1.0f + erff(v * 0.70710678f)); }
 __device__ __forceinline__ float gelu_tanh(float v) { return 0.5f * v * (1.0f + tanhf(0.79788456f * (v + 0.044715f * v * v * v))); }

@@ -1,14 +1,15 @@
 """The grouped product for many tokens, on NVIDIA GPUs with warp groups (sm_90).
 
-The device code is ``prefill.cu``. Five launches a layer: lists of slots (`launch_route`) and of tiles,
-images of the activations, gate_up, gate_up again where hidden values were beyond float16 (it mostly returns
-at once), down. Tiles of all experts and bit classes are in one launch, taken in turn by as many blocks as
-there are multiprocessors.
+The device code is ``gather.cu`` and ``prefill.cu``. Five launches a layer: counts of the experts' tokens,
+lists of tiles and images of the activations, gate_up, gate_up again where hidden values were beyond float16
+(it mostly returns at once), down. Tiles of all experts and bit classes are in one launch, taken in turn by
+as many blocks as there are multiprocessors.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from tvm import tirx
@@ -24,33 +25,66 @@ from moqc.schedules.cuda.toolchain import WARP_GROUP_THREADS
 
 ATOM = 1024
 """Bytes of 64 columns of a slot's activations."""
-WEIGHTS = {16: 104 * 1024, 4: 168 * 1024}
-"""Bytes of weights on their way to a block, at most, by the slots of a tile; never less than two stages."""
 ROW_TILES = 16
 """Of a block's tile."""
+FACTS = 256 + 2048
+"""Bytes of barriers, and of what a block notes about a tile's tokens."""
+COUNTED_PAIRS, GATHERED_TOKENS = 1024, 2
+"""Of a block of the first launch and of the second (``gather.cu``)."""
 
 
-TILE_SLOTS, SMALL_SLOTS = 16, 4
-"""Slots of a tile of tokens at most; and where experts have few tokens, so that more weights fit on their
-way."""
-SMALL_PAIRS = 18
-"""Tokens an expert, on average, up to which tiles are small."""
-GROUP, BUFFERS = 1, 2
-"""Steps of 16 columns whose weights are made at a time; in how many buffers."""
+@dataclass(frozen=True)
+class Tile:
+    """How a block's tile of tokens is cut.
+
+    `slots` of an expert at most, `weights` bytes of weights on their way (never less than two stages), and
+    `blocks` a multiprocessor.
+    """
+
+    slots: int
+    weights: int
+    blocks: int = 1
+
+    @property
+    def shared(self) -> int:
+        """Bytes of shared memory a block may have; a multiprocessor keeps 1 KiB of each."""
+        return SHARED_BYTES if self.blocks == 1 else (SHARED_BYTES + 1024) // self.blocks - 1024
 
 
-def rings(formats: Sequence[Format], slots: int) -> tuple[str, int]:
-    """The C++ type that says how a block uses its shared memory, and its bytes; `slots`: of a tile."""
+TILES = {36: Tile(5, 70 * 1024, 2), 56: Tile(8, 136 * 1024), 90: Tile(12, 120 * 1024)}
+"""By how many tokens an expert has, on average, at most: half of the experts have more."""
+LARGE = Tile(16, 104 * 1024)
+"""Above those."""
+
+
+def rings(formats: Sequence[Format], tile: Tile) -> tuple[str, int]:
+    """The C++ type that says how a block uses its shared memory, and its bytes.
+
+    UserError where that is too little.
+    """
     groups = max(COLUMNS // fmt.group for fmt in formats)
     zeros = 0 if all(fmt.symmetric for fmt in formats) else groups * 16
     unit = ROW_TILES * (max(fmt.bits for fmt in formats) * 512 + groups * 32 + zeros)
-    weights, stage = min(max(WEIGHTS[slots] // unit, 2), 6), slots * ATOM
-    fixed = weights * unit + 2 * stage + 1024
-    stages = min((SHARED_BYTES - fixed) // stage, 8)
+    weights, stage = min(max(tile.weights // unit, 2), 6), tile.slots * ATOM
+    fixed = weights * unit + 2 * stage + FACTS
+    stages = min((tile.shared - fixed) // stage, 8)
     if stages < 3:
         raise UserError(f"formats {', '.join(map(str, formats))} do not fit the shared memory of a block")
-    numbers = f"{slots}, {GROUP}, {BUFFERS}, {stages}, {weights}"
+    numbers = f"{tile.slots}, {stages}, {weights}, {tile.blocks}"
     return f"moqc::Rings<{numbers}, {formats_of(formats)}>", fixed + stages * stage
+
+
+def tiles_for(shape: ExpertsShape) -> dict[int, Tile]:
+    """Those of `TILES` that the layer's formats leave room for."""
+
+    def fits(tile: Tile) -> bool:
+        try:
+            rings(distinct(shape.gate, shape.up), tile), rings(distinct(shape.down), tile)
+        except UserError:
+            return False
+        return True
+
+    return {tokens: tile for tokens, tile in TILES.items() if fits(tile)}
 
 
 def launch_tiles(k: Kernel, shape: ExpertsShape, at: Pointers, slots: int) -> None:
@@ -62,28 +96,29 @@ def launch_tiles(k: Kernel, shape: ExpertsShape, at: Pointers, slots: int) -> No
 
 
 def launch_grouped(
-    k: Kernel,
-    shape: ExpertsShape,
-    at: Pointers,
-    tokens: tirx.Var,
-    slots: Any,
-    capacity: Any,
-    tile: int = TILE_SLOTS,
+    k: Kernel, shape: ExpertsShape, at: Pointers, tokens: tirx.Var, capacity: Any, tile: Tile
 ) -> None:
-    """Both products for at most `slots` listed slots; the workspace has room for `capacity`."""
+    """Both products, from the router's ids; the workspace has room for `capacity` slots."""
     count, room = tirx.Cast("int32", tokens), tirx.Cast("int32", capacity)
-    launch_tiles(k, shape, at, tile)
-    given = [at[name] for name in ("members", "hit", "images", "factors", "over")]
-    k.launch(slots, 256, 0, f"moqc::gather<{shape.hidden}>", at["x"], count, *given, room, at["y"])
+    each = max(COUNTED_PAIRS // shape.top_k // GATHERED_TOKENS * GATHERED_TOKENS, GATHERED_TOKENS)
+    # Sections that are written later have room for ranks and counts.
+    sizes, listed = f"{shape.experts}, {shape.top_k}", (at["shifts"], at["hidden"])
+    blocks = (tokens + (each - 1)) // each
+    k.launch(blocks, 512, 0, f"moqc::count_pairs<{sizes}>", at["ids"], count, *listed)
+    function = f"moqc::place_and_gather<{sizes}, {shape.hidden}, {tile.slots}>"
+    made = ("members", "shares", "hit", "tiles", "images", "factors", "over")
+    given = (at["x"], at["ids"], at["weights"], count, *listed, *(at[name] for name in made))
+    blocks = (tokens + (GATHERED_TOKENS - 1)) // GATHERED_TOKENS
+    k.launch(blocks, 256, 0, function, *given, room, at["y"])
     types, shared = rings(distinct(shape.gate, shape.up), tile)
     lists = ("tiles", "hit", "images", "factors", "shares", "over", "table", "gate_bias", "up_bias", "hidden")
     arguments = [*(at[name] for name in lists), room, *at["gate"], *at["up"]]
     for again in ("false", "true"):
         function = f"moqc::gate_up_grouped<{layer_of(shape)}, {types}, {again}, "
         function += f"{formats_of(shape.gate)}, {formats_of(shape.up)}>"
-        k.launch(MULTIPROCESSORS, WARP_GROUP_THREADS, shared, function, *arguments)
+        k.launch(tile.blocks * MULTIPROCESSORS, WARP_GROUP_THREADS, shared, function, *arguments)
     types, shared = rings(distinct(shape.down), tile)
     names = ("tiles", "hit", "hidden", "shares", "members", "over", "table", "down_bias", "y")
     function = f"moqc::down_grouped<{layer_of(shape)}, {types}, {formats_of(shape.down)}>"
     arguments = [*(at[name] for name in names), room, *at["down"]]
-    k.launch(MULTIPROCESSORS, WARP_GROUP_THREADS, shared, function, *arguments)
+    k.launch(tile.blocks * MULTIPROCESSORS, WARP_GROUP_THREADS, shared, function, *arguments)

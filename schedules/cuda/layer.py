@@ -21,7 +21,7 @@ from moqc.schedules.cuda.experts import (
     launch_gate_up,
     launch_route,
 )
-from moqc.schedules.cuda.grouped import SMALL_PAIRS, SMALL_SLOTS, TILE_SLOTS, launch_grouped, launch_tiles
+from moqc.schedules.cuda.grouped import LARGE, Tile, launch_grouped, launch_tiles, tiles_for
 from moqc.schedules.cuda.grouped_mma import launch_tiled
 from moqc.schedules.cuda.ladder import Rung, ladder
 from moqc.schedules.cuda.plan import COLUMN_TOKENS, SHARED_BYTES, ExpertsShape
@@ -157,14 +157,22 @@ def _tiles(
 
 
 def _grouped(k: Kernel, shape: ExpertsShape, at: dict[str, Any], tokens: tirx.Var, warp_groups: bool) -> None:
-    """The grouped product, where there are warp groups with smaller tiles up to some number of tokens."""
-    launch_route(k, shape, at, tokens)
+    """The grouped product; with warp groups its tiles are larger where experts have more tokens."""
     if not warp_groups:
+        launch_route(k, shape, at, tokens)
         launch_tiled(k, shape, at, tokens)
         return
-    pairs = tokens * shape.top_k
-    most = tirx.min(pairs, shape.experts + pairs // COLUMN_TOKENS)
-    with T.If(tokens <= SMALL_PAIRS * shape.experts // shape.top_k):
-        for tile, branch in ((SMALL_SLOTS, T.Then()), (TILE_SLOTS, T.Else())):
-            with branch:
-                launch_grouped(k, shape, at, tokens, most, capacity_of(shape, tokens), tile)
+    room = capacity_of(shape, tokens)
+
+    def climb(tiles: Sequence[tuple[int, Tile]]) -> None:
+        if not tiles:
+            launch_grouped(k, shape, at, tokens, room, LARGE)
+            return
+        each, tile = tiles[0]
+        with T.If(tokens <= each * shape.experts // shape.top_k):
+            with T.Then():
+                launch_grouped(k, shape, at, tokens, room, tile)
+            with T.Else():
+                climb(tiles[1:])
+
+    climb(list(tiles_for(shape).items()))

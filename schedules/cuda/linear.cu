@@ -95,7 +95,7 @@ __device__ __forceinline__ void weights(word (&a)[4], const word* w, int s, cons
 constexpr int STAGED_PITCH = COLUMNS + 8;
 template <class F, int COLUMN_TILES>
 __device__ __forceinline__ void multiply_staged(float (&acc)[COLUMN_TILES][4], const word* codes, const word* scales, const word* zeros, const __half* x, int lane) {
-  word bytes[8];
+  Raw<Formats<F>> raw;   // of one bit
 #pragma unroll
   for (int pair = 0; pair < 8; ++pair) {   // two steps: 32 columns
     const int group = 32 * pair / F::GROUP;
@@ -113,15 +113,15 @@ __device__ __forceinline__ void multiply_staged(float (&acc)[COLUMN_TILES][4], c
       if (pair % 2 == 0) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          const word w = __shfl_sync(0xffffffffu, codes[pair / 2], (lane & 28) + i) >> (2 * (lane % 4)), split = __byte_perm(w, 0, 0x3120);
-          bytes[i] = split & 0x01010101u, bytes[i + 4] = split >> 1 & 0x01010101u;
+          const word w = __shfl_sync(0xffffffffu, codes[pair / 2], (lane & 28) + i) >> (2 * (lane % 4));
+          raw.codes[i] = __byte_perm(w, 0, 0x3120);
         }
       }
     }
     word a[2][4];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      if constexpr (F::BITS == 1) weights_of(a[i], bytes, by, pair % 2 * 2 + i);
+      if constexpr (F::BITS == 1) weights_of<F, Formats<F>>(a[i], raw, by, 0x64006400u, pair % 2 * 2 + i);
       else weights<F::BITS>(a[i], codes + pair / 4 * (2 * F::BITS), (2 * pair + i) % 8, by.scale, by.offset);
     }
 #pragma unroll

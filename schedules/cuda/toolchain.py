@@ -49,6 +49,19 @@ def compile_fatbin(source: str, architectures: Sequence[str]) -> bytes:
         return binary.read_bytes()
 
 
+def with_blocks(source: str) -> str:
+    """`source` with the blocks a multiprocessor has of each kernel whose warp groups pass on registers.
+
+    The compiler wants to be told, and TVM does not; the number is in the kernel's ``moqc::Rings``.
+    """
+    bounds = f"__launch_bounds__({WARP_GROUP_THREADS}"
+    first, *kernels = source.split(f"{bounds})")
+    for number, text in enumerate(kernels):
+        rings = re.search(r"moqc::Rings<\d+, \d+, \d+, (\d+),", text)
+        kernels[number] = f"{bounds}, {rings[1] if rings else 1}){text}"
+    return "".join([first, *kernels])
+
+
 def prepare(architectures: Sequence[str]) -> None:
     """Make this process able to build CUDA modules for `architectures` with TVM.
 
@@ -65,9 +78,7 @@ def prepare(architectures: Sequence[str]) -> None:
     ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
 
     def compile_source(source: str) -> bytes:
-        # One block a multiprocessor is what warp groups that pass on registers want to be told; TVM does not.
-        bounds = f"__launch_bounds__({WARP_GROUP_THREADS}"
-        return compile_fatbin(source.replace(f"{bounds})", f"{bounds}, 1)"), architectures)
+        return compile_fatbin(with_blocks(source), architectures)
 
     tvm.register_global_func("tvm_callback_cuda_compile", compile_source, override=True)
 

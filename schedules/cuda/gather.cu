@@ -1,0 +1,194 @@
+// Device code that prepares products for many tokens (prefill.cu, prefill_mma.cu, rows.cu): tiles of an expert's slots, and for the
+// grouped product of warp groups all lists and the images of activations, in two launches of many blocks each.
+#ifndef MOQC_GATHER
+#define MOQC_GATHER
+
+namespace moqc {
+
+constexpr float HALF_LIMIT = 32768.0f;   // activations from here on are divided by a power of two
+
+// A tile of tokens: some of an expert's slots. `group`: the first of the expert's tiles, `groups` how many it has.
+struct Tokens { int expert, group, groups, first, slots; };
+
+// Lists the tiles, from the slots that `route` listed: one block of whole warps, EXPERTS threads or more.
+template <int EXPERTS, int TILE_SLOTS> __device__ __forceinline__ void list_tiles(const void* slot_list, void* hit_and_tiles, void* tile_list) {
+  __shared__ int counts[EXPERTS], starts[EXPERTS], sums[32];
+  wait_for_previous_kernel();
+  start_next_kernel();
+  const int* slots = (const int*)slot_list;
+  const int hit = *(const int*)hit_and_tiles, lane = threadIdx.x % 32, warp = threadIdx.x / 32, expert = threadIdx.x;
+  for (int i = threadIdx.x; i < EXPERTS; i += blockDim.x) counts[i] = 0;
+  __syncthreads();
+  for (int i = threadIdx.x; i < hit; i += blockDim.x) {
+    atomicAdd(&counts[slots[i]], 1);
+    if (i == 0 || slots[i - 1] != slots[i]) starts[slots[i]] = i;
+  }
+  __syncthreads();
+  const int count = expert < EXPERTS ? counts[expert] : 0, need = (count + TILE_SLOTS - 1) / TILE_SLOTS;
+  int before = need;
+#pragma unroll
+  for (int step = 1; step < 32; step *= 2) {
+    const int other = __shfl_up_sync(0xffffffffu, before, step);
+    if (lane >= step) before += other;
+  }
+  if (lane == 31) sums[warp] = before;
+  __syncthreads();
+  for (int i = 0; i < warp; ++i) before += sums[i];
+  if (threadIdx.x == blockDim.x - 1) ((int*)hit_and_tiles)[1] = before, ((int*)hit_and_tiles)[2] = 0;
+  Tokens* tiles = (Tokens*)tile_list;
+  for (int i = 0; i < need; ++i) tiles[before - need + i] = {expert, before - need, need, starts[expert], count};
+}
+
+// Item `item` of all (tile of tokens, one of ROW_BLOCKS): an expert's tiles of tokens follow one another for each of its
+// row blocks, so that weights are read from memory once. `tile.first` and `tile.slots` become the tile's own.
+template <int ROW_BLOCKS, int TILE_SLOTS> __device__ __forceinline__ Tokens take(const void* tile_list, int item, int& rows) {
+  Tokens tile = ((const Tokens*)tile_list)[item / ROW_BLOCKS];
+  const int local = item - tile.group * ROW_BLOCKS, number = local % tile.groups;
+  rows = local / tile.groups;
+  const int begin = tile.slots * number / tile.groups, end = tile.slots * (number + 1) / tile.groups;
+  tile.first += begin, tile.slots = end - begin;
+  return tile;
+}
+
+// ---------------------------------------------------------------------------------------------- images
+constexpr int GATHER_TOKENS = 2, GATHER_WARPS = 8;   // of a block of `place_and_gather`; warps share a token
+template <int TOP> struct Counted {   // tokens of a block of `count_pairs`
+  static constexpr int TOKENS = largest(1024 / TOP / GATHER_TOKENS * GATHER_TOKENS, GATHER_TOKENS);
+};
+
+// counts[block][expert] = the block's pairs of that expert; ranks[pair] = how many of them come before this one, -1 where
+// the expert's number is out of range. The order within a block may change from run to run; no result depends on it.
+template <int EXPERTS, int TOP, class Id> __device__ __forceinline__ void count_pairs(const Id* ids, int tokens, void* ranks, void* counts) {
+  __shared__ int found[EXPERTS];
+  wait_for_previous_kernel();
+  start_next_kernel();
+  for (int i = threadIdx.x; i < EXPERTS; i += blockDim.x) found[i] = 0;
+  __syncthreads();
+  const int begin = blockIdx.x * Counted<TOP>::TOKENS * TOP, end = min(begin + Counted<TOP>::TOKENS * TOP, tokens * TOP);
+  for (int i = begin + threadIdx.x; i < end; i += blockDim.x) {
+    const Id id = ids[i];
+    ((int*)ranks)[i] = id >= 0 && id < EXPERTS ? atomicAdd(&found[(int)id], 1) : -1;
+  }
+  __syncthreads();
+  for (int i = threadIdx.x; i < EXPERTS; i += blockDim.x) ((int*)counts)[blockIdx.x * EXPERTS + i] = found[i];
+}
+
+// The sum of `mine` over the threads before this one; a block of GATHER_WARPS warps.
+__device__ __forceinline__ int2 sum_before(int2 mine, int2* sums) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  int2 sum = mine;
+#pragma unroll
+  for (int step = 1; step < 32; step *= 2) {
+    const int x = __shfl_up_sync(0xffffffffu, sum.x, step), y = __shfl_up_sync(0xffffffffu, sum.y, step);
+    if (lane >= step) sum.x += x, sum.y += y;
+  }
+  if (lane == 31) sums[warp] = sum;
+  __syncthreads();
+  for (int i = 0; i < warp; ++i) sum.x += sums[i].x, sum.y += sums[i].y;
+  return make_int2(sum.x - mine.x, sum.y - mine.y);
+}
+
+// starts[expert] = where this block's pairs of it begin among the members. Block 0 lists tiles of up to TILE_SLOTS slots, and
+// clears what an expert's last slot has too much; hit = slots, tiles, and 0.
+template <int EXPERTS, int TOP, int TILE_SLOTS>
+__device__ __forceinline__ void place(int (&starts)[EXPERTS], int tokens, const int* counts, int* members, float* shares, int* hit, Tokens* tiles) {
+  constexpr int EACH = (EXPERTS + GATHER_WARPS * 32 - 1) / (GATHER_WARPS * 32);   // experts of a thread
+  __shared__ int2 sums[GATHER_WARPS];
+  const int blocks = (tokens + Counted<TOP>::TOKENS - 1) / Counted<TOP>::TOKENS, mine = blockIdx.x * GATHER_TOKENS / Counted<TOP>::TOKENS;
+  int count[EACH], before[EACH];
+  int2 need = make_int2(0, 0);   // slots, tiles
+#pragma unroll
+  for (int i = 0; i < EACH; ++i) {
+    const int expert = threadIdx.x * EACH + i;
+    count[i] = before[i] = 0;
+    if (expert < EXPERTS) {
+#pragma unroll 8
+      for (int block = 0; block < blocks; ++block) {
+        const int here = counts[block * EXPERTS + expert];
+        count[i] += here, before[i] += block < mine ? here : 0;
+      }
+    }
+    const int slots = (count[i] + 7) / 8;
+    need.x += slots, need.y += (slots + TILE_SLOTS - 1) / TILE_SLOTS;
+  }
+  int2 at = sum_before(need, sums);
+  if (blockIdx.x == 0 && threadIdx.x == blockDim.x - 1) hit[0] = at.x + need.x, hit[1] = at.y + need.y, hit[2] = 0;
+#pragma unroll
+  for (int i = 0; i < EACH; ++i) {
+    const int expert = threadIdx.x * EACH + i, slots = (count[i] + 7) / 8, groups = (slots + TILE_SLOTS - 1) / TILE_SLOTS;
+    if (expert >= EXPERTS) break;
+    starts[expert] = at.x * 8 + before[i];
+    if (blockIdx.x == 0) {
+      for (int k = 0; k < groups; ++k) tiles[at.y + k] = {expert, at.y, groups, at.x, slots};
+      for (int k = at.x * 8 + count[i]; k < (at.x + slots) * 8; ++k) members[k] = -1, shares[k] = 0.0f;
+    }
+    at.x += slots, at.y += groups;
+  }
+  __syncthreads();
+}
+
+// Lists of slots and of tiles, and the images of x; y [tokens][H] is cleared. Rows that reach HALF_LIMIT are divided by the power of two in
+// `factors`. `over` is cleared. Images of an expert's last slot have any values where it has no token.
+template <int EXPERTS, int TOP, int H, int TILE_SLOTS, class Id, class X>
+__device__ __forceinline__ void place_and_gather(const X* x, const Id* ids, const float* weights, int tokens, const void* ranks, const void* counts, void* members, void* shares, void* hit,
+                                                 void* tiles, void* images, void* factors, void* over, int capacity, float* y) {
+  using Pair = typename PairOf<X>::type;
+  constexpr int CHUNKS = (H + COLUMNS - 1) / COLUMNS * 32, WARPS = GATHER_WARPS / GATHER_TOKENS;   // of 8 columns, of a row; of a token
+  __shared__ int starts[EXPERTS];
+  __shared__ float found[GATHER_WARPS];
+  wait_for_previous_kernel();
+  start_next_kernel();
+  place<EXPERTS, TOP, TILE_SLOTS>(starts, tokens, (const int*)counts, (int*)members, (float*)shares, (int*)hit, (Tokens*)tiles);
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, token = blockIdx.x * GATHER_TOKENS + warp / WARPS, thread = warp % WARPS * 32 + lane;
+  const bool inside = token < tokens;
+  const X* from = x + (long long)token * H;
+  float most = 0.0f;
+  if (inside) {
+#pragma unroll 4
+    for (int k = 2 * thread; k < H; k += 64 * WARPS) {
+      most = fmaxf(most, largest_of(*(const Pair*)(from + k)));
+      *(float2*)(y + (long long)token * H + k) = make_float2(0.0f, 0.0f);
+    }
+  }
+#pragma unroll
+  for (int other = 16; other > 0; other /= 2) most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, other));
+  if (lane == 0) found[warp] = most;
+  __syncthreads();
+  if (!inside) return;
+#pragma unroll
+  for (int i = 0; i < WARPS; ++i) most = fmaxf(most, found[warp / WARPS * WARPS + i]);
+  const int shift = most < HALF_LIMIT ? 0 : shift_of(most);
+  const float by = power(-shift);
+  char* to[TOP];   // the token's row of each of its experts' images
+  int row[TOP];
+#pragma unroll
+  for (int i = 0; i < TOP; ++i) {
+    const int pair = token * TOP + i, rank = ((const int*)ranks)[pair];
+    to[i] = nullptr, row[i] = 0;
+    if (rank < 0) continue;
+    const int at = starts[(int)ids[pair]] + rank;
+    row[i] = at % 8, to[i] = (char*)images + (long long)(at / 8) * ATOM + at % 8 * 128;
+    if (thread == 0) {
+      ((int*)members)[at] = token, ((float*)shares)[at] = weights[pair];
+      ((float*)factors)[at] = power(shift), ((word*)over)[at] = 0;
+    }
+  }
+#pragma unroll 2
+  for (int i = thread; i < CHUNKS; i += 32 * WARPS) {   // as the image has them
+    const int block = i / 8, chunk = i % 8;
+    word words[4];
+#pragma unroll
+    for (int q = 0; q < 4; ++q) {
+      const int k = 64 * block + chunk / 4 * 32 + 8 * q + chunk % 4 * 2;
+      __half2 pair = __float2half2_rn(0.0f);
+      if (k < H) pair = scaled(*(const Pair*)(from + k), by);
+      words[q] = *(const word*)&pair;
+    }
+#pragma unroll
+    for (int j = 0; j < TOP; ++j)
+      if (to[j] != nullptr) *(uint4*)(to[j] + (long long)block * capacity * ATOM + (chunk ^ row[j]) * 16) = make_uint4(words[0], words[1], words[2], words[3]);
+  }
+}
+
+}  // namespace moqc
+#endif

@@ -1,0 +1,179 @@
+// What the grouped product (prefill.cu) does before it multiplies: copies of activations and weights into rings in shared
+// memory, and weights from codes.
+#ifndef MOQC_PREFILL_TILES
+#define MOQC_PREFILL_TILES
+
+namespace moqc {
+
+constexpr int MULTIPLIERS = 8;      // warps; of four more, one copies activations
+constexpr int WEIGHT_COPIERS = 3;   // and three weights
+
+// ---------------------------------------------------------------------------------------------- decoding
+// A lane's codes of 64 columns of a row tile as they are stored; of one bit, word i has the pairs of columns i and i + 4, row g
+// in its lower bytes. And the scales (row g, row g + 8) of the two halves, and their zeros.
+template <class All> struct Raw {
+  word codes[All::BITS == 8 ? 8 : 4], scales[All::GROUPS == 8 ? 2 : 1], zeros[All::GROUPS == 8 ? 2 : 1];
+};
+template <class F, class All> __device__ __forceinline__ void load_raw(Raw<All>& raw, const char* tile, int quarter, int lane) {
+  const char *scales = tile + All::BITS * 512, *zeros = scales + All::GROUPS * 32;
+  if constexpr (F::BITS == 8) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const uint4 w = *(const uint4*)(tile + (2 * quarter + i) * 512 + lane * 16);
+      raw.codes[4 * i] = w.x, raw.codes[4 * i + 1] = w.y, raw.codes[4 * i + 2] = w.z, raw.codes[4 * i + 3] = w.w;
+    }
+  } else if constexpr (F::BITS == 4) {
+    const uint4 w = *(const uint4*)(tile + quarter * 512 + lane * 16);
+    raw.codes[0] = w.x, raw.codes[1] = w.y, raw.codes[2] = w.z, raw.codes[3] = w.w;
+  } else if constexpr (F::BITS == 3) {
+#pragma unroll
+    for (int i = 0; i < 3; ++i) raw.codes[i] = *(const word*)(tile + (3 * quarter + i) / 4 * 512 + lane * 16 + (3 * quarter + i) % 4 * 4);
+  } else if constexpr (F::BITS == 2) {
+    const uint2 w = *(const uint2*)(tile + quarter / 2 * 512 + lane * 16 + quarter % 2 * 8);
+    raw.codes[0] = w.x, raw.codes[1] = w.y;
+  } else {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) raw.codes[i] = __byte_perm(*(const word*)(tile + (lane / 4 * 4 + i) * 16 + quarter * 4) >> (2 * (lane % 4)), 0, 0x3120);
+  }
+#pragma unroll
+  for (int half = 0; half < (F::GROUP == 32 ? 2 : 1); ++half) {
+    const int at = (lane / 4 * F::GROUPS + (64 * quarter + 32 * half) / F::GROUP) * 2;
+    raw.scales[half] = F::BYTES ? *(const unsigned short*)(scales + at) : *(const word*)(scales + 2 * at);
+    if (!F::SYMMETRIC) raw.zeros[half] = *(const unsigned short*)(zeros + at);
+  }
+}
+
+// What a group multiplies codes by, and adds: rows g and g + 8.
+struct Affine { __half2 scale[2], offset[2]; };
+template <class F, class All> __device__ __forceinline__ Affine affine(const Raw<All>& raw, int half) {
+  const __half2 scale = scale_of<F>(&raw.scales[half], 0);
+  Affine result;
+  result.scale[0] = __low2half2(scale), result.scale[1] = __high2half2(scale);
+  if constexpr (F::SYMMETRIC) {
+    const __half2 zero = __float2half2_rn(-F::ZERO);
+    result.offset[0] = __hmul2(result.scale[0], zero), result.offset[1] = __hmul2(result.scale[1], zero);
+  } else {
+    const float2 exact = __half22float2(scale);
+    result.offset[0] = __float2half2_rn(exact.x * (-F::ZERO_STEP * (float)(raw.zeros[half] & 255)));
+    result.offset[1] = __float2half2_rn(exact.y * (-F::ZERO_STEP * (float)(raw.zeros[half] >> 8 & 255)));
+  }
+  return result;
+}
+
+// Where codes of operand A are: register `i` of step `step` of 4 wants these bits of this word.
+template <int BITS> __device__ __forceinline__ word masked_by(int step, int i) {
+  if (BITS == 1) return 0x00010001u << (step / 2);
+  if (BITS == 3) return step == 3 ? 0x01c001c0u : 0x00070007u << (i / 2 * 3);
+  return ((1u << BITS) - 1) * 0x00010001u << (BITS == 8 ? 0 : BITS * ((2 * step + i / 2) % (8 / BITS)));
+}
+template <int BITS> __device__ __forceinline__ word word_of(const word* codes, int step, int i) {
+  if constexpr (BITS == 3) {
+    if (step < 3) return codes[step] >> (i % 2 * 9);
+    return i < 3 ? codes[i] : (codes[0] >> 9 & 0x00400040u) | (codes[1] >> 8 & 0x00800080u) | (codes[2] >> 7 & 0x01000100u);
+  } else {
+    return codes[BITS == 1 ? (2 * step + i / 2) % 4 : (2 * step + i / 2) * BITS / 8] >> (i % 2 * 8);
+  }
+}
+
+// Operand A of 16 columns. Masked in place and below `magic`, 1024 in fp16, a code is 1024 + code * 2^position; taking that
+// out is exact.
+template <class F, class All> __device__ __forceinline__ void weights_of(word (&a)[4], const Raw<All>& raw, const Affine& by, word magic, int step) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {   // row i % 2 of pair i / 2
+    word code;
+    asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(code) : "r"(word_of<F::BITS>(raw.codes, step, i)), "r"(masked_by<F::BITS>(step, i)), "r"(magic));
+    const int at = F::BITS == 1 ? step / 2 : position<F::BITS>(2 * step + i / 2);
+    const word down = ((15 - at) << 10) * 0x00010001u, less = (0x8000u | ((25 - at) << 10)) * 0x00010001u;   // 2^-at, -1024 * 2^-at
+    const __half2 exact = __hfma2(*(const __half2*)&code, *(const __half2*)&down, *(const __half2*)&less);
+    const __half2 weight = __hfma2(exact, by.scale[i % 2], by.offset[i % 2]);
+    a[i] = *(const word*)&weight;
+  }
+}
+
+// ---------------------------------------------------------------------------------------------- copies
+// Shared memory of a block: the ring of activations, 64 columns a stage; that of weights, a unit of all 16 row tiles a
+// stage, each with scales and zeros; two images' worth for results; barriers.
+template <int SLOTS_, int X_STAGES_, int W_STAGES_, int BLOCKS_, class All_> struct Rings {
+  using All = All_;
+  static constexpr int SLOTS = SLOTS_;   // of a tile of tokens, at most
+  static constexpr int BLOCKS = BLOCKS_;   // of a multiprocessor
+  static constexpr int X_STAGES = X_STAGES_, W_STAGES = W_STAGES_, X_BYTES = SLOTS_ * ATOM;
+  static constexpr int SCALES = All::GROUPS * 32, ZEROS = All::HAS_ZEROS ? All::GROUPS * 16 : 0;   // of a row tile
+  static constexpr int TILE = All::BITS * 512 + SCALES + ZEROS, W_BYTES = 16 * TILE;
+  static constexpr int W_AT = X_STAGES * X_BYTES, OUT_AT = W_AT + W_STAGES * W_BYTES, BARRIERS_AT = OUT_AT + 2 * X_BYTES, MAGIC_AT = BARRIERS_AT + 248, FACTS_AT = BARRIERS_AT + 256;   // 8 bytes for each thread that multiplies
+  static constexpr int AHEAD = X_STAGES < 5 ? X_STAGES - 1 : 4;   // stages by which the first warp group is ahead
+};
+
+template <int VALUE> struct Number { static constexpr int value = VALUE; };
+
+// A matrix of one expert: where its tiles are, and its format.
+struct Matrix { const char *codes, *scales, *zeros; int id; };
+template <class... Fs> __device__ __forceinline__ Matrix matrix_of(Formats<Fs...>, const void* const* tensors, int2 place, long long units) {
+  Matrix result = {nullptr, nullptr, nullptr, 0};
+  int number = 0;
+  (((sizeof...(Fs) == 1 || place.x == number)
+        ? (result = {(const char*)tensors[3 * number] + place.y * units * (Fs::BITS * 512), (const char*)tensors[3 * number + 1] + place.y * units * (Fs::GROUPS * 16 * Fs::SCALE),
+                     (const char*)tensors[3 * number + 2] + place.y * units * (Fs::GROUPS * 16), Fs::ID}, 0)
+        : 0, ++number), ...);
+  return result;
+}
+
+#if __CUDA_ARCH_FEAT_SM90_ALL
+// The copying warp group's share of one tile: its first warp fetches the activations, 64 columns at a time, the others
+// UNITS units of weights: of 16 row tiles, which are rows of matrix `first` or, every second four, of `second`.
+template <class R>
+__device__ __forceinline__ void copy_x(word shared, const char* images, long long block_stride, int slots, int units, int& count) {
+  const word barriers = shared + R::BARRIERS_AT;
+#pragma unroll 1
+  for (int block = 0; block < 4 * units; ++block, ++count) {
+    const int stage = count % R::X_STAGES;
+    const word full = barriers + 8 * stage, empty = full + 8 * R::X_STAGES;
+    barrier_wait(empty, (count / R::X_STAGES & 1) ^ 1);
+    barrier_expect(full, slots * ATOM);
+    bulk_copy(shared + stage * R::X_BYTES, images + block * block_stride, slots * ATOM, full);
+  }
+}
+template <class R, int UNITS, class Where> __device__ __forceinline__ void copy_weights(word shared, Where where, int begin, int end, int& count, int warp, int lane) {
+  const word barriers = shared + R::BARRIERS_AT;
+  const int number = warp + WEIGHT_COPIERS * lane;   // of 16 row tiles, a lane each
+  int row_tile = 0, bytes = 0;
+  Matrix matrix = {nullptr, nullptr, nullptr, 0};
+  if (number < 16) {
+    matrix = where(number, row_tile);
+    with_format(typename R::All{}, matrix.id, [&](auto format) {
+      using F = decltype(format);
+      bytes = F::BITS * 512 + F::GROUPS * (16 * F::SCALE + (F::SYMMETRIC ? 0 : 16));
+    });
+  }
+#pragma unroll
+  for (int other = 4; other > 0; other /= 2) bytes += __shfl_xor_sync(0xffffffffu, bytes, other);   // of lanes 0 to 7
+#pragma unroll 1
+  for (int unit = begin; unit < end; ++unit, ++count) {
+    const int stage = count % R::W_STAGES;
+    const word full = barriers + 8 * (2 * R::X_STAGES + stage), empty = full + 8 * R::W_STAGES;
+    barrier_wait(empty, (count / R::W_STAGES & 1) ^ 1);
+    if (lane == 0) barrier_expect(full, bytes);
+    __syncwarp();
+    if (number < 16) with_format(typename R::All{}, matrix.id, [&](auto format) {
+      using F = decltype(format);
+      const long long at = (long long)row_tile * UNITS + unit;
+      const word to = shared + R::W_AT + stage * R::W_BYTES + number * R::TILE, scales = to + R::All::BITS * 512;
+      bulk_copy(to, matrix.codes + at * (F::BITS * 512), F::BITS * 512, full);
+      bulk_copy(scales, matrix.scales + at * (F::GROUPS * 16 * F::SCALE), F::GROUPS * 16 * F::SCALE, full);
+      if (!F::SYMMETRIC) bulk_copy(scales + R::SCALES, matrix.zeros + at * (F::GROUPS * 16), F::GROUPS * 16, full);
+    });
+  }
+}
+
+// Where a warp is in a ring of STAGES.
+template <int STAGES> struct RingPlace {
+  int stage = 0, phase = 0;
+  __device__ __forceinline__ void step() {
+    const bool around = ++stage == STAGES;
+    stage = around ? 0 : stage, phase ^= around;
+  }
+};
+#endif
+
+}  // namespace moqc
+#endif
