@@ -51,7 +51,7 @@ class Tile:
         return SHARED_BYTES if self.blocks == 1 else (SHARED_BYTES + 1024) // self.blocks - 1024
 
 
-TILES = {36: Tile(5, 70 * 1024, 2), 56: Tile(8, 136 * 1024), 90: Tile(12, 120 * 1024)}
+TILES = {28: Tile(5, 70 * 1024, 2), 56: Tile(8, 136 * 1024), 90: Tile(12, 120 * 1024)}
 """By how many tokens an expert has, on average, at most: half of the experts have more."""
 LARGE = Tile(16, 104 * 1024)
 """Above those."""

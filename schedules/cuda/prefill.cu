@@ -7,12 +7,11 @@
 //
 // A block is two warp groups that multiply, each two blocks of 64 rows (gate and up of the same 64 outputs, or 128 rows of
 // one matrix) by up to 128 tokens, and a third that copies ahead, and gives its registers to the others.
-// Blocks stay, and take tiles in turn.
+// Blocks stay, take tiles in turn, and their second group stays behind the first: one writes results while the other multiplies.
 #ifndef MOQC_PREFILL
 #define MOQC_PREFILL
 
 namespace moqc {
-
 #if __CUDA_ARCH_FEAT_SM90_ALL
 // A warp's share of one tile: d[0] and d[1] = two blocks of 64 rows times N tokens. Codes are read 64 columns ahead, and
 // weights made for 16 columns of a block at a time while the tensor core works on those before.
@@ -76,13 +75,6 @@ template <int N, class R> __device__ __forceinline__ void multiply_tile(float (&
   wgmma_wait<0>();
   __syncwarp();
   if (lane == 0) release_x(before);
-}
-
-// Lanes g and g ^ 1 of 8 (rows) swap, so that each has both rows of one of two tokens.
-__device__ __forceinline__ float2 both_rows(float token0, float token1, int lane) {
-  const bool odd = lane & 4;
-  const float other = __shfl_xor_sync(0xffffffffu, odd ? token0 : token1, 4);
-  return odd ? make_float2(other, token1) : make_float2(token0, other);
 }
 
 // The frame of both products: `facts(slot)` gives 8 bytes about a token of the tile, given back to `finish(d, tile, rows, facts)`,

@@ -101,7 +101,7 @@ template <int SLOTS_, int X_STAGES_, int W_STAGES_, int BLOCKS_, class All_> str
   static constexpr int SCALES = All::GROUPS * 32, ZEROS = All::HAS_ZEROS ? All::GROUPS * 16 : 0;   // of a row tile
   static constexpr int TILE = All::BITS * 512 + SCALES + ZEROS, W_BYTES = 16 * TILE;
   static constexpr int W_AT = X_STAGES * X_BYTES, OUT_AT = W_AT + W_STAGES * W_BYTES, BARRIERS_AT = OUT_AT + 2 * X_BYTES, MAGIC_AT = BARRIERS_AT + 248, FACTS_AT = BARRIERS_AT + 256;   // 8 bytes for each thread that multiplies
-  static constexpr int AHEAD = X_STAGES < 5 ? X_STAGES - 1 : 4;   // stages by which the first warp group is ahead
+  static constexpr int AHEAD = X_STAGES < 5 ? X_STAGES - 1 : 4;   // stages by which the first warp group starts ahead of the second
 };
 
 template <int VALUE> struct Number { static constexpr int value = VALUE; };
@@ -173,6 +173,13 @@ template <int STAGES> struct RingPlace {
     stage = around ? 0 : stage, phase ^= around;
   }
 };
+
+// Lanes g and g ^ 1 of 8 (rows) swap, so that each has both rows of one of two tokens.
+__device__ __forceinline__ float2 both_rows(float token0, float token1, int lane) {
+  const bool odd = lane & 4;
+  const float other = __shfl_xor_sync(0xffffffffu, odd ? token0 : token1, 4);
+  return odd ? make_float2(other, token1) : make_float2(token0, other);
+}
 #endif
 
 }  // namespace moqc

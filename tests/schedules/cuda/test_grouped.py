@@ -1,0 +1,52 @@
+"""How the grouped product of warp groups is cut; its values are checked in test_experts.py."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from moqc.quant.formats import Format
+from moqc.schedules.cuda.grouped import LARGE, TILES, rings, tiles_for
+from moqc.schedules.cuda.plan import ExpertsShape
+from moqc.schedules.cuda.toolchain import with_blocks
+
+MULTIPROCESSOR_BYTES, RESERVED = 228 * 1024, 1024
+"""Shared memory of a multiprocessor of sm_90, and what it keeps of each block."""
+
+
+def layer(name: str) -> ExpertsShape:
+    formats = (Format.parse(name),)
+    return ExpertsShape(8, 2, 512, 512, formats, formats, formats)
+
+
+@pytest.mark.parametrize("name", ["int1-g128-sym", "int2-g32", "int3-g128", "int4-g128-sym-s8", "int8-g32"])
+def test_blocks_fit_a_multiprocessor(name):
+    for tile in (*tiles_for(layer(name)).values(), LARGE):
+        _, shared = rings([Format.parse(name)], tile)
+        assert tile.blocks * (shared + RESERVED) <= MULTIPROCESSOR_BYTES
+
+
+def test_tiles_grow_with_the_tokens_of_an_expert():
+    each = list(TILES)
+    assert each == sorted(each)
+    slots = [tile.slots for tile in (*TILES.values(), LARGE)]
+    assert slots == sorted(set(slots))
+
+
+def test_a_format_that_two_blocks_have_no_room_for_has_larger_tiles():
+    assert all(tile.blocks == 1 for tile in tiles_for(layer("int8-g128-sym")).values())
+    assert any(tile.blocks == 2 for tile in tiles_for(layer("int4-g128-sym")).values())
+
+
+def test_the_compiler_is_told_how_many_blocks_a_multiprocessor_has():
+    tile = next(each for each in TILES.values() if each.blocks == 2)
+    kernels = ""
+    for each in (tile, replace(tile, blocks=1, weights=LARGE.weights)):
+        types, _ = rings([Format.parse("int4-g128-sym")], each)
+        kernels += f"__global__ void __launch_bounds__(384) f() {{ moqc::down_grouped<{types}>(); }}\n"
+    kernels += (
+        "__global__ void __launch_bounds__(384) decode() {}\n__global__ void __launch_bounds__(256) g() {}"
+    )
+    told = with_blocks(kernels)
+    assert [told.count(f"__launch_bounds__({bounds})") for bounds in ("384, 2", "384, 1", "256")] == [1, 2, 1]
