@@ -87,7 +87,7 @@ def bench_artifact(path: Path, options: BenchOptions) -> SpeedResult:
         model_type=manifest.source.model_type,
         target=manifest.target.name,
         threads=count,
-        artifact_bytes=sum(record.bytes for record in manifest.files.values()),
+        artifact_bytes=manifest.sizes.artifact_bytes,
         load_seconds=seconds,
         rows=tuple(rows),
     )
