@@ -42,6 +42,16 @@ def test_passes_page_lists_annotations_and_passes():
     assert re.findall(r"^\| ([a-z-]+) \|", listed, re.MULTILINE)[1:] == list(BUILTIN)
 
 
+def test_passes_page_has_the_default_pipeline():
+    from moqc.pipelines import default_pipeline
+    from moqc.recipe import Recipe
+
+    text = (DOCS / "passes.md").read_text().partition("runs this (")[2].partition("\n    ")[2]
+    said = text.partition("\n")[0]
+    passes = default_pipeline(Recipe(bits=2.5), activations="int8", context=1024, kv_cache="float16")
+    assert said == str(passes)
+
+
 def test_artifact_page_lists_the_manifest():
     from moqc.manifest import Manifest
 
