@@ -29,7 +29,7 @@ class Layer:
 
     def __init__(self, target: Target, shape: Shape, formats: Sequence[Format], cold_bytes: int) -> None:
         self._random = np.random.default_rng(0)
-        self.target, self.shape, self.formats = target, shape, tuple(formats)
+        self.target, self.shape, self.formats, self._cold = target, shape, tuple(formats), cold_bytes > 0
         types = self.types = self._operand_types()
         self._run = self.compile(LOWERINGS[target.schedules].operators[ops.MIXED_EXPERTS])["block"]
         first = self._weights(types)
@@ -116,12 +116,12 @@ class Layer:
         return run
 
     def calls(self, tokens: int) -> Iterator[tuple[Any, float, list[Any]]]:
-        """Routings with their bytes and the set of weights. One set: the same routing over and over.
+        """Routings with their bytes and the set of weights. Hot: the same routing over and over.
 
-        Otherwise each visits all sets before it comes again, and with one token the next hits other experts.
+        Cold: each visits all sets before it comes again, and with one token the next hits other experts.
         """
         shape, classes = self.shape, len(self.formats)
-        turns = 1 if len(self.sets) == 1 else max(1, shape.experts // (tokens * shape.top_k))
+        turns = max(1, shape.experts // (tokens * shape.top_k)) if self._cold else 1
         order = self._random.permuted(np.tile(np.arange(shape.experts), (tokens, 1)), axis=1)
         while True:
             for turn in range(turns):

@@ -1,6 +1,6 @@
 """Attention on CPUs: one kernel for decoding and prefill, with and without a KV cache.
 
-Rows are the (query token, query head) pairs that share a key head; a task takes `ROWS` of them through the
+Rows are the (query token, query head) pairs that share a key head; a task takes some of them through the
 keys in blocks of `KEYS` slots with the online softmax. Scores of `lanes` keys are dot products along the head
 dimension, folded into one vector; values are accumulated in registers, four rows at a time. A block of
 a cache that is not float32 is unpacked first, once for all rows of the task.
@@ -14,7 +14,7 @@ from tvm import tirx
 from tvm.tirx.script import builder as T
 
 from moqc.schedules.activations import exp, tanh
-from moqc.schedules.cpu.attention_buffers import KEYS, REGISTER_ROWS, REGISTER_VECTORS, ROWS, AttentionBuffers
+from moqc.schedules.cpu.attention_buffers import KEYS, REGISTER_ROWS, REGISTER_VECTORS, AttentionBuffers
 from moqc.schedules.cpu.attention_shape import AttentionShape
 from moqc.schedules.cpu.emit import bind, int64, kernel, load, loop, store, when
 from moqc.schedules.cpu.kv_rows import write_row
@@ -49,7 +49,7 @@ def attention_kernel(
         store(pairs, [0], int64(0) if buffers.cached else batch * tokens * tokens)
         if buffers.cached:
             _write_cache(buffers, pairs)
-        blocks = tirx.ceildiv(tokens * shape.group, int64(ROWS))
+        blocks = tirx.ceildiv(tokens * shape.group, int64(buffers.rows))
         work = load(pairs, [0]) * (shape.heads * (shape.key_width + shape.value_width))
 
         def task(index: Any) -> None:
@@ -79,9 +79,9 @@ def _write_cache(buffers: AttentionBuffers, pairs: Any) -> None:
 
 
 def _task(buffers: AttentionBuffers, b: Any, head: Any, block: Any) -> None:
-    """Attention of rows block*ROWS.. of one batch entry and key head."""
-    first = bind(block * ROWS)
-    count = bind(tirx.min(int64(ROWS), buffers.tokens * buffers.shape.group - first))
+    """Attention of the rows of block `block` of one batch entry and key head."""
+    first = bind(block * buffers.rows)
+    count = bind(tirx.min(int64(buffers.rows), buffers.tokens * buffers.shape.group - first))
     _start_rows(buffers, b, head, first, count)
     low, high = (bind(int64(load(buffers.bounds, [i]))) for i in range(2))
     # When no row attends anything the extent is negative, and the loop runs zero times.

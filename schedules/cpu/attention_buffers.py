@@ -12,8 +12,8 @@ from moqc.schedules.cpu.emit import Kernel, int64, loop
 from moqc.schedules.cpu.kv_rows import read_row
 from moqc.schedules.cpu.vector import common_lanes, vector_type
 
-ROWS = 16
-"""Rows of a task."""
+ROWS, ROWS_UNPACKED = 16, 64
+"""Rows of a task; more where they share the work of unpacking keys and values."""
 KEYS = 64
 """Slots of a block."""
 REGISTER_ROWS = 4
@@ -35,6 +35,7 @@ class AttentionBuffers:
         self.keys, self.values, self.cached = self.k, self.v, cache is not None
         self.slots = tokens if cache is None else cache[1]
         self.unpacked = shape.stored != "float32"
+        self.rows = ROWS_UNPACKED if self.unpacked else ROWS
         if cache is not None:
             columns = [stored_columns(shape.stored, width) for width in (own_width, value_width)]
             self.keys, self.values = (
@@ -81,13 +82,16 @@ class AttentionBuffers:
         def local(*extents: int, dtype: str = "float32") -> Any:
             return T.alloc_buffer(extents, dtype)
 
-        self.scaled, self.sums = local(ROWS, self.shape.key_width), local(ROWS, self.shape.value_width)
-        self.scores = local(ROWS, KEYS)
+        self.scaled, self.sums = (
+            local(self.rows, self.shape.key_width),
+            local(self.rows, self.shape.value_width),
+        )
+        self.scores = local(self.rows, KEYS)
         if self.unpacked:
             self.blocks = local(KEYS, self.shape.own_width), local(KEYS, self.shape.value_width)
-        self.top, self.total = local(ROWS), local(ROWS, self.lanes)
-        self.place, self.bounds = local(ROWS, dtype="int32"), local(2, dtype="int32")
-        self.reach = local(ROWS, dtype="int32")
+        self.top, self.total = local(self.rows), local(self.rows, self.lanes)
+        self.place, self.bounds = local(self.rows, dtype="int32"), local(2, dtype="int32")
+        self.reach = local(self.rows, dtype="int32")
         self.best, self.gathered = local(self.lanes), local(self.lanes, dtype="int32")
         # What shall be in registers is small: TVM takes buffers from 1 KiB on from a pool.
         self.tile = [local(self.lanes) for _ in range(self.lanes)]
