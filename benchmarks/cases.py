@@ -15,6 +15,8 @@ CASES: dict[str, tuple[tuple[str, ...], ...]] = {
     "w1": (("int1-g128-sym",),) * 3,
     "mixed": (("int4-g128-sym", "int3-g128-sym", "int2-g128-sym", "int1-g128-sym"),) * 3,
     "w8": (("int8-g128-sym",),) * 3,
+    "w4-g64-asym": (("int4-g64",),) * 3,
+    "w3-g64-asym": (("int3-g64",),) * 3,
     "w2-g64-asym": (("int2-g64",),) * 3,
     # What `global` chooses from by default.
     "w4-asym-s8": (("int4-g128-s8",),) * 3,

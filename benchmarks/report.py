@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from cases import CASES
 from workload import SHAPES
 
 NODE_US = 2.8
@@ -127,6 +128,25 @@ class Results:
                 cells.append([shape, tokens, f"{us:.1f}", f"{mean:.1f}", f"{us / mean - 1:+.1%} ({met})"])
         return table(["shape", "tokens", "mixed µs", "mean of w4, w3, w2, w1", "more"], cells)
 
+    def formats(self) -> str:
+        """Layers of other formats, and what a byte takes beside the symmetric format of the same width."""
+        found = {(row["shape"], row["tokens"], row["bits"]): row for row in self.own}
+        timed = {case for *_, case in found}
+        cases = [case for case in CASES if case in timed and width_of(case) not in (None, case)]
+        cells = []
+        for shape, tokens in ((shape, tokens) for shape in SHAPES for tokens in (1, 8)):
+            line = []
+            for case in cases:
+                row, plain = found.get((shape, tokens, case)), found.get((shape, tokens, width_of(case)))
+                if row is None or plain is None:
+                    line.append("–")
+                    continue
+                more = row["us"] / row["hit_bytes"] / (plain["us"] / plain["hit_bytes"])
+                line.append(f"{row['us']:.1f} ({more:.2f})")
+            if set(line) != {"–"}:
+                cells.append([shape, tokens, *line])
+        return table(["shape", "tokens", *cases], cells)
+
 
 def fill(page: str, name: str, text: str) -> str:
     """`page` with `text` in the place called `name`."""
@@ -143,7 +163,7 @@ def main() -> None:
     everything = {"run": read["run"], "ceilings": read["ceilings"], "rows": rows}
     out.write_text(json.dumps(everything, indent=1) + "\n")
     results, text = Results(rows, read["ceilings"]), page.read_text()
-    for name in ("layers", "goals", "mixed"):
+    for name in ("layers", "goals", "mixed", "formats"):
         text = fill(text, name, getattr(results, name)())
     page.write_text(text)
 

@@ -41,6 +41,7 @@ from moqc.schedules.cuda.templates import (
 )
 
 TUNED = {
+    **{f"w{bits}-g64-asym": (bits, False, True) for bits in (4, 3, 2)},
     **{f"w{bits}{zeros}": (bits, False, bool(zeros)) for bits in (4, 3, 2, 1) for zeros in ("", "-asym")},
     **{f"w{bits}-s8": (bits, False, False) for bits in (3, 2, 1)},
     "w4-asym-s8": (4, False, True),
