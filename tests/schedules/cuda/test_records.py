@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -14,15 +16,21 @@ from moqc.schedules.cuda.plan import SHARED_BYTES, ExpertsShape, Plan, gate_up_r
 from moqc.schedules.cuda.rows import RowsPlan, rows_bytes
 from moqc.schedules.cuda.space import down_space, gate_up_space, sample
 from moqc.schedules.cuda.templates import down_of, gate_up_of, parse_plan
+from moqc.schedules.plan_records import KEY, Key
 
 INT4 = (Format.parse("int4-g128-sym"),)
 QWEN3 = ExpertsShape(128, 8, 2048, 768, INT4, INT4, INT4)
 
 
+def record_key_of(row: Mapping[str, Any]) -> Key:
+    return tuple(row[name] for name in KEY)
+
+
 def test_records_name_their_machine_and_are_in_the_space():
     found = records.load()
     assert "H200" in found.source
-    assert len(found.plans) == len(found.rows)
+    measured = [(record_key_of(row), row.get("format"), row.get("timed")) for row in found.rows]
+    assert len(set(measured)) == len(measured)
     for row in found.rows:
         plan = parse_plan(row["plan"])
         rows, columns = row["intermediate"], row["hidden"]
