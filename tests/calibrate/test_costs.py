@@ -68,6 +68,27 @@ def test_cost_is_the_output_error_of_one_unit_alone(
     assert sum(coarse) > 2 * sum(fine)
 
 
+def test_held_out_costs_are_errors_on_tokens_that_the_hessians_do_not_see(
+    small: Any, calibration: CalibrationSet, workspace: Workspace
+) -> None:
+    checkpoint = small().checkpoint
+    statistics = collect_statistics(checkpoint, calibration, workspace)
+    found = measure_costs(checkpoint, statistics, FORMATS, held_out=True)
+    seen = measure_costs(checkpoint, statistics, FORMATS)
+    site = statistics.sites[1]
+    measured, block = statistics.of(site), LayeredModel(checkpoint).experts(site)
+    part = measured.sample.held_out()
+    hessians = measured.hessians("up", without=(part, part.x)).matrices
+    for fmt in FORMATS:
+        up = quantize_gptq(block.up, hessians, fmt)[0].dequantize()
+        change = block.substitute(up=up).output(slice(None), part.x) - block.output(slice(None), part.x)
+        expected = part.totals(change.square().sum(2) * part.weights.square())
+        costs = torch.tensor(found[site]["up"][str(fmt)]["datasets"], dtype=torch.float64)
+        torch.testing.assert_close(costs, expected, rtol=1e-4, atol=1e-9)
+        # What was fitted to tokens errs less on them.
+        assert costs.sum() > torch.tensor(seen[site]["up"][str(fmt)]["datasets"]).sum()
+
+
 def test_costs_are_cached_by_format(
     small: Any, calibration: CalibrationSet, workspace: Workspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
