@@ -5,6 +5,7 @@ import pytest
 from moqc.errors import ArtifactError
 from moqc.manifest import (
     MANIFEST,
+    CacheSpec,
     FileRecord,
     check_hash,
     check_sizes,
@@ -100,3 +101,10 @@ def test_files_are_recorded_and_checked(tmp_path):
     check_sizes(tmp_path, records)
     with pytest.raises(ArtifactError, match="SHA-256"):
         check_hash(tmp_path, "a", records["a"])
+
+
+def test_states_of_recurrent_layers_are_float32_whatever_keys_and_values_are():
+    shapes = ((2, 2, 32), (2, 2, 32, 8), (2, 2, 32, 8))
+    spec = CacheSpec(context=32, batch=2, chunk=8, tensors=shapes, dtype="float16", states=(0,))
+    assert [dtype for _, dtype in spec.buffers] == ["float32", "float16", "float16"]
+    assert tuple(shape for shape, _ in spec.buffers) == shapes
