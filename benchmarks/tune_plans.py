@@ -3,7 +3,7 @@
 For each shape, case and 1 and 8 tokens, gate_up and down apart, the plan of the rules, the recorded one,
 plans drawn from its neighbourhood and from all of `moqc.schedules.cuda.space` are compiled by nvcc and timed
 by themselves (`workload.graph_us`). The winner becomes a record, with the time of the rules' plan beside it.
-Needs nvcc, CuPy and a GPU, and no TVM.
+Needs nvcc, CuPy and a GPU; of TVM the runtime alone.
 """
 
 from __future__ import annotations
