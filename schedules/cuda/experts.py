@@ -1,10 +1,10 @@
-"""The decode kernels of an experts block with packed weights, for NVIDIA GPUs: one token, or 8 of an expert at once.
+"""The decode kernels of an experts block with packed weights, for NVIDIA GPUs: 1 or 8 tokens at once.
 
 Two launches a layer: `launch_gate_up` (with the activation function and the routing weight) and `launch_down`
 (with the weighted sum); for more than one token `launch_route` before them lists *slots*, an expert and up
 to 8 of its tokens. Each slot's expert is read once, whatever its formats: all bit classes of a layer,
-different ones for gate, up and down too, are in one launch. The device code is ``decode.cu``,
-``rows.cu`` and ``routing.cu``; here its templates are chosen and TVM is told how to launch them. `layer.py` puts a whole
+different ones for gate, up and down too, are in one launch. The device code is ``decode.cu``, ``rows.cu`` and
+``routing.cu``; here its templates are chosen and TVM is told how to launch them. `layer.py` puts a whole
 layer together; the functions at the end build each kernel by itself, for tests and benchmarks.
 """
 
