@@ -128,7 +128,7 @@ def test_compiled_model_is_the_reference(tmp_path, write_tokenizer):
         f"profile-channels,protect-channels{{copies={copies} by=energy}},"
         "allocate-bits{bits=7 allocator=uniform formats=int3-g32},"
         "quantize-experts{quantizer=rtn activations=float},"
-        "plan-cache{context=32},legalize,schedule"
+        "plan-cache{context=32 dtype=float32},legalize,schedule"
     )
     options = {"calibration": [text], "calibration_tokens": 256, "cache": tmp_path / "cache"}
     manifest = moqc.compile(folder, tmp_path / "out", pipeline=passes, **options)
