@@ -88,7 +88,7 @@ def test_the_compiled_rule_is_the_rule(tmp_path, architecture, rule):
         workspace=Workspace(tmp_path / "cache"),
         params=ParamStore(tmp_path / "params"),
     )
-    text = f"prune-routing{{rule={rule} share={SHARE}}},plan-cache{{context=32 batch=3}}"
+    text = f"prune-routing{{rule={rule} share={SHARE}}},plan-cache{{context=32 batch=3 dtype=float32}}"
     mod = Pipeline.parse(text).run(import_model(ctx.checkpoint, max_batch=3, max_chunk=16), ctx)
     verify(mod)
     scaled = rule != "mass" and architecture in RENORMALIZING
