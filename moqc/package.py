@@ -68,7 +68,9 @@ def check_output(out: Path, *, force: bool) -> None:
                 f"{out}: {foreign[0]} is not part of the artifact there and would be lost: move it away"
             )
         if not force:
-            raise UserError(f"{out}: exists; use --force to replace it")
+            raise UserError(
+                f"{out}: exists; give another output, or replace it with --force (Python: force=True)"
+            )
     parent = out.absolute().parent
     while not parent.exists():
         parent = parent.parent

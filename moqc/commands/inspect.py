@@ -41,9 +41,10 @@ def command(
 
     from moqc.report.terminal import print_report
 
+    report = read_report(artifact, add or ())  # all is read before anything is printed
     _print(content)
     typer.echo()
-    print_report(read_report(artifact, add or ()), Console(highlight=False))
+    print_report(report, Console(highlight=False))
 
 
 def _print(content: dict[str, Any]) -> None:
