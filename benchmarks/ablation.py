@@ -24,12 +24,13 @@ from moqc.passes.allocation_problem import OWN_FORMATS
 from moqc.passes.measure_costs import FORMATS
 from moqc.passes.pipeline import Pipeline
 from moqc.passes.quantize_experts import protections
-from moqc.pipelines import ASYMMETRIC_FORMATS, COSTS_BY, PRIOR, Debug, run_passes
+from moqc.pipelines import ASYMMETRIC_FORMATS, COSTS_BY, Debug, run_passes
 from moqc.quant import gptq
 from moqc.quant.formats import Format
 from moqc.quant.quantizers import STORABLE
 from moqc.quant.tensor import Quantized
 from moqc.quant.versions import QUANTIZER_VERSIONS
+from moqc.recipe import PRIOR
 
 ASYMMETRIC = "+".join(ASYMMETRIC_FORMATS)
 MANY = (

@@ -137,7 +137,13 @@ class TuneOptions:
         joined=True,
     )
     bits: Sequence[str] = option(
-        ("int4-g128", "int3-g128", "int2-g128", "int2-g64", "int1-g128", "int4-g128/int3-g128/int2-g64"),
+        (
+            "int4-g128-s8",
+            "int3-g128-sym-s8",
+            "int2-g128-sym-s8",
+            "int1-g128-sym-s8",
+            "int4-g128-s8/int3-g128-sym-s8/int2-g128-sym-s8",
+        ),
         "bits, or formats; 4/2/1: experts that take these in turn [default: the compiler's candidates]",
         metavar="B,...",
         parse=split,
@@ -268,6 +274,7 @@ class CompareOptions(ScoringOptions):
         (), "file bits per weight of the whole model", metavar="N,...", parse=split_numbers, joined=True
     )
     formats: str = like(Recipe, "formats")
+    prior: float = like(Recipe, "prior")
     unseen: Sequence[str | Path] = option(
         (), "text of domains that calibration has not seen, scored apart; repeatable", metavar="FILE"
     )

@@ -21,7 +21,7 @@ from moqc.quant.formats import Format
 from moqc.quant.layouts import DEFAULT as DEFAULT_LAYOUT
 from moqc.quant.overrides import Override
 from moqc.quant.quantizers import STORABLE
-from moqc.recipe import Recipe
+from moqc.recipe import PRIOR, Recipe
 
 DEFAULT_QUANTIZER = "gptq"
 TRELLIS_FORMATS = ("tcq1-g128", "tcq2-g128", "tcq3-g128", "int4-g128-s8")
@@ -37,8 +37,6 @@ WIDEST_BITS = 4.0
 """Budget up to which 8-bit candidates are not worth their measurement."""
 MCMOE_EXTRA_BITS = (32 - 24) / 128
 """Bits a weight by which MC-MoE's storage (float16 scale and zero) exceeds that of its plans' formats."""
-PRIOR = 0.15
-"""Share of a cost that is that of text which calibration lacks; docs/quality.md has what others give."""
 COSTS_BY = "rtn"
 """Quantizer whose errors are the costs, whatever rounds in the end; docs/quality.md has what others give."""
 ANALYSES = {
@@ -169,6 +167,7 @@ def allocation_pipeline(
     layout: str = DEFAULT_LAYOUT,
     model_bits: float | None = None,
     formats: str = DEFAULT_CANDIDATES,
+    prior: float = PRIOR,
     rotate: bool = True,
     overrides: Sequence[Override] = (),
 ) -> Pipeline:
@@ -176,7 +175,8 @@ def allocation_pipeline(
 
     With `model_bits`, the budget is file bits a weight of the whole model, and `bits` does nothing. `formats`
     are the candidates of a plan that does not name its own, as for `candidate_formats`, and 8 bits where
-    `overrides` ask for them; `rotate`: the kernels can rotate the inputs of down.
+    `overrides` ask for them; `prior`: that of `MeasureCosts`; `rotate`: the kernels can rotate the inputs of
+    down.
     """
     # What is measured with a simulated quantizer is measured with the one whose formats are real.
     quantizer = plan.quantizer if plan.quantizer in STORABLE else DEFAULT_QUANTIZER
@@ -187,7 +187,7 @@ def allocation_pipeline(
         candidates = (*candidates, WIDE)
     names = "+".join(candidates)
     rotated = _rotation(plan, rotate)
-    values = {"quantizer": quantizer, "formats": names, "rotate": rotated, "prior": PRIOR, "by": COSTS_BY}
+    values = {"quantizer": quantizer, "formats": names, "rotate": rotated, "prior": prior, "by": COSTS_BY}
     texts = [text.format(**values) for text in analyses]
     if plan.quantizer == "mcmoe":
         bits -= MCMOE_EXTRA_BITS
@@ -241,6 +241,7 @@ def default_pipeline(
         layout=layout,
         model_bits=recipe.model_bits,
         formats=recipe.formats,
+        prior=recipe.prior,
         rotate=rotate,
         overrides=recipe.overrides,
     )

@@ -20,6 +20,9 @@ from moqc.quant.overrides import Override
 from moqc.targets import TARGETS
 from moqc.units import parse_share
 
+PRIOR = 0.15
+"""Share of a cost that is that of text which calibration lacks; docs/quality.md has what others give."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
@@ -40,6 +43,11 @@ class Recipe:
         metavar="REGEX=BITS,...",
         flags=("--override",),
         parse=Override.parse,
+    )
+    prior: float = option(
+        PRIOR,
+        "share of an expert's cost that is of text unlike the calibration's, from 0 to 1",
+        metavar="SHARE",
     )
     linears: str = option(
         "int8-g64-sym", "format of the other matrices, or none: as they are", metavar="FORMAT"

@@ -83,6 +83,7 @@ def compare(model: str | Path, texts: Sequence[Path | str], options: CompareOpti
         budgets,
         linears=options.linears,
         formats=options.formats,
+        prior=options.prior,
         finished=keep(options.output),
     )
 

@@ -161,7 +161,7 @@ def test_compile_and_run(weights, inputs):
 
 def test_library_runs_without_the_compiler(weights, inputs, tmp_path):
     ctx = PassContext(target=find_target("native"))
-    mod = PlanCache(context=12, batch=2)(parse_module(MODEL), ctx)
+    mod = PlanCache(context=12, batch=2, dtype="float32")(parse_module(MODEL), ctx)
     executable = codegen.build(Schedule()(Legalize()(mod, ctx), ctx), ctx.target)
     codegen.export(executable, tmp_path / "model.so", ctx.target)
     arrays = {f"w{i}": w.numpy() for i, w in enumerate(weights)}

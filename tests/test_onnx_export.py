@@ -39,7 +39,7 @@ TOKENS = np.random.default_rng(0).integers(0, 256, (3, 11))
 LOWERING = (
     "allocate-bits{{bits=8.9 allocator=uniform formats={}}},"
     "quantize-experts{{quantizer=rtn activations=float}},"
-    "quantize-linears{{activations=float}},plan-cache{{context=64}},legalize,schedule"
+    "quantize-linears{{activations=float}},plan-cache{{context=64 dtype=float32}},legalize,schedule"
 )
 
 

@@ -5,6 +5,8 @@ import pytest
 
 from moqc.cli import COMMANDS
 from moqc.errors import UserError
+from moqc.options import TuneOptions
+from moqc.passes.measure_costs import FORMATS
 from moqc.passes.pipeline import Pipeline
 from moqc.pipelines import Plan, allocation_pipeline, candidate_formats, default_pipeline
 from moqc.quant.formats import Format
@@ -34,11 +36,18 @@ def test_costs_are_measured_for_the_candidates() -> None:
     assert "tcq" not in str(allocation_pipeline(Plan("global"), 2.5))
     chosen = "formats=int4-g64+int2-g32 "
     assert chosen in str(allocation_pipeline(Plan("global"), 3.0, formats="int4-g64, int2-g32"))
+    assert "prior=0.75" in str(allocation_pipeline(Plan("global"), 3.0, prior=0.75))
     # A plan that names its own is not asked twice.
     assert chosen in str(allocation_pipeline(Plan.parse("global:gptq:int4-g64+int2-g32"), 3.0))
     # MxMoE's are those of its paper.
     own = "formats=int1-g128+int2-g128+int3-g128+int4-g128 "
     assert own in str(allocation_pipeline(Plan("mxmoe"), 3.0, formats="int4-g64, int2-g32"))
+
+
+def test_tuning_is_for_the_candidates() -> None:
+    *single, mixed = TuneOptions().bits
+    assert set(single) == set(FORMATS)
+    assert set(mixed.split("/")) <= set(FORMATS)
 
 
 def test_plans_are_spelled_with_colons() -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from moqc.pipelines import (
     run_passes,
 )
 from moqc.quant.formats import Format
+from moqc.recipe import PRIOR
 
 
 @dataclass(frozen=True)
@@ -112,6 +114,7 @@ def compare_plans(
     *,
     linears: str = "none",
     formats: str = DEFAULT_CANDIDATES,
+    prior: float = PRIOR,
     finished: Callable[[Comparison], None] = lambda _: None,
 ) -> Comparison:
     """Evaluate each of `plans` (its text and itself) at each of `budgets`.
@@ -119,7 +122,7 @@ def compare_plans(
     `contexts`: seed -> a context whose calibration text was drawn with it. `bench` has a `TextProbe` called
     "text", and may have another one called "unseen", a `ChoiceProbe` "choices" and an `ExactProbe` "exact".
     `formats`: candidates of the allocators, as for `candidate_formats`; quantizers that cannot round to
-    trellises choose from the default ones.
+    trellises choose from the default ones. `prior`: share of costs, as for `MeasureCosts`.
     `linears`: format of the other matrices, or "none": as stored. `finished` is given what there is, before
     the first row and after every one. A pair of plan and budget that is out of reach is left out with a
     warning; BudgetError when none is left.
@@ -131,10 +134,11 @@ def compare_plans(
     found = _comparison(bench, reference)
     finished(found)
     unreachable: dict[str, None] = {}
+    choose = partial(plan_pipeline, formats=formats, prior=prior)
     for seed, ctx in contexts.items():
         for entry in _entries(plans, budgets, seed):
             try:
-                row = _row(bench, ctx, reference, entry, others, formats)
+                row = _row(bench, ctx, reference, entry, others, choose)
             except BudgetError as error:
                 unreachable[f"{entry.text} at {entry.budget}: {error}"] = None
                 continue
@@ -150,11 +154,13 @@ def compare_plans(
     return found
 
 
-def plan_pipeline(plan: Plan, budget: Budget, formats: str = DEFAULT_CANDIDATES) -> Pipeline:
+def plan_pipeline(
+    plan: Plan, budget: Budget, formats: str = DEFAULT_CANDIDATES, prior: float = PRIOR
+) -> Pipeline:
     """The passes that choose bits for `plan`, from its own candidates or those of `formats` if it can."""
     wanted = formats if plan.quantizer in TRELLIS_QUANTIZERS else DEFAULT_CANDIDATES
     whole = budget.bits if budget.whole else None
-    return allocation_pipeline(plan, budget.bits, model_bits=whole, formats=wanted)
+    return allocation_pipeline(plan, budget.bits, model_bits=whole, formats=wanted, prior=prior)
 
 
 @dataclass(frozen=True)
@@ -180,12 +186,12 @@ def _row(
     reference: Mapping[str, Any],
     entry: _Entry,
     linears: Linears,
-    formats: str,
+    choose: Callable[[Plan, Budget], Pipeline],
 ) -> Row:
     """Plan, quantize and evaluate; `linears` where the plan does not say."""
     logger.info("planning %s", entry)
     plan, budget = entry.plan, entry.budget
-    mod = run_passes(plan_pipeline(plan, budget, formats), bench.mod, ctx, Debug())
+    mod = run_passes(choose(plan, budget), bench.mod, ctx, Debug())
     own = LINEAR_PLAN.get(mod) if budget.whole else None
     if own is not None:
         linears = {site: Format.parse(name) for site, name in own.items()}
