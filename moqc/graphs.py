@@ -80,7 +80,7 @@ def compile_graph(path: Path, out: Path, options: CompileOptions) -> Manifest:
     with param_store(workspace.root, None, None) as params:
         ctx = PassContext(machine, workspace=workspace, params=params)
         if BITS.get(mod):
-            check_plan(mod, activations)
+            check_plan(mod)
             mod = rewrite_experts(mod, dataclasses.replace(graph, mod=mod), params, activations, ctx.layout)
         mod = CACHE.put(mod, {"context": 1, "batch": 1, "tensors": []})
         mod = run_passes(Pipeline.parse(pipeline or LOWERING), mod, ctx, Debug())

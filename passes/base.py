@@ -94,20 +94,24 @@ class Pass(ABC):
         return self.reads
 
     def check(self) -> None:
-        """Refuse options that cannot be with a PipelineError or BudgetError; called before any pass runs."""
+        """Refuse options that cannot be with a PipelineError or BudgetError.
+
+        Called by pipelines before their first pass runs, and before this one does.
+        """
         return
 
     def __call__(self, mod: IRModule, ctx: PassContext) -> IRModule:
         """Run the pass and check what it declares.
 
-        Raises PipelineError when an annotation it reads is missing, InternalError when it fails to write one
-        it declares, or changed the module it was given.
+        Raises what `check` does, PipelineError when an annotation it reads is missing, InternalError when it
+        fails to write one it declares, or changed the module it was given.
         """
         for key in self.required():
             if key.get(mod) is None:
                 raise PipelineError(
                     f"{self.name} reads {key}, which the module lacks: run {key.writer} before"
                 )
+        self.check()
         before = _snapshot(mod)
         result = self.run(mod, ctx)
         if not isinstance(result, IRModule):

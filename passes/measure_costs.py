@@ -60,8 +60,8 @@ class MeasureCosts(Pass):
         """The sensitivity may be missing: all blocks then count the same."""
         return (CHANNELS, GRADIENTS) if self.curvature in WEIGHTED else (CHANNELS,)
 
-    def run(self, mod: IRModule, ctx: PassContext) -> IRModule:
-        """Needs a checkpoint, calibration text and a workspace."""
+    def check(self) -> None:
+        """Refuse quantizers, curvatures, shares and formats that cannot be."""
         if self.quantizer not in STORABLE:
             raise PipelineError(
                 f"{self.name}: quantizer={self.quantizer} is not one of {', '.join(STORABLE)}"
@@ -76,6 +76,9 @@ class MeasureCosts(Pass):
             raise PipelineError(f"{self.name}: prior={self.prior:g} must be from 0 to 1")
         if not self.formats:
             raise PipelineError(f"{self.name}: formats= is empty; name at least one, such as int3-g64")
+
+    def run(self, mod: IRModule, ctx: PassContext) -> IRModule:
+        """Needs a checkpoint, calibration text and a workspace."""
         checkpoint, calibration = ctx.need("checkpoint", self.name), ctx.need("calibration", self.name)
         statistics = collect_statistics(checkpoint, calibration, ctx.need("workspace", self.name))
         formats = [Format.parse(name) for name in self.formats]

@@ -33,10 +33,13 @@ class MeasureLinears(Pass):
     probe: str = "int3-g64"
     tokens: int = 2048
 
-    def run(self, mod: IRModule, ctx: PassContext) -> IRModule:
-        """Needs a checkpoint, calibration text and a workspace."""
+    def check(self) -> None:
+        """Refuse an empty list of formats."""
         if not self.formats:
             raise PipelineError(f"{self.name}: formats= is empty; name at least one, such as int4-g64")
+
+    def run(self, mod: IRModule, ctx: PassContext) -> IRModule:
+        """Needs a checkpoint, calibration text and a workspace."""
         costs = measure_linears(
             ctx.need("checkpoint", self.name),
             ctx.need("calibration", self.name),

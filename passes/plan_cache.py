@@ -32,12 +32,15 @@ class PlanCache(Pass):
     batch: int = 4
     dtype: str = ""
 
-    def run(self, mod: IRModule, ctx: PassContext) -> IRModule:
-        """Rewrite main. Raises PipelineError for a dtype that the kernels of the target do not have."""
+    def check(self) -> None:
+        """Refuse a cache of nothing."""
         if self.context < 1 or self.batch < 1:
             raise PipelineError(
                 f"plan-cache: context={self.context} batch={self.batch}; both must be at least 1"
             )
+
+    def run(self, mod: IRModule, ctx: PassContext) -> IRModule:
+        """Rewrite main. Raises PipelineError for a dtype that the kernels of the target do not have."""
         if CACHE.get(mod) is not None:
             raise PipelineError(f"plan-cache: the module has {CACHE} already")
         known = ("float32",) if ctx.target is None else ctx.target.caches

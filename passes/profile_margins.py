@@ -32,10 +32,13 @@ class ProfileMargins(Pass):
     noise: float = 0.1
     tokens: int = 4096
 
-    def run(self, mod: IRModule, ctx: PassContext) -> IRModule:
-        """Needs a checkpoint, calibration text and a workspace."""
+    def check(self) -> None:
+        """Refuse noise that is none."""
         if self.noise <= 0:
             raise PipelineError(f"{self.name}: noise={self.noise:g} must be above 0")
+
+    def run(self, mod: IRModule, ctx: PassContext) -> IRModule:
+        """Needs a checkpoint, calibration text and a workspace."""
         found = measure_margins(
             ctx.need("checkpoint", self.name),
             ctx.need("calibration", self.name),

@@ -33,14 +33,17 @@ class ProtectChannels(Pass):
     copies: int = 1
     by: str = "swing"
 
-    def run(self, mod: IRModule, ctx: PassContext) -> IRModule:
-        """Needs a checkpoint, calibration text and a workspace."""
+    def check(self) -> None:
+        """Refuse shares, copies and scores that cannot be."""
         if not 0 < self.share < 1:
             raise PipelineError(f"{self.name}: share={self.share:g} must be above 0 and below 1")
         if not 1 <= self.copies <= 7:
             raise PipelineError(f"{self.name}: copies={self.copies} must be 1 to 7")
         if self.by not in SCORES:
             raise PipelineError(f"{self.name}: by={self.by} is not one of {', '.join(SCORES)}")
+
+    def run(self, mod: IRModule, ctx: PassContext) -> IRModule:
+        """Needs a checkpoint, calibration text and a workspace."""
         checkpoint, calibration = ctx.need("checkpoint", self.name), ctx.need("calibration", self.name)
         statistics = collect_statistics(checkpoint, calibration, ctx.need("workspace", self.name))
         if self.by == "swing" and len(statistics.datasets) < 2:

@@ -50,7 +50,6 @@ class PruneRouting(Pass):
 
     def run(self, mod: IRModule, ctx: PassContext) -> IRModule:
         """Calibrate with checkpoint, calibration and workspace of `ctx`; parameters go to its params."""
-        self.check()
         self._check_module(mod)
         params = ctx.need("params", self.name)
         samples, prunings = self._calibrate(ctx)

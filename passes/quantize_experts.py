@@ -18,6 +18,7 @@ from moqc.ir.packed import mixed_operands, packed_types
 from moqc.ir.sites import ExpertSite, bindings, expert_site, weight_names
 from moqc.log import track
 from moqc.passes.base import Pass, PassContext
+from moqc.passes.quantize_linears import check_activations
 from moqc.passes.rewriting import Rewrite, apply_rewrite, bind_before, new_parameter
 from moqc.quant.activations import rotated_name
 from moqc.quant.formats import Format
@@ -25,8 +26,6 @@ from moqc.quant.layouts import DEFAULT, Layout, PackedTensors, find_layout
 from moqc.quant.protection import Protection
 from moqc.quant.quantizers import STORABLE
 from moqc.quant.tensor import Quantized
-
-ACTIVATIONS = ("float", "int8")
 
 
 class ExpertProvider(Protocol):
@@ -52,17 +51,21 @@ class QuantizeExperts(Pass):
     activations: str = "int8"
     rotate: bool = False
 
+    def check(self) -> None:
+        """Refuse quantizers and modes of activations there are not."""
+        if self.quantizer not in STORABLE:
+            raise PipelineError(
+                f"{self.name}: quantizer={self.quantizer} is not one of {', '.join(STORABLE)}"
+            )
+        check_activations(self.name, self.activations)
+
     def run(self, mod: IRModule, ctx: PassContext) -> IRModule:
         """Quantize with checkpoint, calibration and workspace of `ctx`; packed arrays go to its params."""
         from moqc.calibrate.quantize import quantize_experts
 
         checkpoint, workspace = ctx.need("checkpoint", self.name), ctx.need("workspace", self.name)
         params = ctx.need("params", self.name)
-        if self.quantizer not in STORABLE:
-            raise PipelineError(
-                f"{self.name}: quantizer={self.quantizer} is not one of {', '.join(STORABLE)}"
-            )
-        sites = check_plan(mod, self.activations)
+        sites = check_plan(mod)
         if not sites:
             return mod
         plan = BITS.of(mod)
@@ -78,12 +81,8 @@ class QuantizeExperts(Pass):
         return rewrite_experts(mod, provider, params, self.activations, ctx.layout, rotate=self.rotate)
 
 
-def check_plan(mod: IRModule, activations: str) -> list[ExpertSite]:
+def check_plan(mod: IRModule) -> list[ExpertSite]:
     """The experts blocks of `mod`. Raises PipelineError when BITS does not fit them, before hours of work."""
-    if activations not in ACTIVATIONS:
-        raise PipelineError(
-            f"quantize-experts: activations={activations} is not one of {', '.join(ACTIVATIONS)}"
-        )
     plan, names = BITS.of(mod), weight_names(mod)
     sites = []
     for _, call in _experts_calls(mod):

@@ -54,6 +54,10 @@ class QuantizeLinears(Pass):
         """LINEAR_PLAN may be missing: the options then decide."""
         return (PARAMS,)
 
+    def check(self) -> None:
+        """Refuse modes of activations there are not."""
+        check_activations(self.name, self.activations)
+
     def run(self, mod: IRModule, ctx: PassContext) -> IRModule:
         """Quantize the weights of the checkpoint of `ctx`; packed arrays go to its params."""
         chosen = self.plan(mod)
@@ -68,10 +72,7 @@ class QuantizeLinears(Pass):
         )
 
     def plan(self, mod: IRModule) -> dict[str, Format]:
-        """Site -> the format it will get. Raises PipelineError for an option that makes no sense."""
-        if self.activations not in ACTIVATIONS:
-            choices = ", ".join(ACTIVATIONS)
-            raise PipelineError(f"{self.name}: activations={self.activations} is not one of {choices}")
+        """Site -> the format it will get. Raises FormatError for a name that is none."""
         planned = LINEAR_PLAN.get(mod)
         if planned is not None:
             return {site: Format.parse(planned[site]) for site in self.eligible(mod) if site in planned}
@@ -98,6 +99,12 @@ class QuantizeLinears(Pass):
                 f"{self.name}: skip={self.skip} is not a regular expression: {error}"
             ) from None
         return skipped or site.router or site.rows < ROW_TILE
+
+
+def check_activations(reader: str, activations: str) -> None:
+    """Raise PipelineError naming the pass `reader` unless kernels can read their inputs so."""
+    if activations not in ACTIVATIONS:
+        raise PipelineError(f"{reader}: activations={activations} is not one of {', '.join(ACTIVATIONS)}")
 
 
 def quantize_by_rows(weight: torch.Tensor, format: Format, layout: str = DEFAULT) -> Packed:

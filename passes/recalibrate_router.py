@@ -31,6 +31,11 @@ class RecalibrateRouter(Pass):
     quantizer: str = "gptq"
     damping: float = 0.1
 
+    def check(self) -> None:
+        """Refuse damping that is none."""
+        if self.damping <= 0:
+            raise PipelineError(f"{self.name}: damping={self.damping:g} must be above 0")
+
     def run(self, mod: IRModule, ctx: PassContext) -> IRModule:
         """Needs a checkpoint, calibration text and a workspace; new weights go to the params of `ctx`."""
         from moqc.calibrate.quantize import quantize_experts
@@ -38,8 +43,6 @@ class RecalibrateRouter(Pass):
 
         checkpoint, calibration = ctx.need("checkpoint", self.name), ctx.need("calibration", self.name)
         workspace, params = ctx.need("workspace", self.name), ctx.need("params", self.name)
-        if self.damping <= 0:
-            raise PipelineError(f"{self.name}: damping={self.damping:g} must be above 0")
         routers = [site.site for site in find_linears(mod) if site.router]
         store = quantize_experts(
             checkpoint,

@@ -32,10 +32,13 @@ class ScoreExperts(Pass):
     writes: ClassVar[tuple[Key[Any], ...]] = (SCORES,)
     super_ratio: float = 50.0
 
-    def run(self, mod: IRModule, ctx: PassContext) -> IRModule:
-        """Reads annotations only."""
+    def check(self) -> None:
+        """Refuse a ratio that every expert would exceed."""
         if self.super_ratio <= 1:
             raise PipelineError(f"{self.name}: super_ratio={self.super_ratio:g} must be above 1")
+
+    def run(self, mod: IRModule, ctx: PassContext) -> IRModule:
+        """Reads annotations only."""
         costs, profile, channels = COSTS.of(mod), PROFILE.of(mod), CHANNELS.of(mod)
         found = {}
         for site in (one.site for one in find_experts(mod)):

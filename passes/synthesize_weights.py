@@ -14,7 +14,7 @@ from moqc.ir.annotations import BITS, LINEAR_BITS, PARAMS, Key
 from moqc.ir.sites import ExpertSite, find_experts
 from moqc.passes.base import Pass, PassContext
 from moqc.passes.quantize_experts import check_plan, mix_experts
-from moqc.passes.quantize_linears import QuantizeLinears, rewrite_linears
+from moqc.passes.quantize_linears import QuantizeLinears, check_activations, rewrite_linears
 from moqc.quant.formats import Format
 
 
@@ -35,13 +35,18 @@ class SynthesizeWeights(Pass):
     linears: str = "int8-g64-sym"
     activations: str = "int8"
 
+    def check(self) -> None:
+        """Refuse shares of formats and modes of activations that cannot be."""
+        parse_mix(self.experts)
+        check_activations(self.name, self.activations)
+
     def run(self, mod: IRModule, ctx: PassContext) -> IRModule:
         """Write the plans and rewrite main; draws with the seed of `ctx`."""
         sites = find_experts(mod)
         if not sites:
             raise PipelineError(f"{self.name}: the module has no R.moqc.experts left")
         mod = BITS.put(mod, random_plan(sites, parse_mix(self.experts), ctx.seed))
-        check_plan(mod, self.activations)
+        check_plan(mod)
         mod = mix_experts(mod, self.activations, ctx.layout)
         linears = QuantizeLinears(
             linears=self.linears, embeddings=self.linears, activations=self.activations

@@ -87,7 +87,8 @@ def measure_costs(
         source += ["rotated"] * rotate + ["held out"] * held_out
         keys = {fmt: digest("costs", VERSION, version, source, quantizer, str(fmt)) for fmt in formats}
         missing = [fmt for fmt in formats if not workspace.has(keys[fmt])]
-        slopes = None if gradients is None else gradients.sample(site)
+        needed = bool(missing) or not by_token  # what is cached by token has them in it
+        slopes = gradients.sample(site) if gradients is not None and needed else None
         if missing:
             weights, measured = model.experts(site), statistics.of(site)
             sample = _sample(measured, slopes if by_token else None, held_out)

@@ -182,6 +182,7 @@ def test_not_an_artifact(refused, tmp_path):
         ["--print-after", "a,,b"],
         ["--bits", "1.06", "--quantizer", "gptq", "--allocator", "global"],
         ["--override", "foo=3", "--quantizer", "gptq", "--allocator", "global"],
+        ["--prior", "2", "--quantizer", "gptq", "--allocator", "global"],
         ["--prune", "10%", "--prune-rule", "foo"],
         ["--prune", "10%", "--prune-rule", "odp-literal"],
     ],

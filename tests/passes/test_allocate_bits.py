@@ -343,4 +343,4 @@ def test_overrides_hold_what_they_name_to_their_bits():
 )
 def test_overrides_that_cannot_be(options, says):
     with pytest.raises(UserError, match=says):
-        AllocateBits(**{"bits": 3.0, **options}).run(annotated(), PassContext())
+        AllocateBits(**{"bits": 3.0, **options})(annotated(), PassContext())

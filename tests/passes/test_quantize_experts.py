@@ -203,21 +203,24 @@ def test_leaves_a_module_without_experts_alone(moe: IRModule, checkpoint, tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("plan", "activations", "message"),
+    ("plan", "message"),
     [
-        ({}, "int8", r"moqc\.bits has no entry for mlp\.experts"),
+        ({}, r"moqc\.bits has no entry for mlp\.experts"),
         (
             {SITE: {"up": ["int2-g64"] * 3, "down": ["int2-g64"] * 3}},
-            "int8",
             "its projections gate, up, down need 3 each",
         ),
-        ({SITE: PLAN[SITE] | {"up": ["int2-g64"]}}, "int8", "'up': 1.* need 3 each"),
-        (PLAN, "int4", "activations=int4 is not one of float, int8"),
+        ({SITE: PLAN[SITE] | {"up": ["int2-g64"]}}, "'up': 1.* need 3 each"),
     ],
 )
-def test_refuses_a_plan_that_does_not_fit(moe: IRModule, plan, activations: str, message: str) -> None:
+def test_refuses_a_plan_that_does_not_fit(moe: IRModule, plan, message: str) -> None:
     with pytest.raises(PipelineError, match=message):
-        check_plan(BITS.put(moe, plan), activations)
+        check_plan(BITS.put(moe, plan))
+
+
+def test_refuses_a_mode_of_activations_there_is_not() -> None:
+    with pytest.raises(PipelineError, match="activations=int4 is not one of float, int8"):
+        QuantizeExperts(activations="int4").check()
 
 
 def test_refuses_computed_weights(moe_text: str) -> None:
@@ -226,7 +229,7 @@ def test_refuses_computed_weights(moe_text: str) -> None:
     )
     text = text.replace("gate, up, down, down_bias,", "gate, twice, down, down_bias,", 1)
     with pytest.raises(PipelineError, match=r"mlp\.experts: up is computed, not a weight"):
-        check_plan(BITS.put(parse_module(text), PLAN), "int8")
+        check_plan(BITS.put(parse_module(text), PLAN))
 
 
 def test_refuses_a_provider_that_ignores_the_plan(moe: IRModule, checkpoint, tmp_path) -> None:
@@ -242,6 +245,6 @@ def test_needs_a_checkpoint(moe: IRModule) -> None:
         QuantizeExperts()(BITS.put(moe, PLAN), PassContext())
 
 
-def test_refuses_a_quantizer_that_only_simulates(moe: IRModule) -> None:
+def test_refuses_a_quantizer_that_only_simulates() -> None:
     with pytest.raises(PipelineError, match="quantizer=mcmoe is not one of rtn, hqq, awq, gptq"):
-        QuantizeExperts(quantizer="mcmoe").run(BITS.put(moe, PLAN), PassContext(*[object()] * 5))
+        QuantizeExperts(quantizer="mcmoe").check()
