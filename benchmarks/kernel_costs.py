@@ -4,8 +4,8 @@
     python benchmarks/kernel_costs.py x86-64-v4-amx
 
 Reads ``schedules/records/NAME.json`` and updates ``schedules/kernel_costs/NAME.json``: times of matrices
-without records stay as they are. MEASURED.json, a list of records of today's kernels, replaces those of the same
-kernels and formats first; records of whole layers stay, and decide.
+without records stay as they are. MEASURED.json, a list of records of today's kernels, replaces those of the
+same kernels and formats first; records of whole layers stay, and decide.
 """
 
 import json

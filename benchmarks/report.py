@@ -2,7 +2,7 @@
 
 FOLDER holds ``layers.json``, ``humming.json``, ``grouped_mm.json``, ``mlc.json``, ``ceilings.json`` and
 ``run.json`` (date, versions, commands) of one session on one machine. PAGE has a place for each table,
-between ``<!-- NAME -->`` and ``<!-- end -->``.
+between ``<!-- NAME -->`` and ``<!-- end -->``. Whole models are in ``h200-models.json`` beside RESULTS.
 """
 
 from __future__ import annotations
@@ -148,6 +148,30 @@ class Results:
         return table(["shape", "tokens", *cases], cells)
 
 
+def models(rows: Sequence[Row]) -> str:
+    """Whole models, beside transformers."""
+    heads = ["model", "tokens", "transformers bf16 tokens/s", "moqc tokens/s", "launches a step"]
+    heads += ["bytes a step", "of the bound"]
+    kinds = [(row["model"], "tokens" if "tokens" in row else "prefill") for row in rows]
+    peers = {
+        (*kind, row[kind[1]]): row["tokens_per_s"]
+        for kind, row in zip(kinds, rows, strict=True)
+        if row["provider"] != "moqc"
+    }
+    cells = []
+    for (model, kind), row in zip(kinds, rows, strict=True):
+        if row["provider"] != "moqc":
+            continue
+        peer, own = peers[model, kind, row[kind]], f"**{row['tokens_per_s']:.0f}**"
+        if kind == "prefill":
+            cells.append([model, f"prefill {row[kind]:,}", f"{peer:.0f}", own, "–", "–", "–"])
+            continue
+        step = f"{row['bytes'] / 1e9:.2f} GB", f"**{row['graph_ms'] / row['bound_ms']:.2f}**"
+        shown = f"{peer:.3g}" if peer < 100 else f"{peer:.0f}"
+        cells.append([model, row[kind], shown, own, row["launches"], *step])
+    return table(heads, cells)
+
+
 def fill(page: str, name: str, text: str) -> str:
     """`page` with `text` in the place called `name`."""
     begin, mark, rest = page.partition(f"<!-- {name} -->")
@@ -165,7 +189,8 @@ def main() -> None:
     results, text = Results(rows, read["ceilings"]), page.read_text()
     for name in ("layers", "goals", "mixed", "formats"):
         text = fill(text, name, getattr(results, name)())
-    page.write_text(text)
+    whole = json.loads((out.parent / "h200-models.json").read_text())
+    page.write_text(fill(text, "models", models(whole["rows"])))
 
 
 if __name__ == "__main__":
