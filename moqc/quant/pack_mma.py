@@ -17,6 +17,11 @@ meet the activations of others: of the columns above, number ``r = 32 * half + 8
 ``4 * g + q`` is pair ``p = q + 4 * (r % 4)`` of product ``n = r // 4``; row ``g + 8 * row`` of it is bit
 ``16 * row + 2 * (p % 8) + n // 2 % 2`` of word ``n // 4`` of lane ``4 * g + 2 * (n % 2) + p // 8``.
 
+Trellis formats store planes (`moqc.quant.trellis`): of each 64 columns a lane has one word with the bits
+``u`` and, above one bit, one with each bit of ``high``. From them, and the bits ``u`` of the lanes that hold
+the rows before, the kernels make the values, in fields of `field_bits` where an integer format of that width
+has its codes: bit ``b`` of a plane is for field ``b // width`` of word ``b % width``.
+
 Rows are padded to 16 and columns to 256 with scale 0 and code 0.
 """
 
@@ -31,6 +36,7 @@ import numpy.typing as npt
 import torch
 
 from moqc.errors import UserError
+from moqc.quant import trellis
 from moqc.quant.formats import BITS, Format
 from moqc.quant.pack import from_upper_bytes, upper_bytes
 from moqc.quant.tensor import Quantized
@@ -70,7 +76,7 @@ def packed_shapes(format: Format, rows: int, columns: int) -> tuple[tuple[int, .
 
     Raises UserError for a format that has no kernel in this layout.
     """
-    if format.trellis or format.simulated:
+    if format.simulated:
         raise UserError(f"the layout {LAYOUT} has no format {format}: choose an int format of {BITS} bits")
     tiles, units = -(-rows // ROWS), -(-columns // COLUMNS)
     return (tiles, units, format.bits, 512), (tiles, units, 8, COLUMNS // format.group, 2)
@@ -79,8 +85,9 @@ def packed_shapes(format: Format, rows: int, columns: int) -> tuple[tuple[int, .
 def pack_units(quantized: Quantized) -> PackedUnits:
     """Pack matrices of any leading shape; `unpack_units` is the exact inverse."""
     fmt, zeros, scales = quantized.format, quantized.zeros, quantized.scales.cpu().numpy()
+    codes = trellis.encode(quantized.codes) if fmt.trellis else quantized.codes
     return PackedUnits(
-        codes=_pack_codes(quantized.codes.cpu().numpy(), fmt.bits),
+        codes=_pack_codes(codes.cpu().numpy(), fmt),
         scales=_pack_groups(upper_bytes(scales) if fmt.byte_scales else scales, fmt.group),
         zeros=None if zeros is None else _pack_groups(zeros.cpu().numpy(), fmt.group),
     )
@@ -90,17 +97,30 @@ def unpack_units(packed: PackedUnits, format: Format, rows: int, columns: int) -
     """Recover the ``[..., rows, columns]`` matrices that `pack_units` was given."""
     groups, zeros = format.groups(columns), packed.zeros
     scales = _unpack_groups(packed.scales, rows, groups)
-    codes = _unpack_codes(packed.codes, format.bits)[..., :rows, :columns]
+    codes = torch.from_numpy(_unpack_codes(packed.codes, format))
+    if format.trellis:
+        codes = trellis.decode(codes)
     return Quantized(
         format=format,
-        codes=torch.from_numpy(np.ascontiguousarray(codes)),
+        codes=codes[..., :rows, :columns].contiguous(),
         scales=torch.from_numpy(from_upper_bytes(scales) if format.byte_scales else scales),
         zeros=None if zeros is None else torch.from_numpy(_unpack_groups(zeros, rows, groups)),
     )
 
 
-def fields(bits: int, lane: int, half: int, pair: int, row: int, h: int) -> list[Field]:
+def field_bits(format: Format) -> int:
+    """Width of the fields in which the kernels have a format's values."""
+    return 1 << (format.values[-1].bit_length() - 1).bit_length() if format.trellis else format.bits
+
+
+def fields(format: Format, lane: int, half: int, pair: int, row: int, h: int) -> list[Field]:
     """Where a code is: of `lane` of four, `pair` (0..15) of a half unit, row half `row`, parity `h`."""
+    bits = format.bits
+    if format.trellis:
+        width = field_bits(format)
+        each, first = 8 // width, (2 * half + pair // 8) * bits
+        shift = 16 * h + 8 * row + width * (pair % each) + pair % 8 // each
+        return [(lane, first + bit, shift, 1, bit) for bit in range(bits)]
     if bits == 1:
         number = 32 * half + 2 * pair + h
         step, place = number // 4, lane + 4 * (number % 4)
@@ -118,20 +138,21 @@ def fields(bits: int, lane: int, half: int, pair: int, row: int, h: int) -> list
     return [(lane, first + bit, 16 * h + 15, 1, bit) for bit in range(3)]
 
 
-def _placements(bits: int) -> list[tuple[tuple[int, ...], Field]]:
+def _placements(format: Format) -> list[tuple[tuple[int, ...], Field]]:
     """Every (lane, half, pair, row half, parity) with its fields."""
     positions = product(range(4), range(2), range(16), range(2), range(2))
-    return [(position, field) for position in positions for field in fields(bits, *position)]
+    return [(position, field) for position in positions for field in fields(format, *position)]
 
 
-def _pack_codes(codes: Bytes, bits: int) -> Bytes:
+def _pack_codes(codes: Bytes, format: Format) -> Bytes:
+    bits = format.bits
     *lead, rows, columns = codes.shape
     padded = np.pad(codes, [(0, 0)] * len(lead) + [(0, -rows % ROWS), (0, -columns % COLUMNS)])
     tiles, units = padded.shape[-2] // ROWS, padded.shape[-1] // COLUMNS
     # tile, row half, g, unit, half, v, q, j, h
     split = padded.reshape(-1, tiles, 2, 8, units, 2, 4, 4, 4, 2)
     words = np.zeros((split.shape[0], tiles, units, 8, 4, 4 * bits), np.uint32)
-    for (q, half, pair, row, h), (lane, word, shift, width, low) in _placements(bits):
+    for (q, half, pair, row, h), (lane, word, shift, width, low) in _placements(format):
         code = split[:, :, row, :, :, half, pair // 4, q, pair % 4, h].swapaxes(2, 3)
         field = (code >> np.uint8(low)) & np.uint8((1 << width) - 1)
         words[..., lane, word] |= field.astype(np.uint32) << np.uint32(shift)
@@ -139,12 +160,13 @@ def _pack_codes(codes: Bytes, bits: int) -> Bytes:
     return np.ascontiguousarray(lanes).view(np.uint8).reshape(*lead, tiles, units, bits, 512)
 
 
-def _unpack_codes(packed: Bytes, bits: int) -> Bytes:
+def _unpack_codes(packed: Bytes, format: Format) -> Bytes:
+    bits = format.bits
     *lead, tiles, units, _, _ = packed.shape
     lanes = np.ascontiguousarray(packed).view(np.uint32).reshape(-1, tiles, units, bits, 32, 4)
     words = np.ascontiguousarray(lanes.swapaxes(-3, -2)).reshape(-1, tiles, units, 8, 4, 4 * bits)
     split = np.zeros((words.shape[0], tiles, 2, 8, units, 2, 4, 4, 4, 2), np.uint8)
-    for (q, half, pair, row, h), (lane, word, shift, width, low) in _placements(bits):
+    for (q, half, pair, row, h), (lane, word, shift, width, low) in _placements(format):
         field = (words[..., lane, word] >> np.uint32(shift)) & np.uint32((1 << width) - 1)
         code = field.astype(np.uint8) << np.uint8(low)
         split[:, :, row, :, :, half, pair // 4, q, pair % 4, h] |= code.swapaxes(2, 3)

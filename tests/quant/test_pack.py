@@ -3,10 +3,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from random_codes import random_codes
 
 from moqc.errors import InternalError
-from moqc.quant import grid, trellis
-from moqc.quant.formats import ALL_FORMATS, BITS, ROW_TILE, Format
+from moqc.quant import grid
+from moqc.quant.formats import ALL_FORMATS, BITS, Format
 from moqc.quant.pack import FIELDS, LINE, pack, unpack
 from moqc.quant.tensor import Quantized
 
@@ -14,11 +15,7 @@ from moqc.quant.tensor import Quantized
 def random_quantized(fmt: Format, shape: tuple[int, ...], seed: int) -> Quantized:
     generator = torch.Generator().manual_seed(seed)
     groups = (*shape[:-1], fmt.groups(shape[-1]))
-    codes = torch.randint(0, fmt.levels, shape, generator=generator, dtype=torch.uint8)
-    if fmt.trellis:
-        padded = (*shape[:-2], -(-shape[-2] // ROW_TILE) * ROW_TILE, shape[-1])
-        stored = torch.randint(0, 1 << fmt.bits, padded, generator=generator, dtype=torch.uint8)
-        codes = trellis.decode(stored)[..., : shape[-2], :].contiguous()
+    codes = random_codes(fmt, shape, generator)
     scales = torch.randn(groups, generator=generator).half()
     if fmt.byte_scales:
         scales = grid.rounded(scales.float().abs(), scales, fmt).scale.half()

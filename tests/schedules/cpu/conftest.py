@@ -12,10 +12,11 @@ import pytest
 import qemu_board
 import torch
 import tvm
+from random_codes import random_codes
 from tvm import relax
 
-from moqc.quant import grid, trellis
-from moqc.quant.formats import ROW_TILE, Format
+from moqc.quant import grid
+from moqc.quant.formats import Format
 from moqc.quant.pack import pack
 from moqc.quant.tensor import Quantized
 from moqc.targets import Target, find_target, missing_features
@@ -27,11 +28,7 @@ Lower = Callable[[relax.BlockBuilder, relax.Call, Target], relax.Expr]
 def _random_quantized(generator: torch.Generator, fmt: Format, *shape: int) -> Quantized:
     """Matrices with random codes, scales and zeros (not the rounding of any weights)."""
     groups = (*shape[:-1], fmt.groups(shape[-1]))
-    codes = torch.randint(0, fmt.levels, shape, generator=generator, dtype=torch.uint8)
-    if fmt.trellis:
-        padded = (*shape[:-2], -(-shape[-2] // ROW_TILE) * ROW_TILE, shape[-1])
-        stored = torch.randint(0, 1 << fmt.bits, padded, generator=generator, dtype=torch.uint8)
-        codes = trellis.decode(stored)[..., : shape[-2], :].contiguous()
+    codes = random_codes(fmt, shape, generator)
     scales = torch.rand(groups, generator=generator) * 0.02 + 0.001
     scales = grid.rounded(scales, scales, fmt).scale.half()
     zeros = None
