@@ -30,6 +30,10 @@ CASES: dict[str, tuple[tuple[str, ...], ...]] = {
     "w1-asym": (("int1-g128",),) * 3,
     "w4-s8": (("int4-g128-sym-s8",),) * 3,
     "w2-g64-s8": (("int2-g64-sym-s8",),) * 3,
+    # Trellis codes.
+    "w1-tcq": (("tcq1-g128",),) * 3,
+    "w2-tcq": (("tcq2-g128",),) * 3,
+    "w3-tcq": (("tcq3-g128",),) * 3,
     # Every projection in classes of its own, as that allocator emits them.
     "mixed-global": (
         ("int3-g128-sym-s8", "int2-g128-sym-s8", "int1-g128-sym-s8", "int2-g128-sym-s8"),

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from workload import Shape
 
+from moqc.quant import trellis
 from moqc.quant.formats import Format
 from moqc.quant.pack import BYTE_SCALE_SHIFT
 from moqc.quant.pack_mma import COLUMNS, PackedUnits, fields, packed_shapes, unpack_units
@@ -18,10 +19,10 @@ PROJECTIONS = ("gate", "up", "down")
 
 
 @cache
-def _places(bits: int) -> list[tuple[torch.Tensor, ...]]:
+def _places(format: Format) -> list[tuple[torch.Tensor, ...]]:
     """Word of a row's lanes, shift, mask and lowest bit of each code of a unit's row pair; up to 3 parts."""
-    positions = product(range(4), range(2), range(16), range(2), range(2))
-    found = [fields(bits, *position) for position in positions]
+    positions, bits = product(range(4), range(2), range(16), range(2), range(2)), format.bits
+    found = [fields(format, *position) for position in positions]
     parts = []
     for number in range(max(map(len, found))):
         chosen = [each[number] if number < len(each) else (0, 0, 0, 0, 0) for each in found]
@@ -46,7 +47,9 @@ class Class:
         codes_shape, groups_shape = packed_shapes(fmt, rows, columns)
         codes = torch.randint(0, 256, (count, *codes_shape), dtype=torch.uint8, device="cuda")
         # The same size of weights at every width.
-        scales = ((torch.rand(count, *groups_shape, device="cuda") * 0.02 + 0.005) * (8 / fmt.levels)).half()
+        scales = (
+            (torch.rand(count, *groups_shape, device="cuda") * 0.02 + 0.005) * (8 / (fmt.values[-1] + 1))
+        ).half()
         if fmt.byte_scales:
             scales = (scales.view(torch.int16) >> BYTE_SCALE_SHIFT).to(torch.uint8)
         zeros = None
@@ -75,11 +78,13 @@ class Class:
         lanes = self.codes[index].view(torch.int32).view(tiles, units, fmt.bits, 32, 4)
         words = lanes.transpose(2, 3).reshape(tiles, units, 8, 4 * 4 * fmt.bits)
         codes: torch.Tensor | int = 0
-        for word, shift, mask, low in _places(fmt.bits):
+        for word, shift, mask, low in _places(fmt):
             codes = codes + ((words[..., word] >> shift & mask) << low)
         # lane, half, v, j, row half, h -> row half, g, unit, half, v, lane, j, h
         split = codes.view(tiles, units, 8, 4, 2, 4, 4, 2, 2).permute(0, 7, 2, 1, 4, 5, 3, 6, 8)
-        rows = split.reshape(16 * tiles, units * COLUMNS).float()
+        rows = split.reshape(16 * tiles, units * COLUMNS)
+        if fmt.trellis:
+            rows = torch.tensor(fmt.values, device="cuda")[trellis.decode(rows).long()]
 
         def by_row(values: torch.Tensor) -> torch.Tensor:
             rows = values[index].permute(0, 4, 2, 1, 3).reshape(16 * tiles, -1)
@@ -89,7 +94,7 @@ class Class:
         scales = self.scales
         if fmt.byte_scales:
             scales = (scales.to(torch.int16) << BYTE_SCALE_SHIFT).view(torch.float16)
-        return (rows - zero) * by_row(scales)
+        return (rows.float() - zero) * by_row(scales)
 
 
 @dataclass

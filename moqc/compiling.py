@@ -179,7 +179,6 @@ def _passes(options: CompileOptions, machine: Target, context: int) -> Pipeline:
         activations=activations,
         context=context,
         kv_cache=machine.kv_cache(options.kv_cache, activations),
-        layout=machine.layout,
         rotate=machine.rotates,
         narrow=machine.launched,
     )

@@ -18,7 +18,6 @@ from moqc.passes.measure_costs import FORMATS
 from moqc.passes.pipeline import Pipeline
 from moqc.quant.allocators.table import find_allocator
 from moqc.quant.formats import Format
-from moqc.quant.layouts import DEFAULT as DEFAULT_LAYOUT
 from moqc.quant.overrides import Override
 from moqc.quant.quantizers import STORABLE
 from moqc.recipe import PRIOR, Recipe
@@ -138,24 +137,21 @@ def check_bits(bits: float) -> None:
 
 
 def candidate_formats(
-    bits: float,
-    layout: str = DEFAULT_LAYOUT,
-    quantizer: str = DEFAULT_QUANTIZER,
-    chosen: str = DEFAULT_CANDIDATES,
+    bits: float, quantizer: str = DEFAULT_QUANTIZER, chosen: str = DEFAULT_CANDIDATES
 ) -> tuple[str, ...]:
     """Formats that an allocation for a budget of `bits` chooses from: those `chosen`.
 
     `chosen` is a name of `CANDIDATES`, or formats separated by commas. Raises UserError for an unknown one,
-    and for trellises where the kernels of `layout` cannot read them or `quantizer` cannot round to them.
+    and for trellises where `quantizer` cannot round to them.
     """
     if chosen == DEFAULT_CANDIDATES and quantizer == "hqq":
         chosen = "asymmetric"  # zero points are what it chooses
     formats = CANDIDATES.get(chosen) or tuple(str(Format.parse(name.strip())) for name in chosen.split(","))
     trellis = any(Format.parse(name).trellis for name in formats)
-    if trellis and not (layout == DEFAULT_LAYOUT and quantizer in TRELLIS_QUANTIZERS):
+    if trellis and quantizer not in TRELLIS_QUANTIZERS:
         raise UserError(
-            f"formats {chosen!r}: trellises need a CPU target and one of the quantizers "
-            f"{', '.join(TRELLIS_QUANTIZERS)}; use integer formats"
+            f"formats {chosen!r}: trellises need one of the quantizers {', '.join(TRELLIS_QUANTIZERS)}; "
+            "use integer formats"
         )
     return formats if bits <= WIDEST_BITS or chosen not in CANDIDATES else (*formats, WIDE)
 
@@ -164,7 +160,6 @@ def allocation_pipeline(
     plan: Plan,
     bits: float,
     *,
-    layout: str = DEFAULT_LAYOUT,
     model_bits: float | None = None,
     formats: str = DEFAULT_CANDIDATES,
     prior: float = PRIOR,
@@ -182,7 +177,7 @@ def allocation_pipeline(
     quantizer = plan.quantizer if plan.quantizer in STORABLE else DEFAULT_QUANTIZER
     analyses = ANALYSES.get(plan.allocator, (*ANALYSES["pmq"], *ANALYSES["global"]))
     budget = bits if model_bits is None else model_bits
-    candidates = candidate_formats(budget, layout, plan.quantizer, plan.formats or formats)
+    candidates = candidate_formats(budget, plan.quantizer, plan.formats or formats)
     if WIDE not in candidates and any(8 in override.bits for override in overrides):
         candidates = (*candidates, WIDE)
     names = "+".join(candidates)
@@ -211,16 +206,14 @@ def default_pipeline(
     activations: str,
     context: int,
     kv_cache: str = "float32",
-    layout: str = DEFAULT_LAYOUT,
     rotate: bool = True,
     narrow: bool = False,
 ) -> Pipeline:
     """All passes of `moqc compile`, from the imported module to one that can be built.
 
     `activations` is "int8" or "float" and `context` a number of tokens: what the recipe's are on the target
-    and model at hand, `kv_cache` the dtype of caches. `layout` is the target's, `rotate` whether its kernels
-    can rotate the inputs of down, `narrow` whether its integers have 32 bits. Raises UserError for a choice
-    that cannot be.
+    and model at hand, `kv_cache` the dtype of caches. `rotate`: the target's kernels can rotate the inputs of
+    down; `narrow`: its integers have 32 bits. Raises UserError for a choice that cannot be.
     """
     plan = Plan.parse(f"{recipe.allocator}:{recipe.quantizer}")
     if plan.quantizer == "mcmoe":
@@ -238,7 +231,6 @@ def default_pipeline(
     allocation = allocation_pipeline(
         plan,
         recipe.bits,
-        layout=layout,
         model_bits=recipe.model_bits,
         formats=recipe.formats,
         prior=recipe.prior,

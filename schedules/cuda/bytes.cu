@@ -49,7 +49,7 @@ template <int BITS> __device__ __forceinline__ void byte_codes(word& first, word
 
 // The 256 activations of a warp's unit.
 template <class F> struct ByteActivations {
-  using B = Bytes<F::BITS>;
+  using B = Bytes<F::CODE_BITS>;
   word b[32];              // operand B of product m of 64 columns c: 8 c + 2 m and the next
   float start;             // what the last set's accumulators start from
   float zeros[F::GROUPS];  // of a group's activations, times the zero point and added to `start`, or times its step; 0 but in one column of a row half
@@ -82,7 +82,7 @@ template <class F> struct ByteActivations {
         pairs[i / 4] = __byte_perm(first, second, 0x5410);
       }
       char* const place = scratch + plane * 256 + lane / 4 * 8;
-      if (F::BITS == 1) {   // a lane's codes are those of pair lane % 4 of four lanes' columns
+      if (F::CODE_BITS == 1) {   // a lane's codes are those of pair lane % 4 of four lanes' columns
 #pragma unroll
         for (int pair = 0; pair < 4; ++pair) *(unsigned short*)(place + pair * 64 + lane % 4 * 2) = (unsigned short)(pairs[pair / 2] >> (16 * (pair % 2)));
       } else {
@@ -107,13 +107,13 @@ template <class F> struct ByteActivations {
       each[4 * i] = four.x, each[4 * i + 1] = four.y, each[4 * i + 2] = four.z, each[4 * i + 3] = four.w;
     }
     // Where the bytes of a word's pair go, by kind and the pair's place: those of a row half.
-    constexpr word PLACES = F::BITS == 1 ? 0x4410 : 0x4140, OTHERS = F::BITS == 1 ? 0x1044 : 0x1404, NEXT = F::BITS == 1 ? 0x0022 : 0x0202;
-    const word lower = row ? OTHERS : PLACES, upper = lower + (row ? NEXT << (F::BITS == 1 ? 8 : 4) : NEXT);
+    constexpr word PLACES = F::CODE_BITS == 1 ? 0x4410 : 0x4140, OTHERS = F::CODE_BITS == 1 ? 0x1044 : 0x1404, NEXT = F::CODE_BITS == 1 ? 0x0022 : 0x0202;
+    const word lower = row ? OTHERS : PLACES, upper = lower + (row ? NEXT << (F::CODE_BITS == 1 ? 8 : 4) : NEXT);
 #pragma unroll
     for (int i = 0; i < 32; ++i) {
       const int block = i / 8, m = i / 2 % 4, e = i % 2;
-      const word pair = F::BITS == 1 ? each[4 * block + 2 * e + m / 2] : each[4 * block + m];
-      b[i] = __byte_perm(pair, 0, kind != e ? 0x4444 : (F::BITS == 1 ? m % 2 : e) ? upper : lower);
+      const word pair = F::CODE_BITS == 1 ? each[4 * block + 2 * e + m / 2] : each[4 * block + m];
+      b[i] = __byte_perm(pair, 0, kind != e ? 0x4444 : (F::CODE_BITS == 1 ? m % 2 : e) ? upper : lower);
     }
   }
 };
@@ -121,8 +121,9 @@ template <class F> struct ByteActivations {
 // acc = two units times the activations: of each row tile, row halves 0 and 1.
 template <class F>
 __device__ __forceinline__ void dot_bytes(float (&acc)[4], const ByteActivations<F>& x, const word* const (&codes)[2], const word* const (&scales)[2], const word* const (&zeros)[2]) {
-  using B = Bytes<F::BITS>;
+  using B = Bytes<F::CODE_BITS>;
   constexpr int BLOCKS = F::GROUP / 64;
+  Quarter<F> quarters[2];
 #pragma unroll
   for (int group = 0; group < F::GROUPS; ++group) {
     int c[B::SETS][4];
@@ -133,8 +134,8 @@ __device__ __forceinline__ void dot_bytes(float (&acc)[4], const ByteActivations
 #pragma unroll
       for (int m = 0; m < 4; ++m) {
         word a[4];
-        byte_codes<F::BITS>(a[0], a[2], codes[0] + F::BITS * block, m);
-        byte_codes<F::BITS>(a[1], a[3], codes[1] + F::BITS * block, m);
+        byte_codes<F::CODE_BITS>(a[0], a[2], quarters[0].of(codes[0], block, m == 0), m);
+        byte_codes<F::CODE_BITS>(a[1], a[3], quarters[1].of(codes[1], block, m == 0), m);
         mma_bytes(c[B::set(m)], a, x.b[8 * block + 2 * m], x.b[8 * block + 2 * m + 1]);
       }
 #pragma unroll

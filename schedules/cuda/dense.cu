@@ -178,6 +178,20 @@ template <int BITS> __device__ __forceinline__ int code_at(const word* unit, int
   for (int bit = 0; bit < 3; ++bit) code |= (read(lane, start + bit) >> (16 * h + 15) & 1) << bit;
   return code;
 }
+// The same of a trellis format: the value.
+template <int BITS> __device__ __forceinline__ int value_at(const word* unit, int row, int k) {
+  constexpr int FIELD = 1 << BITS, EACH = 8 / FIELD;
+  const int q = k / 8 % 4, pair = k / 32 % 2 * 4 + k / 2 % 4, shift = 16 * (k % 2) + FIELD * (pair % EACH) + pair / EACH;
+  const auto bit = [&](int plane, int row) {
+    const int lane = 4 * (row % 8) + q, at = k / 64 * BITS + plane;
+    return unit[at / 4 * 128 + lane * 4 + at % 4] >> (shift + row / 8 * 8) & 1;
+  };
+  word planes[FIELD], value = 0;
+  value_planes<BITS>(planes, BITS == 3 ? bit(2, row) : 0, BITS >= 2 ? bit(1, row) : 0, bit(0, row) ^ bit(0, (row + 14) % 16), bit(0, (row + 15) % 16));
+#pragma unroll
+  for (int i = 0; i < FIELD; ++i) value |= (planes[i] & 1) << i;
+  return value;
+}
 
 // y[token] = row ids[token] of a packed table [rows][K]; a block a token.
 template <int K, class F, class Id>
@@ -189,7 +203,10 @@ __device__ __forceinline__ void embedding(const void* ids, int rows, const void*
   const int row = id % ROWS;
   for (int k = threadIdx.x; k < K; k += blockDim.x) {
     const long long unit = tile * UNITS + k / COLUMNS;
-    const int code = code_at<F::BITS>((const word*)codes + unit * (F::BITS * 128), row, k % COLUMNS);
+    const word* stored = (const word*)codes + unit * (F::BITS * 128);
+    int code;
+    if constexpr (F::TRELLIS) code = value_at<F::BITS>(stored, row, k % COLUMNS);
+    else code = code_at<F::BITS>(stored, row, k % COLUMNS);
     const long long group = ((unit * 8 + row % 8) * F::GROUPS + k % COLUMNS / F::GROUP) * 2 + row / 8;
     const float zero = F::SYMMETRIC ? F::ZERO : F::ZERO_STEP * ((const unsigned char*)zeros)[group];
     const unsigned short stored = F::BYTES ? ((const unsigned char*)scales)[group] << 7 : ((const unsigned short*)scales)[group];

@@ -17,8 +17,6 @@
 
 namespace moqc {
 
-using word = unsigned int;
-
 constexpr int ROWS = 16, COLUMNS = 256;   // of a unit
 constexpr float SCALE = 1048576.0f;       // 2^20: what prepare() leaves in every product
 constexpr float LIMIT = 4094.0f;          // of activations: 16 times it is the largest fp16
@@ -27,20 +25,22 @@ __host__ __device__ constexpr int largest(int a) { return a; }
 template <class... Rest> __host__ __device__ constexpr int largest(int a, int b, Rest... rest) { return largest(a > b ? a : b, rest...); }
 
 // ---------------------------------------------------------------------------------------------- formats
-template <int BITS_, int GROUP_, bool SYMMETRIC_, bool BYTES_> struct Format {   // BYTES: scales are the upper bytes of fp16
+// BYTES: scales are the upper bytes of fp16. TRELLIS: see trellis.cu; BITS are stored of a weight, CODE_BITS multiplied with.
+template <int BITS_, int GROUP_, bool SYMMETRIC_, bool BYTES_, bool TRELLIS_ = false> struct Format {
   static constexpr int BITS = BITS_, GROUP = GROUP_, GROUPS = COLUMNS / GROUP_;   // GROUPS: in a unit
-  static constexpr bool SYMMETRIC = SYMMETRIC_, BYTES = BYTES_;
-  static constexpr int ID = ((BITS * 256 + GROUP) * 2 + SYMMETRIC) * 2 + BYTES, SCALE = BYTES ? 1 : 2;   // SCALE: bytes of one
-  static constexpr float ZERO = BITS <= 2 || BYTES ? ((1 << BITS) - 1) * 0.5f : (1 << BITS) * 0.5f;
+  static constexpr bool SYMMETRIC = SYMMETRIC_, BYTES = BYTES_, TRELLIS = TRELLIS_;
+  static constexpr int CODE_BITS = TRELLIS ? 1 << BITS : BITS;
+  static constexpr int ID = (((TRELLIS * 16 + BITS) * 256 + GROUP) * 2 + SYMMETRIC) * 2 + BYTES, SCALE = BYTES ? 1 : 2;   // SCALE: bytes of one
+  static constexpr float ZERO = TRELLIS ? trellis_value(BITS, (2 << BITS) - 1) * 0.5f : BITS <= 2 || BYTES ? ((1 << BITS) - 1) * 0.5f : (1 << BITS) * 0.5f;
   static constexpr float ZERO_STEP = ((1 << BITS) - 1) / 255.0f;
 };
 
 // The formats of one projection's classes, in the order of its tensors; or of a whole kernel, each once.
 template <class... Fs> struct Formats {
   static constexpr int COUNT = sizeof...(Fs);
-  static constexpr int BITS = largest(0, Fs::BITS...), GROUPS = largest(0, Fs::GROUPS...);
+  static constexpr int BITS = largest(0, Fs::BITS...), CODE_BITS = largest(0, Fs::CODE_BITS...), GROUPS = largest(0, Fs::GROUPS...);
   static constexpr bool HAS_ZEROS = (!Fs::SYMMETRIC || ...);
-  static constexpr int X = ((Fs::BITS == 1) || ...) ? 64 : 32;   // registers of activations
+  static constexpr int X = ((Fs::CODE_BITS == 1) || ...) ? 64 : 32;   // registers of activations
   static constexpr int CODES = BITS * 512, SCALES = GROUPS * 128, ZEROS = HAS_ZEROS ? GROUPS * 64 : 0;
   static constexpr int SLOT = CODES + SCALES + ZEROS;   // bytes of a unit in the ring, scales as each lane wants them
 };
@@ -147,7 +147,7 @@ template <int BITS> __host__ __device__ constexpr int position(int i) {
   return BITS == 8 ? 0 : BITS == 3 ? ((i & 7) >= 6 ? 6 : 3 * (i & 1)) : BITS * (i % (8 / BITS));
 }
 
-// Operand A of step s (0..7) of a half unit: rows g and g + 8, x registers 2s and 2s + 1.
+// Operand A of step s (0..7) of a half unit, or of its first quarter: rows g and g + 8, x registers 2s and 2s + 1.
 template <int BITS> __device__ __forceinline__ void fragment(word (&a)[4], const word* w, int s) {
   if (BITS == 8) {
     const word mask = 0x00ff00ffu, p = w[2 * s], q = w[2 * s + 1];
@@ -171,7 +171,7 @@ template <int BITS> __device__ __forceinline__ void fragment(word (&a)[4], const
   }
 }
 
-// c += step s (0..15) of a unit: 16 of its columns, which x has (4 registers for one bit, else 2). For one bit, a word of codes is the metadata of four steps: its even
+// c += step s of a unit, or of that quarter of it whose codes w has: 16 of its columns, which x has (4 registers for one bit, else 2). For one bit, a word of codes is the metadata of four steps: its even
 // bits of two, its odd bits of two, each from another two lanes of four; bit 1 of a field says which of two it picks.
 template <int BITS> __device__ __forceinline__ void step(float (&c)[4], const word* w, const word* x, int s) {
   if constexpr (BITS == 1) {
@@ -190,7 +190,7 @@ template <int BITS> __device__ __forceinline__ void step(float (&c)[4], const wo
 // by the zero byte.
 template <class F> __device__ __forceinline__ void prepare(word* x, float* sums) {
   word ones[4];   // one-bit codes that are all 1
-  if constexpr (F::BITS == 1) {
+  if constexpr (F::CODE_BITS == 1) {
 #pragma unroll
     for (int i = 31; i >= 0; --i) {
       const word pair = x[i];
@@ -201,7 +201,7 @@ template <class F> __device__ __forceinline__ void prepare(word* x, float* sums)
   } else {
 #pragma unroll
     for (int i = 0; i < 32; ++i) {
-      const word half_bits = (15 + 4 - position<F::BITS>(i % 16)) << 10, pair = half_bits | (half_bits << 16);
+      const word half_bits = (15 + 4 - position<F::CODE_BITS>(i % 16)) << 10, pair = half_bits | (half_bits << 16);
       const __half2 product = __hmul2(*(__half2*)&x[i], *(const __half2*)&pair);
       x[i] = *(const word*)&product;
     }
@@ -212,10 +212,10 @@ template <class F> __device__ __forceinline__ void prepare(word* x, float* sums)
     float c[4] = {0.0f, 0.0f, 0.0f, 0.0f};
 #pragma unroll
     for (int s = group * STEPS; s < (group + 1) * STEPS; ++s) {
-      if constexpr (F::BITS == 1) {
+      if constexpr (F::CODE_BITS == 1) {
         step<1>(c, ones, x + 4 * s, s);
       } else {
-        const word p = 0x00010001u << position<F::BITS>(2 * s % 16), q = 0x00010001u << position<F::BITS>((2 * s + 1) % 16);
+        const word p = 0x00010001u << position<F::CODE_BITS>(2 * s % 16), q = 0x00010001u << position<F::CODE_BITS>((2 * s + 1) % 16);
         const word a[4] = {p, p, q, q};
         mma(c, a, x[2 * s], x[2 * s + 1]);
       }
@@ -241,6 +241,7 @@ template <class F> __device__ __forceinline__ __half2 scale_of(const word* scale
 template <class F>
 __device__ __forceinline__ void dot(float (&acc)[4], const word* w, const word* x, const float* sums, const word* scales, const word* zeros) {
   constexpr int STEPS = F::GROUP / 16;
+  Quarter<F> quarter;
   acc[0] = acc[1] = acc[2] = acc[3] = 0.0f;
 #pragma unroll
   for (int group = 0; group < F::GROUPS; ++group) {
@@ -250,7 +251,8 @@ __device__ __forceinline__ void dot(float (&acc)[4], const word* w, const word* 
       c[0] *= z0, c[1] *= z0, c[2] *= z8, c[3] *= z8;
     }
 #pragma unroll
-    for (int s = group * STEPS; s < (group + 1) * STEPS; ++s) step<F::BITS>(c, w, x + (F::BITS == 1 ? 4 : 2) * s, s);
+    for (int s = group * STEPS; s < (group + 1) * STEPS; ++s)
+      step<F::CODE_BITS>(c, quarter.of(w, s / 4, s % 4 == 0), x + (F::CODE_BITS == 1 ? 4 : 2) * s, s % 4);
     const float2 scale = __half22float2(scale_of<F>(scales, group));
     acc[0] = fmaf(scale.x, c[0], acc[0]), acc[1] = fmaf(scale.x, c[1], acc[1]);
     acc[2] = fmaf(scale.y, c[2], acc[2]), acc[3] = fmaf(scale.y, c[3], acc[3]);

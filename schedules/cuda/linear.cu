@@ -74,7 +74,7 @@ template <int K> __device__ __forceinline__ void to_half(const float* x, void* h
   if (threadIdx.x == 0) ((float*)factors)[blockIdx.x] = __uint_as_float((127 + shift) << 23);
 }
 
-// fp16 weights of step s (0..7) of a half unit, rows g and g + 8: (code - zero) * scale. The codes lie `position` bits up;
+// fp16 weights of step s (0..7) of a half unit, or of its first quarter, rows g and g + 8: (code - zero) * scale. The codes lie `position` bits up;
 // 1024 + code << position is an fp16 with the code in its fraction.
 template <int BITS>
 __device__ __forceinline__ void weights(word (&a)[4], const word* w, int s, const __half2 (&scale)[2], const __half2 (&offset)[2]) {
@@ -96,6 +96,7 @@ constexpr int STAGED_PITCH = COLUMNS + 8;
 template <class F, int COLUMN_TILES>
 __device__ __forceinline__ void multiply_staged(float (&acc)[COLUMN_TILES][4], const word* codes, const word* scales, const word* zeros, const __half* x, int lane) {
   Raw<Formats<F>> raw;   // of one bit
+  Quarter<F> quarter;
 #pragma unroll
   for (int pair = 0; pair < 8; ++pair) {   // two steps: 32 columns
     const int group = 32 * pair / F::GROUP;
@@ -109,7 +110,7 @@ __device__ __forceinline__ void multiply_staged(float (&acc)[COLUMN_TILES][4], c
     }
 #pragma unroll
     for (int i = 0; i < 2; ++i) by.offset[i] = __float2half2_rn(-zero[i] * __low2float(by.scale[i]));
-    if constexpr (F::BITS == 1) {   // the codes that a lane multiplies are in the four lanes of its row
+    if constexpr (F::CODE_BITS == 1) {   // the codes that a lane multiplies are in the four lanes of its row
       if (pair % 2 == 0) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
@@ -121,8 +122,8 @@ __device__ __forceinline__ void multiply_staged(float (&acc)[COLUMN_TILES][4], c
     word a[2][4];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      if constexpr (F::BITS == 1) weights_of<F, Formats<F>>(a[i], raw, by, 0x64006400u, pair % 2 * 2 + i);
-      else weights<F::BITS>(a[i], codes + pair / 4 * (2 * F::BITS), (2 * pair + i) % 8, by.scale, by.offset);
+      if constexpr (F::CODE_BITS == 1) weights_of<F, Formats<F>>(a[i], raw, by, 0x64006400u, pair % 2 * 2 + i);
+      else weights<F::CODE_BITS>(a[i], quarter.of(codes, pair / 2, pair % 2 == 0 && i == 0), pair % 2 * 2 + i, by.scale, by.offset);
     }
 #pragma unroll
     for (int n = 0; n < COLUMN_TILES; ++n) {

@@ -31,8 +31,8 @@ class ExpertsShape(ExpertsLayer):
 
     def __post_init__(self) -> None:
         for fmt in (*self.gate, *self.up, *self.down):
-            if fmt.trellis or fmt.simulated:
-                raise UserError(f"format {fmt}: the CUDA kernels have int formats of 1, 2, 3, 4, 8 bits")
+            if fmt.simulated:
+                raise UserError(f"format {fmt}: no CUDA kernel reads {fmt.bits} bits")
         if self.hidden % 8 or self.intermediate % 8:
             raise UserError(
                 f"experts of {self.hidden} x {self.intermediate}: the CUDA kernels want multiples of 8"

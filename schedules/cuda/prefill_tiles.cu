@@ -9,14 +9,21 @@ constexpr int MULTIPLIERS = 8;      // warps; of four more, one copies activatio
 constexpr int WEIGHT_COPIERS = 3;   // and three weights
 
 // ---------------------------------------------------------------------------------------------- decoding
-// A lane's codes of 64 columns of a row tile as they are stored; of one bit, word i has the pairs of columns i and i + 4, row g
+// A lane's codes of 64 columns of a row tile as they are stored, or a trellis' values; of one bit, word i has the pairs of columns i and i + 4, row g
 // in its lower bytes. And the scales (row g, row g + 8) of the two halves, and their zeros.
 template <class All> struct Raw {
-  word codes[All::BITS == 8 ? 8 : 4], scales[All::GROUPS == 8 ? 2 : 1], zeros[All::GROUPS == 8 ? 2 : 1];
+  word codes[All::CODE_BITS == 8 ? 8 : 4], scales[All::GROUPS == 8 ? 2 : 1], zeros[All::GROUPS == 8 ? 2 : 1];
 };
 template <class F, class All> __device__ __forceinline__ void load_raw(Raw<All>& raw, const char* tile, int quarter, int lane) {
   const char *scales = tile + All::BITS * 512, *zeros = scales + All::GROUPS * 32;
-  if constexpr (F::BITS == 8) {
+  if constexpr (F::TRELLIS) {
+    word planes[F::BITS], fields[F::CODE_BITS];
+#pragma unroll
+    for (int i = 0; i < F::BITS; ++i) planes[i] = *(const word*)(tile + (F::BITS * quarter + i) / 4 * 512 + lane * 16 + (F::BITS * quarter + i) % 4 * 4);
+    trellis_fields<F::BITS>(fields, planes);
+#pragma unroll
+    for (int i = 0; i < F::CODE_BITS; ++i) raw.codes[i] = fields[i];
+  } else if constexpr (F::BITS == 8) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const uint4 w = *(const uint4*)(tile + (2 * quarter + i) * 512 + lane * 16);
@@ -81,8 +88,8 @@ template <class F, class All> __device__ __forceinline__ void weights_of(word (&
 #pragma unroll
   for (int i = 0; i < 4; ++i) {   // row i % 2 of pair i / 2
     word code;
-    asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(code) : "r"(word_of<F::BITS>(raw.codes, step, i)), "r"(masked_by<F::BITS>(step, i)), "r"(magic));
-    const int at = F::BITS == 1 ? step / 2 : position<F::BITS>(2 * step + i / 2);
+    asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(code) : "r"(word_of<F::CODE_BITS>(raw.codes, step, i)), "r"(masked_by<F::CODE_BITS>(step, i)), "r"(magic));
+    const int at = F::CODE_BITS == 1 ? step / 2 : position<F::CODE_BITS>(2 * step + i / 2);
     const word down = ((15 - at) << 10) * 0x00010001u, less = (0x8000u | ((25 - at) << 10)) * 0x00010001u;   // 2^-at, -1024 * 2^-at
     const __half2 exact = __hfma2(*(const __half2*)&code, *(const __half2*)&down, *(const __half2*)&less);
     const __half2 weight = __hfma2(exact, by.scale[i % 2], by.offset[i % 2]);

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from moqc.errors import InternalError
 from moqc.quant.formats import Format
-from moqc.quant.pack_mma import COLUMNS, ROWS
+from moqc.quant.pack_mma import COLUMNS, ROWS, field_bits
 from moqc.schedules.cuda.plan import COLUMN_TOKENS
 
 
@@ -63,7 +63,7 @@ class RowsPlan:
 
 def rows_bytes(plan: RowsPlan, projections: int, formats: Sequence[Format]) -> int:
     """Shared memory of a block: the tokens' factors, results that meet there, and the activations."""
-    wide = any(fmt.bits == 1 for fmt in formats)
+    wide = any(field_bits(fmt) == 1 for fmt in formats)
     unit = (64 if wide else 32) * 128 + max(COLUMNS // fmt.group for fmt in formats) * 32
     kinds = 2 if projections == 2 and len(set(formats)) > 1 else 1  # gate's and up's format may differ
     results = projections * plan.pairs * plan.split * 2 * ROWS * plan.tokens * 4 if plan.slots == 1 else 0

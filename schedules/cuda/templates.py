@@ -13,6 +13,7 @@ from moqc.schedules.cuda.plan import COLUMN_TOKENS, SHARED_BYTES, ExpertsShape, 
 from moqc.schedules.cuda.rows import RowsPlan, rows_bytes
 
 SOURCES = (
+    "trellis.cu",
     "device.cu",
     "bytes.cu",
     "stream.cu",
@@ -49,6 +50,7 @@ def block_bytes(plan: AnyPlan, projections: int, formats: Sequence[Format]) -> i
 def format_of(format: Format) -> str:
     """The C++ type of a format."""
     flags = f"{str(format.symmetric).lower()}, {str(format.byte_scales).lower()}"
+    flags += ", true" if format.trellis else ""
     return f"moqc::Format<{format.bits}, {format.group}, {flags}>"
 
 

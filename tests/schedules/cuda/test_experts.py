@@ -11,6 +11,7 @@ import pytest
 import torch
 import tvm
 import tvm_ffi
+from random_codes import random_codes
 
 from moqc.errors import InternalError
 from moqc.quant import reference
@@ -130,16 +131,18 @@ LAYERS = {
         _plans(3, 4, "r2", "s4", items=8),
     ),
 } | {
-    f"int{bits}{suffix}": Layer(
+    name: Layer(
         512,
         512,
-        {name: (f"int{bits}{suffix}",) for name in ("gate", "up", "down")},
+        {projection: (name,) for projection in ("gate", "up", "down")},
         "silu_glu",
         _plans(2, 4, "r4", "r2", items=4),
         _plans(4, 2, "r2", "r1", items=2),
     )
-    for bits in (1, 2, 3, 4, 8)
-    for suffix in ("-g128-sym", "-g64")
+    for name in (
+        *(f"int{bits}{suffix}" for bits in (1, 2, 3, 4, 8) for suffix in ("-g128-sym", "-g64")),
+        *("tcq1-g128", "tcq2-g64", "tcq3-g128"),
+    )
 }
 LAYERS["bytes"] = Layer(
     264,
@@ -154,6 +157,20 @@ LAYERS["bytes"] = Layer(
     _plans(4, 1, "r1", "s2"),
 )
 """Byte scales beside float16 ones."""
+LAYERS["trellis"] = Layer(
+    264,
+    136,
+    {
+        "gate": ("tcq2-g128", "tcq3-g32", "int4-g128-s8"),
+        "up": ("int1-g64", "tcq1-g64"),
+        "down": ("tcq3-g64", "int4-g128-s8", "tcq2-g32"),
+    },
+    "silu_glu",
+    _plans(2, 3, "r2", "s2", items=3),
+    _plans(4, 1, "r1", "s2"),
+    biases=("up_bias",),
+)
+"""Trellis formats beside integers, of all groups."""
 CALLS: dict[str, list[list[int]]] = {
     # Name -> ids; 1 token goes through the kernels for 1, more through those for 8.
     "one": [[4, 1]],
@@ -210,8 +227,8 @@ def operands(
 
 def _random(fmt: Format, shape: tuple[int, ...], generator: torch.Generator) -> Quantized:
     groups = (*shape[:-1], fmt.groups(shape[-1]))
-    codes = torch.randint(0, fmt.levels, shape, generator=generator, dtype=torch.uint8)
-    scales = ((torch.rand(groups, generator=generator) - 0.2) * (0.2 / fmt.levels)).half()
+    codes = random_codes(fmt, shape, generator)
+    scales = ((torch.rand(groups, generator=generator) - 0.2) * (0.2 / (fmt.values[-1] + 1))).half()
     if fmt.byte_scales:
         scales = rounded(scales.abs().float(), torch.zeros(groups), fmt).scale.half()
     zeros = None if fmt.symmetric else torch.randint(0, 256, groups, generator=generator, dtype=torch.uint8)

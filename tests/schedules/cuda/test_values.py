@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import tvm_ffi
+from random_codes import random_codes
 
 from moqc.quant.formats import Format
 from moqc.quant.grid import rounded
@@ -19,7 +20,17 @@ from moqc.schedules.cuda.linear import LinearShape, linear_function, workspace_b
 from moqc.schedules.cuda.prune import prune_function
 from moqc.schedules.pruning import PruneShape
 
-FORMATS = ("int1-g64", "int1-g128-sym-s8", "int2-g128", "int3-g32-s8", "int4-g64-sym-s8", "int8-g64-sym")
+FORMATS = (
+    "int1-g64",
+    "int1-g128-sym-s8",
+    "int2-g128",
+    "int3-g32-s8",
+    "int4-g64-sym-s8",
+    "int8-g64-sym",
+    "tcq1-g128",
+    "tcq2-g32",
+    "tcq3-g64",
+)
 ROWS, COLUMNS = 104, 520
 TOKENS = (1, 3, 8, 9, 70)
 STRENGTH = torch.tensor([0.5, 2.0, 1.0, 0.0, 1.5, 0.7, 1.1])
@@ -96,7 +107,7 @@ def differing_pairs(function: Callable[[str], Any]) -> dict[str, float]:
 
 def random_matrix(fmt: Format, generator: torch.Generator) -> Quantized:
     groups = (ROWS, fmt.groups(COLUMNS))
-    codes = torch.randint(0, fmt.levels, (ROWS, COLUMNS), generator=generator, dtype=torch.uint8)
+    codes = random_codes(fmt, (ROWS, COLUMNS), generator)
     scales = ((torch.rand(groups, generator=generator) + 0.1) / fmt.levels).half()
     if fmt.byte_scales:
         scales = rounded(scales.float(), torch.zeros(groups), fmt).scale.half()
