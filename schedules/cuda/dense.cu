@@ -203,10 +203,10 @@ __device__ __forceinline__ void embedding(const void* ids, int rows, const void*
   const int row = id % ROWS;
   for (int k = threadIdx.x; k < K; k += blockDim.x) {
     const long long unit = tile * UNITS + k / COLUMNS;
-    const word* stored = (const word*)codes + unit * (F::BITS * 128);
+    const word* words = (const word*)codes + unit * (F::BITS * 128);
     int code;
-    if constexpr (F::TRELLIS) code = value_at<F::BITS>(stored, row, k % COLUMNS);
-    else code = code_at<F::BITS>(stored, row, k % COLUMNS);
+    if constexpr (F::TRELLIS) code = value_at<F::BITS>(words, row, k % COLUMNS);
+    else code = code_at<F::BITS>(words, row, k % COLUMNS);
     const long long group = ((unit * 8 + row % 8) * F::GROUPS + k % COLUMNS / F::GROUP) * 2 + row / 8;
     const float zero = F::SYMMETRIC ? F::ZERO : F::ZERO_STEP * ((const unsigned char*)zeros)[group];
     const unsigned short stored = F::BYTES ? ((const unsigned char*)scales)[group] << 7 : ((const unsigned short*)scales)[group];

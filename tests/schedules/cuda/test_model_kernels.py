@@ -28,6 +28,7 @@ def test_builds_without_a_gpu(tmp_path):
         LinearShape(Format.parse("int8-g64-sym"), 100, 264, 2, bias=True),
         LinearShape(Format.parse("int3-g64"), 48, 264, 2),
         LinearShape(Format.parse("int1-g128-s8"), 48, 264, 2),
+        LinearShape(Format.parse("tcq3-g32"), 48, 264, 2),
     ]
     shape = AttentionShape(8, 2, 64, 32, 0.2, window=70, softcap=5.0, sinks=True, normed=True, rotary=64)
     functions = {
@@ -36,6 +37,7 @@ def test_builds_without_a_gpu(tmp_path):
         "norm": rms_norm_function(200, 1e-6, weighted=True, lead=2, added=True),
         "top": top_k_function(60, 4, "int64", lead=1, softmax=True, normalize=True),
         "rows": embedding_function(Format.parse("int8-g64-sym"), 264, dtype="int64", lead=2),
+        "values": embedding_function(Format.parse("tcq2-g64"), 264, dtype="int64", lead=2),
     }
     target = find_target("cuda")
     prepare(target.architectures)
@@ -52,8 +54,8 @@ def test_builds_without_a_gpu(tmp_path):
 def test_refuses_what_it_has_no_kernels_for():
     with pytest.raises(UserError, match="columns in eights"):
         LinearShape(Format(4), 64, 100, 1)
-    with pytest.raises(UserError, match="no format tcq2-g64"):
-        linear_function([LinearShape(Format.parse("tcq2-g64"), 64, 128, 1)])
+    with pytest.raises(UserError, match="no format int6-g64"):
+        linear_function([LinearShape(Format(6, 64), 64, 128, 1)])
     with pytest.raises(UserError, match="multiples of 16 up to 256"):
         AttentionShape(4, 4, 40, 64, 0.1)
 
