@@ -1,7 +1,7 @@
 """Count the instructions a weight takes in the inner loop of aarch64's decoding, from the disassembly.
 
 ``python benchmarks/aarch64_instructions.py`` writes benchmarks/results/aarch64-instructions.json. The loop is
-the one over groups in `moqc.schedules.cpu.tiles.row_product`: 16 rows of a packed matrix times one token of
+the one over groups in `moqc.schedules.cpu.tiles.row_products`: 16 rows of a packed matrix times one token of
 int8 activations, everything included that is done in it (loads, unpacking, scales, prefetches, the loop).
 It needs `aarch64-linux-gnu-objdump` (package binutils-aarch64-linux-gnu), no ARM machine.
 """
@@ -23,7 +23,7 @@ from moqc.quant.formats import ALL_FORMATS, ROW_TILE, Format
 from moqc.schedules.cpu.emit import kernel, load, loop, store, symbol
 from moqc.schedules.cpu.families import FAMILIES
 from moqc.schedules.cpu.plan import RowsPlan
-from moqc.schedules.cpu.tiles import Activations, Weights, row_product
+from moqc.schedules.cpu.tiles import Activations, Weights, row_products
 from moqc.targets import Target, find_target
 
 GROUPS = 8
@@ -72,7 +72,7 @@ def disassemble(target: Target, fmt: Format) -> list[tuple[int, str, str]]:
         weights = Weights.declare(k, "", fmt, symbol("b"), columns)
         y = k.parameter("y", [symbol("b2"), ROW_TILE], "float32")
         with loop(0, y.shape[0]) as block:
-            totals = row_product(family, weights.block(0, block), x, block, RowsPlan())
+            (totals,) = row_products(family, weights.block(0, block), x, [block], RowsPlan())
             for half, total in enumerate(totals):
                 value = load(total, [0], f"float32x{family.lanes}")
                 store(y, [block, half * family.lanes], value)

@@ -26,7 +26,7 @@ from moqc.quant.formats import Format
 from moqc.quant.overrides import Override, matches
 from moqc.recipe import Recipe
 from moqc.schedules.plan_records import read
-from moqc.targets import Target
+from moqc.targets import Target, find_target
 
 _FLOAT_BYTES = 4
 
@@ -34,9 +34,13 @@ _FLOAT_BYTES = 4
 def check_kernels(target: Target, recipe: Recipe) -> None:
     """Raise TargetError for candidates, passes or records of `recipe` that `target` has no kernels for."""
     if target.records is not None:
-        if target.schedules != "cpu":
-            raise TargetError(f"records {target.records}: of CPU kernels; target {target.name} has none")
-        read(Path(target.records))
+        if target.schedules not in ("cpu", "cuda"):
+            raise TargetError(
+                f"records {target.records}: the kernels of {target.name} have no plans; leave it out"
+            )
+        found = read(Path(target.records)).target
+        if found is not None and find_target(found).schedules != target.schedules:
+            raise TargetError(f"records {target.records}: of {found}; target {target.name} has other kernels")
     if not target.launched:
         return
     names = CANDIDATES.get(recipe.formats) or tuple(name.strip() for name in recipe.formats.split(","))

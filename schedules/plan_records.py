@@ -1,13 +1,13 @@
 """Plans that a search on a machine found to be faster than the rules', by target and shape.
 
-``schedules/records/NAME.json``, NAME a GPU architecture or a target, has the outcome of a search by
-`moqc tune`, or for GPUs by ``benchmarks/tune_plans.py``:
+``schedules/records/NAME.json``, NAME a GPU architecture or a target, has the outcome of searches by
+`moqc tune`:
 
-    {"schema": 1, "source": "machine, versions, date: command",
+    {"schema": 1, "source": "machine, versions: command", "target": "x86-64-v4-amx",
      "records": [{"kernel": "down", "tokens": 1, "experts": 128, "top_k": 8, "hidden": 2048,
                   "intermediate": 768, "bits": 4, "several": false, "zeros": true,
                   "format": "int4-g128", "plan": "t2a128u1", "microseconds": 60.1,
-                  "rule": "t8a64u1", "rule_microseconds": 68.2, "tried": 12}, ...]}
+                  "rule": "t8a64u1", "rule_microseconds": 68.2, "tried": 12, "date": "2026-11-22"}, ...]}
 
 `bits` is the width of the widest code, `several`: whether there are several formats, `zeros`: whether any is
 asymmetric; of formats that share all that, the last record decides. `rule` is the plan used without a record.
@@ -44,6 +44,8 @@ class Records:
     source: str
     rows: tuple[Mapping[str, Any], ...]
     plans: Mapping[Key, str]
+    target: str | None = None
+    """Whose plans they are; None in files that do not say."""
 
 
 def record_key(kernel: str, tokens: int, sizes: Sequence[int], formats: Sequence[Format]) -> Key:
@@ -69,7 +71,7 @@ def _read(path: Path, _changed: int) -> Records:
             raise TargetError(f"{path}: schema {content['schema']}, and this moqc reads {SCHEMA}")
         rows = tuple(content["records"])
         plans = {tuple(row[name] for name in KEY): str(row["plan"]) for row in rows}
-        return Records(str(content["source"]), rows, plans)
+        return Records(str(content["source"]), rows, plans, content.get("target"))
     except (KeyError, TypeError, ValueError) as error:
         raise TargetError(f"{path}: no records of plans ({type(error).__name__}: {error})") from error
 

@@ -69,6 +69,8 @@ def bench_kernels(
     Raises UserError for an unknown name or a bad number, TargetError when this machine cannot run the target.
     """
     machine, layer = find_target(target), find_shape(shape)
+    if machine.schedules != "cpu":
+        raise TargetError(f"{machine.name}: kernels are timed on CPUs; time a compiled model with `moqc bench`")
     missing = missing_features(machine)
     if missing:
         raise TargetError(

@@ -24,46 +24,25 @@ from moqc.quant.pack import BYTE_SCALE_SHIFT, Packed
 from moqc.targets import Target
 
 
-class Layer:
-    """The compiled experts block with sets of random weights; expert e takes class ``e mod classes``."""
+class RandomLayer:
+    """An experts block with random packed weights on `device`; expert e takes class ``e mod classes``.
 
-    def __init__(self, target: Target, shape: Shape, formats: Sequence[Format], cold_bytes: int) -> None:
+    `sets` have at least `cold_bytes` together, each a list of tensors in the order of `types`.
+    """
+
+    def __init__(
+        self, target: Target, shape: Shape, formats: Sequence[Format], cold_bytes: int, device: Any = None
+    ) -> None:
         self._random = np.random.default_rng(0)
         self.target, self.shape, self.formats, self._cold = target, shape, tuple(formats), cold_bytes > 0
-        types = self.types = self._operand_types()
-        self._run = self.compile(LOWERINGS[target.schedules].operators[ops.MIXED_EXPERTS])["block"]
-        first = self._weights(types)
+        self._device, self.types = device or tvm.cpu(), self._operand_types()
         self._bytes = [sum(fmt.stored_bits(*rc) for rc in self._extents()) / 8 for fmt in formats]
         total = sum(self._bytes[expert % len(formats)] for expert in range(shape.experts))
-        sets = max(1, -(-cold_bytes // int(total)))
-        self.sets = [first, *(self._weights(types) for _ in range(sets - 1))]
+        self.sets = [self._weights() for _ in range(max(1, -(-cold_bytes // int(total))))]
 
-    def compile(self, lower: Lowering) -> relax.VirtualMachine:
-        """The block, lowered so: a machine with the function ``block(x, ids, weights, *operands) -> y``."""
-        shape, tokens = self.shape, tirx.Var("t", "int64")
-        inputs = [
-            relax.Var("x", relax.TensorType([tokens, shape.hidden], "float32")),
-            relax.Var("ids", relax.TensorType([tokens, shape.top_k], "int64")),
-            relax.Var("weights", relax.TensorType([tokens, shape.top_k], "float32")),
-        ]
-        weights = [relax.Var(name.replace(".", "_"), ty) for name, ty in self.types.items()]
-        builder = relax.BlockBuilder()
-        with builder.function("block", [*inputs, *weights]):
-            with builder.dataflow():
-                call = ops.mixed_experts(
-                    *inputs,
-                    *weights,
-                    site="bench",
-                    activation=shape.activation,
-                    activations="int8",
-                    operands=mixed_operands(dict.fromkeys(ops.PROJECTIONS, self.formats), ()),
-                    classes=[f"{projection}:{fmt}" for projection in ops.PROJECTIONS for fmt in self.formats],
-                    intermediate=shape.intermediate,
-                )
-                result = builder.emit_output(lower(builder, builder.normalize(call), self.target))
-            builder.emit_func_output(result)
-        built = tvm.compile(builder.get(), tvm.target.Target(self.target.tvm))
-        return relax.VirtualMachine(built, tvm.cpu())
+    def put(self, array: NDArray[Any]) -> Any:
+        """A tensor on the device."""
+        return tvm.runtime.tensor(array, self._device)
 
     def inputs(self, tokens: int) -> tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.float32]]:
         """Random activations, ids of distinct experts, and their weights."""
@@ -89,7 +68,7 @@ class Layer:
                 torch.from_numpy(shares),
                 **matrices,
                 activation=self.shape.activation,
-                activations="int8",
+                activations=self.target.activations[0],
             )
         return total
 
@@ -101,19 +80,6 @@ class Layer:
         zeros = None if fmt.symmetric else operands[f"{prefix}zeros"][index : index + 1]
         packed = Packed(codes=codes, scales=scales, zeros=zeros)
         return find_layout(self.target.layout).unpack(packed, fmt, rows, columns).dequantize()
-
-    def timed(self, tokens: int) -> Callable[[], tuple[float, float]]:
-        """A function that makes the next of `calls`: its seconds, and the bytes of the experts it hits."""
-        x, _, shares = (tvm.runtime.tensor(each) for each in self.inputs(tokens))
-        calls = self.calls(tokens)
-
-        def run() -> tuple[float, float]:
-            ids, size, weights = next(calls)
-            start = time.perf_counter()
-            self._run(x, ids, shares, *weights)
-            return time.perf_counter() - start, size
-
-        return run
 
     def calls(self, tokens: int) -> Iterator[tuple[Any, float, list[Any]]]:
         """Routings with their bytes and the set of weights. Hot: the same routing over and over.
@@ -127,7 +93,7 @@ class Layer:
             for turn in range(turns):
                 ids = np.roll(order, -turn * shape.top_k, axis=1)[:, : shape.top_k]
                 size = sum(self._bytes[expert % classes] for expert in np.unique(ids))
-                routed = tvm.runtime.tensor(np.ascontiguousarray(ids))
+                routed = self.put(np.ascontiguousarray(ids))
                 for weights in self.sets:
                     yield routed, size, weights
 
@@ -142,13 +108,13 @@ class Layer:
         for projection, (rows, columns) in zip(ops.PROJECTIONS, self._extents(), strict=True):
             for number, fmt in enumerate(self.formats):
                 members = len(range(number, experts, count))
-                for part, ty in packed_types(fmt, rows, columns, (members,)).items():
+                for part, ty in packed_types(fmt, rows, columns, (members,), self.target.layout).items():
                     types[f"{projection}.{number}.{part}"] = ty
         return types
 
-    def _weights(self, types: dict[str, relax.TensorType]) -> list[Any]:
+    def _weights(self) -> list[Any]:
         """Random operands of one layer."""
-        return [tvm.runtime.tensor(self._operand(name, ty)) for name, ty in types.items()]
+        return [self.put(self._operand(name, ty)) for name, ty in self.types.items()]
 
     def _operand(self, name: str, ty: relax.TensorType) -> NDArray[Any]:
         extents = [int(extent) for extent in ty.shape]
@@ -161,3 +127,54 @@ class Layer:
             upper = (scales.view(np.uint16) >> BYTE_SCALE_SHIFT).astype(np.uint8)
             return upper if str(ty.dtype) == "uint8" else scales
         return np.frombuffer(self._random.bytes(int(np.prod(extents))), np.uint8).reshape(extents)
+
+
+class Layer(RandomLayer):
+    """The same compiled with its target's default plans, or recorded ones, for this machine's CPU."""
+
+    def __init__(self, target: Target, shape: Shape, formats: Sequence[Format], cold_bytes: int) -> None:
+        super().__init__(target, shape, formats, cold_bytes)
+        self._run = self.compile(LOWERINGS[target.schedules].operators[ops.MIXED_EXPERTS])["block"]
+
+    def compile(self, lower: Lowering) -> relax.VirtualMachine:
+        """The block, lowered so: a machine with the function ``block(x, ids, weights, *operands) -> y``."""
+        return relax.VirtualMachine(self.build(lower), tvm.cpu())
+
+    def build(self, lower: Lowering) -> Any:
+        """The library of that machine."""
+        shape, tokens = self.shape, tirx.Var("t", "int64")
+        inputs = [
+            relax.Var("x", relax.TensorType([tokens, shape.hidden], "float32")),
+            relax.Var("ids", relax.TensorType([tokens, shape.top_k], "int64")),
+            relax.Var("weights", relax.TensorType([tokens, shape.top_k], "float32")),
+        ]
+        weights = [relax.Var(name.replace(".", "_"), ty) for name, ty in self.types.items()]
+        builder = relax.BlockBuilder()
+        with builder.function("block", [*inputs, *weights]):
+            with builder.dataflow():
+                call = ops.mixed_experts(
+                    *inputs,
+                    *weights,
+                    site="bench",
+                    activation=shape.activation,
+                    activations=self.target.activations[0],
+                    operands=mixed_operands(dict.fromkeys(ops.PROJECTIONS, self.formats), ()),
+                    classes=[f"{projection}:{fmt}" for projection in ops.PROJECTIONS for fmt in self.formats],
+                    intermediate=shape.intermediate,
+                )
+                result = builder.emit_output(lower(builder, builder.normalize(call), self.target))
+            builder.emit_func_output(result)
+        return tvm.compile(builder.get(), tvm.target.Target(self.target.tvm))
+
+    def timed(self, tokens: int) -> Callable[[], tuple[float, float]]:
+        """A function that makes the next of `calls`: its seconds, and the bytes of the experts it hits."""
+        x, _, shares = (tvm.runtime.tensor(each) for each in self.inputs(tokens))
+        calls = self.calls(tokens)
+
+        def run() -> tuple[float, float]:
+            ids, size, weights = next(calls)
+            start = time.perf_counter()
+            self._run(x, ids, shares, *weights)
+            return time.perf_counter() - start, size
+
+        return run

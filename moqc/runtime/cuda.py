@@ -19,23 +19,30 @@ _RELAXED = 2
 """CU_STREAM_CAPTURE_MODE_RELAXED: TVM may allocate while a stream is captured."""
 
 
+def absent_gpu() -> str | None:
+    """Why there is no GPU here, or None where there is one."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return "there is no driver here (libcuda.so.1)"
+    count = ctypes.c_int(0)
+    if driver.cuInit(0) != 0 or driver.cuDeviceGetCount(ctypes.byref(count)) != 0 or count.value == 0:
+        return "the driver finds none here"
+    return None
+
+
 def load_cuda(tvm: ModuleType, architectures: Sequence[str]) -> Any:
     """TVM's device for the first GPU, after loading TVM's CUDA library.
 
     Raises TargetError when there is no driver, no GPU, or none that code for `architectures` runs on.
     """
     wanted = ", ".join(architectures)
-    try:
-        driver = ctypes.CDLL("libcuda.so.1")
-    except OSError as error:
+    if why := absent_gpu():
         raise TargetError(
-            f"this artifact runs on NVIDIA GPUs ({wanted}), and there is no driver here (libcuda.so.1): "
-            "install it, or compile for a CPU with --target native"
-        ) from error
+            f"this artifact runs on NVIDIA GPUs ({wanted}), and {why}: install its driver, or compile for a "
+            "CPU with --target native"
+        )
     _load_library(tvm)
-    count = ctypes.c_int(0)
-    if driver.cuInit(0) != 0 or driver.cuDeviceGetCount(ctypes.byref(count)) != 0 or count.value == 0:
-        raise TargetError(f"this artifact runs on NVIDIA GPUs ({wanted}), and the driver finds none here")
     device = tvm.runtime.device("cuda", 0)
     if not device.exist:
         raise TargetError("TVM finds no GPU although the driver has one; check CUDA_VISIBLE_DEVICES")

@@ -2,9 +2,9 @@
 
 Two ways, chosen at run time by the number of tokens:
 
-* few: codes are unpacked in registers for each token (`row_product`); memory is the limit.
-* `PANEL_TOKENS` or more, and always for float activations: the block is unpacked once into a panel that stays
-  in the cache, and multiplied with several tokens at a time. With AMX that is done in batches of columns.
+* few: codes are unpacked in registers for some tokens at a time (`row_products`); memory is the limit.
+* ``plans.several.least`` or more, and always for float activations: the block is unpacked once into a panel
+  that stays in the cache, and multiplied with several tokens at a time. With AMX in batches of columns.
 """
 
 from __future__ import annotations
@@ -22,9 +22,7 @@ from moqc.schedules.cpu.dot import DotFamily
 from moqc.schedules.cpu.emit import Index, bind, int64, load, loop, scratch, store, when
 from moqc.schedules.cpu.panel import Panel, fill_panel, panel_product
 from moqc.schedules.cpu.plan import Plans
-from moqc.schedules.cpu.tiles import Activations, Weights, row_product
-
-PANEL_TOKENS = 4
+from moqc.schedules.cpu.tiles import Activations, Weights, row_products
 
 Epilogue = Callable[[Any, int, list[Any]], None]
 """Called with (row of the activations, half of the block, one float32xL value a projection) to store them."""
@@ -76,7 +74,7 @@ class Product:
             with when(begin < end):
                 self._by_panel(begin, end)
             return
-        with T.If(end - begin < PANEL_TOKENS):
+        with T.If(end - begin < self.plans.several.least):
             with T.Then():
                 self._by_rows(begin, end)
             with T.Else():
@@ -86,21 +84,25 @@ class Product:
                     self._by_panel(begin, end)
 
     def _by_rows(self, begin: Any, end: Any) -> None:
+        _by_halves(begin, end, self.plans.several.rows, self._rows_products)
+
+    def _rows_products(self, row: Any, tokens: int) -> None:
+        """Multiply `tokens` rows from `row` on with every projection, and finish them."""
         family, x = self.family, self.x
         dtype = f"float32x{family.lanes}"
-        with loop(begin, end) as row:
-            results = [[scratch(family.lanes) for _ in range(family.halves)] for _ in self.choices]
-            for choice, result in zip(self.choices, results, strict=True):
+        places = [(m, half) for m in range(tokens) for half in range(family.halves)]
+        results = [{place: scratch(family.lanes) for place in places} for _ in self.choices]
+        for choice, result in zip(self.choices, results, strict=True):
 
-                def product(weights: Weights, choice: Choice = choice, result: list[Any] = result) -> None:
-                    block = weights.block(choice.index, self.row_block)
-                    totals = row_product(family, block, x, row, self.plans.few)
-                    for total, target in zip(totals, result, strict=True):
-                        store(target, [0], load(total, [0], dtype))
+            def product(weights: Weights, choice: Choice = choice, result: dict[Any, Any] = result) -> None:
+                block = weights.block(choice.index, self.row_block)
+                totals = row_products(family, block, x, [row + m for m in range(tokens)], self.plans.few)
+                for (m, half), target in result.items():
+                    store(target, [0], load(totals[m][half], [0], dtype))
 
-                choice.switch(product)
-            for half in range(family.halves):
-                self.epilogue(row, half, [bind(load(result[half], [0], dtype)) for result in results])
+            choice.switch(product)
+        for m, half in places:
+            self.epilogue(row + m, half, [bind(load(result[m, half], [0], dtype)) for result in results])
 
     @property
     def _wide(self) -> bool:
@@ -123,11 +125,7 @@ class Product:
         panel, tile = self._panel(), self.family.token_tile
         for slot in range(len(self.choices)):
             self._fill(panel, slot, 0)
-        whole = bind(T.truncdiv(end - begin, tile))
-        with loop(0, whole) as step:
-            self._panel_tokens(panel, begin + step * tile, tile)
-        with loop(begin + whole * tile, end) as row:
-            self._panel_tokens(panel, row, 1)
+        _by_halves(begin, end, tile, lambda row, tokens: self._panel_tokens(panel, row, tokens))
 
     def _panel_tokens(self, panel: Panel, row: Any, tokens: int) -> None:
         """Multiply `tokens` rows from `row` on with every slot of the panel, and finish them."""
@@ -171,6 +169,15 @@ class Product:
                     values = [bind(products.result(slot, tile, m)) for slot in range(count)]
                     self.epilogue(row + first + m, 0, values)
         products.release()
+
+
+def _by_halves(begin: Any, end: Any, most: int, multiply: Callable[[Any, int], None]) -> None:
+    """Emit ``multiply(row, tokens)`` for `most` rows at a time, then for half as many, down to one."""
+    while most:
+        whole = bind(begin + T.truncdiv(end - begin, int64(most)) * most)
+        with loop(0, T.truncdiv(whole - begin, int64(most))) as step:
+            multiply(bind(begin + step * most), most)
+        begin, most = whole, most // 2
 
 
 def load_rows(family: DotFamily, vector: Any, lead: Sequence[Index], row: Any, rows: int) -> Any:

@@ -16,7 +16,7 @@ from tvm.tirx.script import builder as T
 
 from moqc.quant.formats import COLUMN_TILE, ROW_TILE, Format
 from moqc.schedules.activations import activation_expr
-from moqc.schedules.cpu.blocks import PANEL_TOKENS, Choice, Product, load_rows, start_products, store_rows
+from moqc.schedules.cpu.blocks import Choice, Product, load_rows, start_products, store_rows
 from moqc.schedules.cpu.dot import DotFamily
 from moqc.schedules.cpu.emit import (
     Kernel,
@@ -167,7 +167,7 @@ class _Chunks:
     """
 
     def __init__(self, blocks: int, hit: Any, pairs: Any, plans: Plans, parts: Any = 1) -> None:
-        several = pairs >= hit * PANEL_TOKENS
+        several = pairs >= hit * plans.several.least
         a_thread = tirx.if_then_else(several, int64(plans.many.tasks), int64(plans.few.tasks))
         tasks = bind(a_thread * int64(T.call_packed("runtime.NumThreads")))
         wanted = bind(tirx.max(T.truncdiv(parts * blocks + (tasks - 1), tasks), int64(1)))

@@ -48,6 +48,16 @@ class RowsPlan(Plan):
 
 
 @dataclass(frozen=True)
+class SeveralPlan(Plan):
+    """Some tokens an expert: codes are unpacked in registers for `rows` of them at a time, a power of 2, then
+    for half as many, down to one; from `least` tokens on a panel is unpacked for all.
+    """  # noqa: D205
+
+    rows: int = 4
+    least: int = 8
+
+
+@dataclass(frozen=True)
 class PanelPlan(Plan):
     """Many tokens: about `tasks` tasks a thread; with AMX, `batch` spans of columns are unpacked and
     multiplied with up to `many` tiles of 16 tokens, and codes are asked for `ahead` lines before.
@@ -60,7 +70,7 @@ class PanelPlan(Plan):
 
 
 KERNELS = ("gate_up", "down")
-TUNED = {"few": 1, "many": 512}
+TUNED = {"few": 1, "several": 32, "many": 512}
 """Part of `Plans` -> the number of tokens that it is searched for."""
 
 
@@ -69,6 +79,7 @@ class Plans:
     """The plans of one kernel, which serves any number of tokens; `recorded`: part -> where it was found."""
 
     few: RowsPlan = RowsPlan()
+    several: SeveralPlan = SeveralPlan()
     many: PanelPlan = PanelPlan()
     recorded: Mapping[str, str] = field(default_factory=dict)
 

@@ -11,12 +11,13 @@ import random
 from dataclasses import replace
 from typing import TypeVar
 
-from moqc.schedules.cpu.plan import PanelPlan, Plan, RowsPlan
+from moqc.schedules.cpu.plan import PanelPlan, Plan, RowsPlan, SeveralPlan
 
 P = TypeVar("P", bound=Plan)
 
 SPACE: dict[type[Plan], dict[str, tuple[int, ...]]] = {
     RowsPlan: {"tasks": (1, 2, 4, 8, 16, 32), "ahead": (16, 32, 64, 128, 256), "unroll": (1, 2, 4)},
+    SeveralPlan: {"rows": (1, 2, 4, 8), "least": (3, 4, 6, 8, 12, 16, 24)},
     PanelPlan: {
         "tasks": (1, 2, 4, 8, 16),
         "batch": (1, 2, 4, 8, 16),

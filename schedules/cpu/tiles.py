@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import operator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -202,11 +203,16 @@ class Activations:
         return load(self.sums, [row, _activation_group(group, per_group, tile)])
 
 
-def row_product(family: DotFamily, block: Block, x: Activations, row: Index, plan: RowsPlan) -> list[Any]:
-    """The product of `block` with int8 activations `row`: one scratch vector float32xL a half."""
+def row_products(
+    family: DotFamily, block: Block, x: Activations, rows: Sequence[Index], plan: RowsPlan
+) -> list[list[Any]]:
+    """The products of `block` with int8 activations `rows`, its codes unpacked once for all of them.
+
+    Scratch vectors float32xL by row, then half.
+    """
     lanes = family.lanes
-    totals = [scratch(lanes) for _ in range(family.halves)]
-    for total in totals:
+    totals = [[scratch(lanes) for _ in range(family.halves)] for _ in rows]
+    for total in [half for row in totals for half in row]:
         store(total, [0], splat(0, lanes))
     tiles, per_group = block.weights.tiles, block.weights.format.group // COLUMN_TILE
     whole, rest = divmod(tiles, per_group)
@@ -214,7 +220,7 @@ def row_product(family: DotFamily, block: Block, x: Activations, row: Index, pla
     turns, left = divmod(whole, unroll)
 
     def add(group: Any, count: int = per_group) -> None:
-        _add_group(family, block, x, row, group, count, totals, plan.ahead)
+        _add_group(family, block, x, rows, group, count, totals, plan.ahead)
 
     with loop(0, turns) as turn:
         for part in range(unroll):
@@ -230,51 +236,56 @@ def _add_group(
     family: DotFamily,
     block: Block,
     x: Activations,
-    row: Index,
+    rows: Sequence[Index],
     group: Any,
     tiles: int,
-    totals: list[Any],
+    totals: list[list[Any]],
     ahead: int,
 ) -> None:
     """Add the first `tiles` column tiles of a group to `totals`."""
     lanes, per_group = family.lanes, block.weights.format.group // COLUMN_TILE
-    sums: list[Any] = [None] * family.halves
-    correction: Any = None
+    sums: list[list[Any]] = [[None] * family.halves for _ in rows]
+    corrections: list[Any] = [None] * len(rows)
     block.prefetch_group(group)
     for first in range(0, tiles, ACTIVATION_TILES):
-        counts: list[Any] = [None] * family.halves
-        part = x.sum(row, group, per_group, first)
-        correction = part if correction is None else correction + part
+        counts: list[list[Any]] = [[None] * family.halves for _ in rows]
         for t in range(first, min(first + ACTIVATION_TILES, tiles)):
             tile = group * per_group + t
             block.prefetch(tile, ahead, near=False)
-            for half, product in enumerate(_tile_products(family, block, x, row, tile)):
-                counts[half] = product if counts[half] is None else counts[half] + product
-        step = broadcast(x.scale(row, group, per_group, first), lanes)
-        for half, count in enumerate(counts):
-            product = count.astype(f"float32x{lanes}") * step
-            sums[half] = bind(product if sums[half] is None else sums[half] + product)
-    correction = bind(correction)
-    for half, total in enumerate(totals):
+            _add_tile(family, block, x, rows, tile, counts)
+        for m, row in enumerate(rows):
+            part = x.sum(row, group, per_group, first)
+            corrections[m] = part if corrections[m] is None else corrections[m] + part
+            step = broadcast(x.scale(row, group, per_group, first), lanes)
+            for half, count in enumerate(counts[m]):
+                product, before = count.astype(f"float32x{lanes}") * step, sums[m][half]
+                sums[m][half] = bind(product if before is None else before + product)
+    for half in range(family.halves):
         zero = block.zero_point(group, half, lanes)
         if offset := family.offset(block.weights.format.wide):
             zero = zero - splat(offset, lanes)
-        shift = zero * broadcast(correction, lanes)
-        product = (sums[half] - shift) * block.scale(group, half, lanes)
-        store(total, [0], load(total, [0], f"float32x{lanes}") + product)
+        zero, scale = bind(zero), bind(block.scale(group, half, lanes))
+        for m in range(len(rows)):
+            shift = zero * broadcast(bind(corrections[m]), lanes)
+            product = (sums[m][half] - shift) * scale
+            total = totals[m][half]
+            store(total, [0], load(total, [0], f"float32x{lanes}") + product)
 
 
-def _tile_products(family: DotFamily, block: Block, x: Activations, row: Index, tile: Any) -> list[Any]:
-    """The int32xL sums of a column tile, one a half."""
+def _add_tile(
+    family: DotFamily, block: Block, x: Activations, rows: Sequence[Index], tile: Any, counts: list[list[Any]]
+) -> None:
+    """Add the int32xL sums of a column tile to `counts`, by row, then half."""
     lanes = family.lanes
-    xs = [bind(x.four(row, tile, v, lanes)) for v in range(FOURS)]
-    products = []
+    xs = [[bind(x.four(row, tile, v, lanes)) for v in range(FOURS)] for row in rows]
     for half in range(family.halves):
-        state = None
+        states: list[Any] = [None] * len(rows)
         for v, operand in enumerate(block.operands(tile, half, family)):
-            state = family.step(state, operand, xs[v], block.weights.format.wide)
-        products.append(bind(family.finish(state)))
-    return products
+            for m in range(len(rows)):
+                states[m] = family.step(states[m], operand, xs[m][v], block.weights.format.wide)
+        for state, count in zip(states, counts, strict=True):
+            product = bind(family.finish(state))
+            count[half] = product if count[half] is None else count[half] + product
 
 
 def _activation_group(group: Any, per_group: int, first: int) -> Any:

@@ -157,7 +157,8 @@ def gate_up_kernel(
 ) -> tirx.PrimFunc:
     """Build the first product with the activation function by itself.
 
-    Parameters of the PrimFunc: x `x_dtype` ``[T, H]`` (float16 or float32, read as float16), slots
+    Parameters of the PrimFunc: x `x_dtype` ``[T, H]`` (float16 or float32, read as float16; uint8: float16 as
+    `launch_route` leaves it, ``[T, 512 ceil(H / 256)]``, and then its factors float32 ``[T]``), slots
     `id_dtype` ``[S]``, shares float32 ``[S, plan.tokens]``, members int32 ``[S, 8]`` and hit int32 ``[1]``
     (not for 1 token), table int32 ``[3, E, 2]``, the classes of gate, then of up (codes, scales, zeros
     unless symmetric), the biases of gate and up if any, and the outputs hidden float16 ``[S, plan.tokens,
@@ -168,7 +169,11 @@ def gate_up_kernel(
     facts = {"plan": str(plan), "formats": [str(fmt) for fmt in distinct(shape.gate, shape.up)]}
     with kernel("gate_up", **facts) as k:
         tokens, slots = tirx.Var("t", "int64"), tirx.Var("s", "int64")
-        at = {"x": k.parameter("x", [tokens, shape.hidden], x_dtype)}
+        if x_dtype == "uint8":
+            at = {"x": k.parameter("x", [tokens, 2 * COLUMNS * -(-shape.hidden // COLUMNS)], x_dtype)}
+            at["factors"] = k.parameter("factors", [tokens], "float32")
+        else:
+            at = {"x": k.parameter("x", [tokens, shape.hidden], x_dtype)}
         at |= _declare_slots(k, shape, plan, slots, id_dtype)
         at |= declare_packed(k, shape, "gate", "up")
         at |= declare_biases(k, shape, at["table"], "gate_bias", "up_bias")

@@ -25,9 +25,10 @@ from moqc.schedules.cuda.grouped import LARGE, Tile, launch_grouped, launch_tile
 from moqc.schedules.cuda.grouped_mma import launch_tiled
 from moqc.schedules.cuda.ladder import Rung, ladder
 from moqc.schedules.cuda.plan import COLUMN_TOKENS, SHARED_BYTES, ExpertsShape
-from moqc.schedules.cuda.records import plans
+from moqc.schedules.cuda.records import load, plans
 from moqc.schedules.cuda.templates import BIASES, AnyPlan
 from moqc.schedules.cuda.workspace import ALIGNMENT, capacity_of, sections, workspace_bytes
+from moqc.schedules.plan_records import Records
 
 GROUPED_PAIRS = 12
 """Tokens an expert, on average, from which on the grouped product was faster on an H200."""
@@ -53,12 +54,14 @@ def experts_function(
     warp_groups: bool = True,
     shared: int = SHARED_BYTES,
     chosen: Mapping[str, AnyPlan] | None = None,
+    records: Sequence[Records] | None = None,
 ) -> tirx.PrimFunc:
     """Build the function of a layer; from `grouped` tokens on it uses the grouped product.
 
     That is the one of `warp_groups`, which needs sm_90, or the one without. `shared` is what a block may have
-    of shared memory. Plans found by search on an H200 (`records`) are used with warp groups only; those of
-    `chosen`, by name, before all others (above 8 tokens plans of a pair have tiles of as many slots).
+    of shared memory. Plans are those of `records`, by default an H200's with warp groups, and none without;
+    those of `chosen`, by name, come before all others (above 8 tokens plans of a pair have tiles of as many
+    slots).
 
     Its parameters: x `x_dtype` ``[T, H]`` (float16 or float32), ids `id_dtype` ``[T, top_k]`` (those out of
     range are dropped), weights float32 ``[T, top_k]``, table int32 ``[3, E, 2]`` (projection, expert ->
@@ -68,7 +71,9 @@ def experts_function(
     H]``; and the outputs workspace uint8 ``[workspace_bytes(shape, T)]`` and y float32 ``[T, H]``.
     """
     formats = {name: [str(fmt) for fmt in getattr(shape, name)] for name in ("gate", "up", "down")}
-    cut, recorded = plans(shape, shared, tuned=warp_groups)
+    if records is None:
+        records = [load()] if warp_groups else []
+    cut, recorded = plans(shape, shared, records)
     cut |= chosen or {}
     facts = {"plans": {name: str(plan) for name, plan in cut.items()}, "recorded": recorded}
     with kernel("experts", **formats, **facts) as k:

@@ -15,7 +15,7 @@ from tvm import relax, tirx
 from moqc.errors import TargetError
 from moqc.ir.ops import attributes, describe, operands
 from moqc.quant.formats import Format
-from moqc.schedules.cuda import attention, layer, linear
+from moqc.schedules.cuda import attention, layer, linear, records
 from moqc.schedules.cuda.dense import (
     dense_linear_function,
     embedding_function,
@@ -42,6 +42,7 @@ def lower_mixed_experts(bb: relax.BlockBuilder, call: relax.Call, target: Target
     x, shape = named["x"].ty, read_experts(call, ExpertsShape)
     options: dict[str, Any] = {"id_dtype": str(named["ids"].ty.dtype), "grouped": layer.grouped_from(shape)}
     options |= {"warp_groups": target.warp_groups, "shared": int(target.tvm["max_shared_memory_per_block"])}
+    options["records"] = records.sources(target)
     function = layer.experts_function(shape, x_dtype="float32", **options)
     size = workspace_bytes(shape, x.shape[0])
     return _with_workspace(bb, function, "experts", list(named.values()), size, x)

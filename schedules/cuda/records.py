@@ -1,10 +1,14 @@
-"""Which plan a kernel gets: that found by search on an H200 where there is a record, else the rules'.
+"""Which plan a kernel gets: that found by search where there is a record, else the rules'.
 
+The user's records come first (`Target.records`), then those of an H200, which are for sm_90 alone.
 Plans for more than 8 tokens come in pairs, of kernels whose warps own rows and whose tiles have as many slots
 (see `ladder`).
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
 
 from moqc.schedules.cuda.ladder import UPPER
 from moqc.schedules.cuda.plan import (
@@ -16,7 +20,8 @@ from moqc.schedules.cuda.plan import (
     many_down_plan,
 )
 from moqc.schedules.cuda.templates import AnyPlan, block_bytes, parse_plan
-from moqc.schedules.plan_records import Records, record_key, shipped
+from moqc.schedules.plan_records import Records, read, record_key, shipped
+from moqc.targets import Target
 
 ARCHITECTURE = "sm_90"
 TOKENS = (1, COLUMN_TOKENS, *UPPER)
@@ -24,37 +29,52 @@ TOKENS = (1, COLUMN_TOKENS, *UPPER)
 
 
 def load() -> Records:
-    """What ``benchmarks/tune_plans.py`` and ``benchmarks/layers.py`` found."""
+    """What searches on an H200 found."""
     found = shipped(ARCHITECTURE)
     assert found is not None, "a file of moqc's is missing"
     return found
 
 
-def find(kernel: str, shape: ExpertsShape, tokens: int) -> AnyPlan | None:
+def sources(target: Target) -> tuple[Records, ...]:
+    """The records that a target's plans are taken from, the first first."""
+    own = () if target.records is None else (read(Path(target.records)),)
+    return (*own, load()) if target.warp_groups else own
+
+
+def find(
+    kernel: str, shape: ExpertsShape, tokens: int, records: Records, shared: int = SHARED_BYTES
+) -> AnyPlan | None:
     """The plan found for ``gate_up`` or ``down`` at one of `TOKENS`, if it fits this layer's formats."""
     formats = shape.formats(kernel)
-    text = load().plans.get(record_key(kernel, tokens, shape.sizes, formats))
+    text = records.plans.get(record_key(kernel, tokens, shape.sizes, formats))
     if text is None or not shape.gate:
         return None
     found, projections = parse_plan(text), 2 if kernel == "gate_up" else 1
-    return found if block_bytes(found, projections, formats) <= SHARED_BYTES else None
+    return found if block_bytes(found, projections, formats) <= shared else None
 
 
-def _recorded(shape: ExpertsShape, tokens: int) -> dict[str, AnyPlan]:
+def _recorded(shape: ExpertsShape, tokens: int, records: Records, shared: int) -> dict[str, AnyPlan]:
     """What is recorded; for more than 8 tokens both kernels with tiles of as many slots, or nothing."""
-    both = {f"{kernel}_{tokens}": find(kernel, shape, tokens) for kernel in ("gate_up", "down")}
+    both = {
+        f"{kernel}_{tokens}": find(kernel, shape, tokens, records, shared) for kernel in ("gate_up", "down")
+    }
     found = {name: plan for name, plan in both.items() if plan is not None}
     alike = len(found) == 2 and len({plan.slots for plan in found.values()}) == 1
     return found if tokens <= COLUMN_TOKENS or alike else {}
 
 
-def plans(shape: ExpertsShape, shared: int, *, tuned: bool) -> tuple[dict[str, AnyPlan], dict[str, str]]:
-    """The plans of a layer's kernels by name, and the sources of records; `tuned`: there may be some."""
-    recorded: dict[str, AnyPlan] = {}
-    for tokens in TOKENS if tuned else ():
-        recorded |= _recorded(shape, tokens)
+def plans(
+    shape: ExpertsShape, shared: int, records: Sequence[Records] = ()
+) -> tuple[dict[str, AnyPlan], dict[str, str]]:
+    """The plans of a layer's kernels by name, and the sources of those that are from `records`."""
     result: dict[str, AnyPlan] = {"down_many": many_down_plan(shape, shared)}
     for tokens in (1, COLUMN_TOKENS):
         result[f"gate_up_{tokens}"] = gate_up_rule(shape, tokens, shared)
         result[f"down_{tokens}"] = down_rule(shape, tokens, shared)
-    return result | recorded, dict.fromkeys(recorded, load().source) if recorded else {}
+    found: dict[str, str] = {}
+    for each in reversed(records):  # the first one last: it decides
+        for tokens in TOKENS:
+            recorded = _recorded(shape, tokens, each, shared)
+            result |= recorded
+            found |= dict.fromkeys(recorded, each.source)
+    return result, found

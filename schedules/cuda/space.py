@@ -1,7 +1,7 @@
 """The plans that a search on the device may try for a kernel; no TVM here.
 
 A plan is the argument of a template, not a sequence of TIR transformations, so MetaSchedule's traces cannot
-express it: `benchmarks/tune_plans.py` compiles and times what is listed here, and the best become records
+express it: `moqc tune` compiles and times what is listed here, and the best become records
 (`moqc.schedules.plan_records`).
 """
 
@@ -21,9 +21,12 @@ from moqc.schedules.cuda.plan import (
     ExpertsShape,
     Plan,
     divisors,
+    down_rule,
+    gate_up_rule,
     shared_bytes,
 )
 from moqc.schedules.cuda.rows import RowsPlan, rows_bytes
+from moqc.schedules.cuda.templates import AnyPlan, block_bytes
 
 P = TypeVar("P")
 WAVES = (0.4, 12.0)
@@ -37,6 +40,22 @@ REGISTERS = 65536
 """Of a multiprocessor."""
 FEWEST_WARPS = 9
 """On a multiprocessor, where warps own rows."""
+
+
+def plan_space(kernel: str, shape: ExpertsShape, tokens: int, shared: int) -> tuple[AnyPlan, list[AnyPlan]]:
+    """The rules' plan of ``gate_up`` or ``down`` for 1 or 8 tokens, and all plans that are worth a trial.
+
+    `shared` is what a block may have of shared memory.
+    """
+    first = kernel == "gate_up"
+    rule, space = (gate_up_rule, gate_up_space) if first else (down_rule, down_space)
+    plans: list[AnyPlan] = [*space(shape, tokens)]
+    if tokens > 1:
+        plans += [plan for plan in rows_space(kernel, shape, tokens) if plan.tokens == COLUMN_TOKENS]
+    formats, projections = shape.formats(kernel), 2 if first and shape.gate else 1
+    fitting = [plan for plan in plans if block_bytes(plan, projections, formats) <= shared]
+    default = rule(shape, tokens, shared)
+    return default, fitting or [default]
 
 
 def gate_up_space(shape: ExpertsShape, tokens: int) -> list[Plan]:

@@ -30,6 +30,13 @@ def find_nvcc() -> Path:
     return TOOLS["nvcc"].require()
 
 
+def nvcc_version() -> str:
+    """Such as 13.0.88, or as much as nvcc says of it. TargetError if there is none."""
+    done = subprocess.run([str(find_nvcc()), "--version"], capture_output=True, text=True, check=False)
+    found = re.search(r"\bV([\d.]+)", done.stdout)
+    return found[1] if found else "unknown"
+
+
 def compile_fatbin(source: str, architectures: Sequence[str]) -> bytes:
     """Machine code of CUDA C++ `source` for each of `architectures` (``sm_90``...), as one fat binary.
 

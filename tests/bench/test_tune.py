@@ -2,15 +2,19 @@ from __future__ import annotations
 
 import json
 from dataclasses import fields
+from functools import partial
 
 import pytest
 
 from moqc.bench import tune as tuning
+from moqc.bench import tune_cpu
 from moqc.bench.layer import Layer
+from moqc.bench.search import Search, Space
 from moqc.bench.shapes import SHAPES, Shape
-from moqc.bench.tune import Search, tune
+from moqc.bench.tune import tune
 from moqc.errors import InternalError, TargetError, UserError
-from moqc.schedules.cpu.plan import Plans, RowsPlan
+from moqc.schedules.cpu.plan import TUNED, Plans, RowsPlan
+from moqc.schedules.cpu.space import SPACE, draw, neighbours
 
 TINY = Shape(experts=6, top_k=2, hidden=64, intermediate=96)
 
@@ -18,12 +22,12 @@ TINY = Shape(experts=6, top_k=2, hidden=64, intermediate=96)
 @pytest.fixture(autouse=True)
 def _tiny(monkeypatch):
     monkeypatch.setitem(SHAPES, "tiny", TINY)
-    monkeypatch.setattr(tuning, "COLD_BYTES", 1)
-    monkeypatch.setattr(tuning, "SECONDS", {"few": 0.0, "many": 0.0})
+    monkeypatch.setattr(tune_cpu, "COLD_BYTES", 1)
+    monkeypatch.setattr(tune_cpu, "SECONDS", dict.fromkeys(tune_cpu.SECONDS, 0.0))
 
 
 def test_a_search_goes_on_from_the_best():
-    search = Search(RowsPlan())
+    search = Search(Space(RowsPlan(), neighbours, partial(draw, RowsPlan)))
     first = search.propose()
     assert first != RowsPlan()
     search.report(first, 0.9)
@@ -42,7 +46,7 @@ def test_records_are_written_continued_and_refused(tmp_path, monkeypatch):
         (kernel, tokens, several)
         for several in (False, True)
         for kernel in ("gate_up", "down")
-        for tokens in (1, 512)
+        for tokens in (1, 32, 512)
     ]
     assert all(row["microseconds"] <= row["rule_microseconds"] and row["tried"] == 2 for row in rows)
     assert rows[0]["format"] == "int4-g64"
@@ -70,6 +74,7 @@ def test_wrong_kernels_are_not_recorded(tmp_path, monkeypatch):
         ({"shapes": ["4x5x64x64"]}, UserError),
         ({"trials": 0}, UserError),
         ({"target": "cuda"}, TargetError),
+        ({"target": "opencl"}, TargetError),
         ({"target": "aarch64"}, TargetError),
     ],
 )
@@ -80,8 +85,6 @@ def test_bad_input(tmp_path, options, error):
 
 
 def test_default_plans_are_in_the_space():
-    from moqc.schedules.cpu.space import SPACE
-
-    for plan in (Plans().few, Plans().many):
+    for plan in (getattr(Plans(), part) for part in TUNED):
         assert all(getattr(plan, name) in values for name, values in SPACE[type(plan)].items())
         assert type(plan).parse(str(plan)) == plan

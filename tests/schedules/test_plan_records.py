@@ -9,7 +9,7 @@ import pytest
 from moqc.errors import TargetError
 from moqc.quant.formats import Format
 from moqc.schedules import plan_records as records
-from moqc.schedules.cpu.plan import PanelPlan, Plans, RowsPlan, find_plans
+from moqc.schedules.cpu.plan import PanelPlan, Plans, RowsPlan, SeveralPlan, find_plans
 from moqc.schedules.kernel_times import kernel_times
 from moqc.targets import find_target
 
@@ -34,7 +34,7 @@ def test_plans_come_from_the_users_file_where_the_shape_agrees(tmp_path):
     found = find_plans(target, "down", SIZES, FORMATS)
     assert found == Plans(few=RowsPlan(2, 32, 4), recorded={"few": "a test"})
     assert found.facts == {
-        "plans": {"few": "t2a32u4", "many": str(PanelPlan())},
+        "plans": {"few": "t2a32u4", "several": str(SeveralPlan()), "many": str(PanelPlan())},
         "recorded": {"few": "a test"},
     }
     for kernel, sizes, formats in (
