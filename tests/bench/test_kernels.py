@@ -8,7 +8,7 @@ from moqc.bench import kernels
 from moqc.bench.kernels import bench_kernels, parse_classes
 from moqc.bench.layer import Layer
 from moqc.bench.shapes import SHAPES, Shape, find_shape
-from moqc.errors import UserError
+from moqc.errors import TargetError, UserError
 from moqc.quant.formats import Format
 
 MODEL = Path(__file__).parents[2] / "examples" / "models" / "tiny-moe"
@@ -66,6 +66,11 @@ def test_classes(text, formats):
 def test_bad_input(arguments):
     with pytest.raises(UserError):
         bench_kernels(*arguments)
+
+
+def test_gpus_are_timed_elsewhere():
+    with pytest.raises(TargetError, match="time a compiled model with `moqc bench`"):
+        bench_kernels("cuda", "tiny", ["4"], [1])
 
 
 def test_a_folder_has_the_shape_of_its_model(tmp_path):
