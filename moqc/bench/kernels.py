@@ -70,7 +70,9 @@ def bench_kernels(
     """
     machine, layer = find_target(target), find_shape(shape)
     if machine.schedules != "cpu":
-        raise TargetError(f"{machine.name}: kernels are timed on CPUs; time a compiled model with `moqc bench`")
+        raise TargetError(
+            f"{machine.name}: kernels are timed on CPUs; time a compiled model with `moqc bench`"
+        )
     missing = missing_features(machine)
     if missing:
         raise TargetError(

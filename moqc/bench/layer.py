@@ -68,7 +68,7 @@ class RandomLayer:
                 torch.from_numpy(shares),
                 **matrices,
                 activation=self.shape.activation,
-                activations=self.target.activations[0],
+                activations="int8" if self.target.activations[0] == "int8" else "float",
             )
         return total
 

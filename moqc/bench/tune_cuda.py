@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import statistics
 import time
 from collections.abc import Mapping, Sequence
@@ -83,20 +84,17 @@ class CudaLayer:
 
     def compare(self, plans: Plans, effort: float = 1.0) -> dict[Name, tuple[float, float]]:
         """See `TunedLayer`."""
-        graphs = self._graphs(plans)
         found = {}
-        for name, graph in graphs.items():
-            pair, times = (graph, self._default[name]), ([], [])
-            for turn in range(-1, 1000):
+        for name, graph in self._graphs(plans).items():
+            pair, calls = (graph, self._default[name]), len(self._calls[name[1]])
+            for each in pair:
+                self._seconds(each)  # warms up
+            times: list[list[float]] = [[], []]
+            while len(times[0]) < TURNS or sum(map(sum, times)) < effort * SECONDS:
                 for each, own in zip(pair, times, strict=True):
-                    own.append(self._seconds(each) / len(self._calls[name[1]]))
-                if turn < 0:
-                    times = ([], [])  # the first one warms up
-                elif (
-                    turn + 1 >= TURNS and sum(map(sum, times)) * len(self._calls[name[1]]) > effort * SECONDS
-                ):
-                    break
-            found[name] = statistics.median(times[0]), statistics.median(times[1])
+                    own.append(self._seconds(each))
+            one, other = (statistics.median(own) / calls for own in times)
+            found[name] = one, other
         return found
 
     def error(self, plans: Plans) -> tuple[float, float]:
@@ -207,5 +205,5 @@ def _differences(one: AnyPlan, other: AnyPlan) -> int:
     return sum(getattr(one, name) != getattr(other, name) for name in one.__dataclass_fields__)
 
 
-def _any(plans: Sequence[AnyPlan], generator: Any) -> AnyPlan:
+def _any(plans: Sequence[AnyPlan], generator: random.Random) -> AnyPlan:
     return generator.choice(plans)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -17,6 +18,7 @@ from moqc.schedules.cuda.rows import RowsPlan, rows_bytes
 from moqc.schedules.cuda.space import down_space, gate_up_space, sample
 from moqc.schedules.cuda.templates import down_of, gate_up_of, parse_plan
 from moqc.schedules.plan_records import KEY, Key
+from moqc.targets import find_target
 
 INT4 = (Format.parse("int4-g128-sym"),)
 QWEN3 = ExpertsShape(128, 8, 2048, 768, INT4, INT4, INT4)
@@ -55,14 +57,29 @@ def test_a_record_is_used_with_warp_groups_only():
     sizes = (row["experts"], row["top_k"], row["hidden"], row["intermediate"])
     shape = ExpertsShape(*sizes, formats, formats, formats)
     name = f"{row['kernel']}_{row['tokens']}"
-    plans, recorded = records.plans(shape, SHARED_BYTES, tuned=True)
+    plans, recorded = records.plans(shape, SHARED_BYTES, [records.load()])
     assert str(plans[name]) == row["plan"]
     assert recorded[name] == records.load().source
-    plans, recorded = records.plans(shape, SHARED_BYTES, tuned=False)
+    plans, recorded = records.plans(shape, SHARED_BYTES)
     assert str(plans[name]) != row["plan"]
     assert recorded == {}
     other = replace(shape, hidden=shape.hidden + 256)
-    assert records.find(row["kernel"], other, row["tokens"]) is None
+    assert records.find(row["kernel"], other, row["tokens"], records.load()) is None
+
+
+def test_the_users_records_come_first(tmp_path):
+    row = next(row for row in records.load().rows if row["tokens"] == 8 and row["bits"] == 4)
+    path, plan = tmp_path / "own.json", "w8t1r1m8i1" if row["hidden"] <= 2048 else "w16t1r1m8i1"
+    content = {"schema": 1, "source": "mine", "target": "cuda", "records": [{**row, "plan": plan}]}
+    path.write_text(json.dumps(content))
+    form = Format.parse(row["format"])
+    sizes = (row["experts"], row["top_k"], row["hidden"], row["intermediate"])
+    shape, name = ExpertsShape(*sizes, (form,), (form,), (form,)), f"{row['kernel']}_8"
+    for architectures, first in (("sm_90", 2), ("sm_80", 1)):
+        sources = records.sources(replace(find_target(f"cuda:{architectures}"), records=str(path)))
+        assert len(sources) == first
+        plans, recorded = records.plans(shape, SHARED_BYTES, sources)
+        assert (str(plans[name]), recorded[name]) == (plan, "mine")
 
 
 @pytest.mark.parametrize("tokens", [1, 8])
@@ -95,6 +112,6 @@ def test_a_plan_whose_warps_own_rows_cuts_whole_units():
 
 
 def test_smaller_shared_memory_means_smaller_plans():
-    plans, _ = records.plans(QWEN3, 99 * 1024, tuned=False)
+    plans, _ = records.plans(QWEN3, 99 * 1024)
     needed = [shared_bytes(plan, 1 + name.startswith("gate"), INT4) for name, plan in plans.items()]
     assert max(needed) <= 99 * 1024
