@@ -42,8 +42,9 @@ template <int TABLE> __device__ __forceinline__ word logic(word a, word b, word 
 // Planes of the values, of those of the codes: high >> 1, high & 1, u[n] ^ u[n - 2], u[n - 1].
 template <int BITS, int BIT = 0> __device__ __forceinline__ void value_planes(word (&planes)[1 << BITS], word highest, word high, word middle, word low) {
   constexpr int TABLE = trellis_table(BITS, BIT), UPPER = TABLE >> 8, LOWER = TABLE & 255;
-  planes[BIT] = logic<LOWER>(high, middle, low);
-  if constexpr (UPPER != LOWER) planes[BIT] = logic<0xca>(highest, logic<UPPER>(high, middle, low), planes[BIT]);
+  if constexpr (UPPER == LOWER) planes[BIT] = logic<LOWER>(high, middle, low);
+  else if constexpr (UPPER == 0xff && LOWER == 0) planes[BIT] = highest;
+  else planes[BIT] = logic<0xca>(highest, logic<UPPER>(high, middle, low), logic<LOWER>(high, middle, low));
   if constexpr (BIT + 1 < 1 << BITS) value_planes<BITS, BIT + 1>(planes, highest, high, middle, low);
 }
 
@@ -62,8 +63,12 @@ template <int BITS> __device__ __forceinline__ void trellis_fields(word (&fields
     for (int i = 0; i < 1 << BITS; ++i) {
       if (i & width) continue;
       const word low = fields[i], high = fields[i + width];
-      fields[i] = (low & lower) | ((high << width) & ~lower);
-      fields[i + width] = ((low >> width) & lower) | (high & ~lower);
+      if (BITS == 3 && stage < 2 && i + width >= 6) {   // values have 6 bits
+        fields[i] = low & lower, fields[i + width] = (low >> width) & lower;
+      } else {
+        fields[i] = logic<0xca>(lower, low, high << width);
+        fields[i + width] = logic<0xca>(lower, low >> width, high);
+      }
     }
   }
 }
