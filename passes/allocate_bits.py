@@ -135,7 +135,7 @@ def expected_microseconds(
         rows, columns = site.shape(PROJECTIONS[int(problem.unit_projection[unit])])
         measured = profile[site.site]
         hit = measured["pairs"][int(problem.unit_expert[unit])] / max(measured["tokens"], 1)
-        found[unit] = [hit * times.microseconds(rows, columns, fmt) for fmt in problem.formats]
+        found[unit] = [hit * times.binding(rows, columns, fmt) for fmt in problem.formats]
     return found
 
 

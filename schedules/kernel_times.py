@@ -9,7 +9,8 @@ A target's table is ``schedules/kernel_costs/NAME.json``, `NAME` its GPU archite
 `microseconds`: what the matrix adds to the time of a call with so many tokens where its expert is hit, its
 share of launches included. ``benchmarks/kernel_costs.py`` makes it of the records of a search; those of the
 user's own (`Target.records`) come before. A matrix that is not in the table takes the longer of the two
-times of the target's roofline, bytes over bandwidth and weights over the rate of the kernels.
+times of the target's roofline, bytes over bandwidth and weights over the rate of the kernels. That is the
+rate of integers; trellis formats take longer, by how much only a measurement tells (`binding`).
 """
 
 from __future__ import annotations
@@ -53,15 +54,33 @@ class KernelTimes:
         memory = fmt.stored_bits(rows, columns) / 8 / self.machine.bandwidth
         return 1e6 * max(memory, rows * columns / self.machine.weight_rate)
 
+    def binding(self, rows: int, columns: int, fmt: Format) -> float:
+        """Microseconds of one matrix and 1 token, for a budget of time.
+
+        Raises TargetError likewise, and for trellis formats that were not measured.
+        """
+        if fmt.trellis and (rows, columns, str(fmt), 1) not in self.measured:
+            raise TargetError(
+                f"no time is known of a {rows} x {columns} matrix in {fmt}, which takes longer than the "
+                "roofline of integers: measure it for schedules/kernel_costs, or give no budget of time"
+            )
+        return self.microseconds(rows, columns, fmt)
+
     def between(self, rows: int, columns: int, bits: float, tokens: int = 1) -> float | None:
         """Microseconds of a matrix of `bits` file bits a weight, interpolated between measured formats.
 
-        A format is as fast as any measured one of more bits. None where `bits` are out of their range.
+        A format is as fast as any measured one of more bits; trellis formats do not count. None where `bits`
+        are out of their range.
         """
-        points = sorted(
-            (Format.parse(name).stored_bits(rows, columns) / (rows * columns), microseconds)
+        measured = [
+            (Format.parse(name), microseconds)
             for (*shape, name, count), microseconds in self.measured.items()
             if (*shape, count) == (rows, columns, tokens)
+        ]
+        points = sorted(
+            (fmt.stored_bits(rows, columns) / (rows * columns), microseconds)
+            for fmt, microseconds in measured
+            if not fmt.trellis
         )
         if not points or not points[0][0] <= bits <= points[-1][0]:
             return None

@@ -32,6 +32,23 @@ def test_measured_times_come_first(tmp_path: Path) -> None:
     assert times.microseconds(512, 512, INT3) != 1.5
 
 
+def test_a_budget_of_time_wants_measured_trellises(tmp_path: Path) -> None:
+    trellis = Format.parse("tcq2-g128")
+    unknown = kernel_times(MACHINE, tmp_path)
+    assert unknown.binding(256, 512, INT3) == unknown.microseconds(256, 512, INT3)
+    with pytest.raises(TargetError, match="a 256 x 512 matrix in tcq2-g128, which takes longer than"):
+        unknown.binding(256, 512, trellis)
+    names = {"int2-g128-sym-s8": 1.0, "tcq2-g128": 9.0, "int3-g128": 2.0}
+    rows = [
+        {"rows": 256, "columns": 512, "format": name, "tokens": 1, "microseconds": us}
+        for name, us in names.items()
+    ]
+    (tmp_path / "box.json").write_text(json.dumps({"schema": 2, "source": "a test", "matrices": rows}))
+    times = kernel_times(MACHINE, tmp_path)
+    assert times.binding(256, 512, trellis) == 9.0
+    assert times.between(256, 512, 2.0625) == pytest.approx(1.0)  # that of integers
+
+
 @pytest.mark.parametrize("text", ["{", '{"schema": 1}', '{"schema": 2}', '{"schema": 2, "matrices": [{}]}'])
 def test_damaged_tables_are_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "box.json").write_text(text)
