@@ -53,6 +53,7 @@ template <class P> using Sums = float[2][P::SLOTS][4];
 template <class F, class P, class All, class W>
 __device__ __forceinline__ void dot_pair(Sums<P>& acc, const W (&window)[2], int i, const Prepared<P, All>& x, int unit, int lane) {
   constexpr int STEPS = F::GROUP / 16;
+  Quarter<F> quarters[2];
 #pragma unroll
   for (int group = 0; group < F::GROUPS; ++group) {
     Sums<P> c;
@@ -71,23 +72,24 @@ __device__ __forceinline__ void dot_pair(Sums<P>& acc, const W (&window)[2], int
       }
     }
 #pragma unroll
-    for (int s = group * STEPS; s < (group + 1) * STEPS; s += F::BITS == 1 ? 1 : 2) {
+    for (int s = group * STEPS; s < (group + 1) * STEPS; s += F::CODE_BITS == 1 ? 1 : 2) {
       word operand[P::SLOTS][4];
 #pragma unroll
       for (int slot = 0; slot < P::SLOTS; ++slot) {
-        const uint4 b = *x.operand(slot * P::UNITS + unit, F::BITS == 1 ? s : s / 2, lane);
+        const uint4 b = *x.operand(slot * P::UNITS + unit, F::CODE_BITS == 1 ? s : s / 2, lane);
         operand[slot][0] = b.x, operand[slot][1] = b.y, operand[slot][2] = b.z, operand[slot][3] = b.w;
       }
 #pragma unroll
       for (int tile = 0; tile < 2; ++tile) {
-        if constexpr (F::BITS == 1) {
+        const word* codes = quarters[tile].of(window[tile].codes[i], s / 4, s % 4 == 0);
+        if constexpr (F::CODE_BITS == 1) {
 #pragma unroll
-          for (int slot = 0; slot < P::SLOTS; ++slot) step<1>(c[tile][slot], window[tile].codes[i], operand[slot], s);
+          for (int slot = 0; slot < P::SLOTS; ++slot) step<1>(c[tile][slot], codes, operand[slot], s % 4);
         } else {
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
             word a[4];
-            fragment<F::BITS>(a, window[tile].codes[i] + s / 8 * (2 * F::BITS), s % 8 + half);
+            fragment<F::CODE_BITS>(a, codes, s % 4 + half);
 #pragma unroll
             for (int slot = 0; slot < P::SLOTS; ++slot) mma(c[tile][slot], a, operand[slot][2 * half], operand[slot][2 * half + 1]);
           }
