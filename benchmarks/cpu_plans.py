@@ -2,15 +2,18 @@
 
     python benchmarks/cpu_plans.py build OUT TARGET:SHAPE:BITS:PART ... [--plans PLAN,...]
     TVM_NUM_THREADS=2 python benchmarks/cpu_plans.py run OUT RESULTS.json [--seconds S]
+    python benchmarks/cpu_plans.py records TARGET RESULTS.json ... --source TEXT
 
 `build` compiles, here, the experts block of a shape with the default plans and with each plan of a part
 (``few``, ``several``, ``many``) for both kernels; `run` times them in turns, there, with TVM's runtime alone,
-and writes after each block. `moqc tune` is the search; this is for machines that are lent for a minute.
+and writes after each block; `records` adds what was faster in the median and in the least of the times to
+``schedules/records/TARGET.json``. `moqc tune` is the search; this is for machines lent for a minute.
 """
 
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import os
 import statistics
@@ -32,7 +35,7 @@ def build(out: Path, blocks: list[str], plans: list[str]) -> None:
     from moqc.bench.layer import Layer
     from moqc.bench.shapes import find_shape
     from moqc.schedules.cpu.lower import lower_mixed_experts
-    from moqc.schedules.cpu.plan import KERNELS, Plans
+    from moqc.schedules.cpu.plan import KERNELS, default_plans
     from moqc.targets import find_target
 
     class Described(Layer):
@@ -46,10 +49,11 @@ def build(out: Path, blocks: list[str], plans: list[str]) -> None:
         folder = out / block.replace(":", "_").replace("/", "+")
         folder.mkdir(parents=True, exist_ok=True)
         layer = Described(find_target(target), find_shape(shape), parse_classes(bits), 1)
-        default = getattr(Plans(), part)
+        rules = default_plans(layer.target.vector_lanes)
+        default = getattr(rules, part)
         names = [str(default), *(plan for plan in plans if plan != str(default))]
         for name in names:
-            chosen = Plans().with_part(part, type(default).parse(name))
+            chosen = rules.with_part(part, type(default).parse(name))
             if not (folder / f"{name}.so").exists():
                 lower = partial(lower_mixed_experts, plans=dict.fromkeys(KERNELS, chosen))
                 layer.build(lower).export_library(str(folder / f"{name}.so"))
@@ -132,15 +136,60 @@ def time_block(folder: Path, seconds: float) -> list[dict[str, Any]]:
     return rows
 
 
+def record(row: dict[str, Any]) -> dict[str, Any]:
+    """The record of a row at the number of tokens that its part is searched for."""
+    from moqc.bench.kernels import parse_classes
+    from moqc.bench.shapes import find_shape
+    from moqc.bench.tune import MARGIN, _facts
+
+    _, shape, bits, _ = row["block"].split(":")
+    rule, (median, least) = next(iter(row["us"].items()))
+    faster = {
+        plan: us for plan, us in row["us"].items() if us[0] < MARGIN * median and us[1] < MARGIN * least
+    }
+    plan, us = min(faster.items(), key=lambda item: item[1][0], default=(rule, (median, least)))
+    return {
+        **_facts(find_shape(shape), parse_classes(bits)),
+        **{"kernel": row["kernel"], "tokens": row["tokens"], "plan": plan, "microseconds": round(us[0], 2)},
+        **{"rule": rule, "rule_microseconds": round(median, 2), "tried": len(row["us"])},
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def add_records(target: str, results: list[str], source: str) -> None:
+    """Replace the records of the same kernels, or append."""
+    from moqc.schedules import plan_records
+    from moqc.schedules.cpu.plan import TUNED
+
+    path = plan_records.FOLDER / f"{target}.json"
+    content = {"schema": plan_records.SCHEMA, "source": source, "target": target, "records": []}
+    if path.is_file():
+        old = json.loads(path.read_text())
+        content |= {"source": f"{old['source']}; {source}", "records": old["records"]}
+    known = {
+        (tuple(row[name] for name in plan_records.KEY), row.get("format")): row for row in content["records"]
+    }
+    for row in (row for name in results for row in json.loads(Path(name).read_text())["rows"]):
+        owner, *_, part = row["block"].split(":")
+        if owner == target and row["tokens"] == TUNED[part]:
+            found = record(row)
+            known[tuple(found[name] for name in plan_records.KEY), found.get("format")] = found
+    path.write_text(json.dumps({**content, "records": list(known.values())}, indent=1) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("what", choices=("build", "run"))
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("what", choices=("build", "run", "records"))
+    parser.add_argument("folder", type=Path, help="OUT, or TARGET")
     parser.add_argument("names", nargs="*")
     parser.add_argument("--plans", default="")
     parser.add_argument("--seconds", type=float, default=2.0, help="of a block and number of tokens")
     parser.add_argument("--limit", type=float, default=1e9, help="seconds after which no block is begun")
+    parser.add_argument("--source", default="", help="machine, threads and versions of records")
     options = parser.parse_args()
+    if options.what == "records":
+        add_records(str(options.folder), options.names, options.source)
+        return
     if options.what == "build":
         build(options.folder, options.names, list(filter(None, options.plans.split(","))))
         return

@@ -22,9 +22,8 @@ from moqc.certificate import TOLERANCES
 from moqc.describe import versions
 from moqc.errors import TargetError
 from moqc.quant.formats import Format
-from moqc.schedules.cpu import plan as cpu_plan
 from moqc.schedules.cpu.lower import lower_mixed_experts
-from moqc.schedules.cpu.plan import KERNELS, TUNED
+from moqc.schedules.cpu.plan import KERNELS, TUNED, default_plans
 from moqc.schedules.cpu.space import draw, neighbours
 from moqc.targets import Target, missing_features
 
@@ -48,13 +47,15 @@ class CpuLayer:
     """A `TunedLayer`: one library has the kernels of a trial; they and the default ones take turns."""
 
     def __init__(self, target: Target, shape: Shape, formats: Sequence[Format]) -> None:
-        self._layer = Layer(target, shape, formats, COLD_BYTES)
+        self._layer, self._rules = (
+            Layer(target, shape, formats, COLD_BYTES),
+            default_plans(target.vector_lanes),
+        )
         self._default = self._machine({})
 
     def spaces(self) -> dict[Name, Space]:
         """See `TunedLayer`."""
-        defaults = cpu_plan.Plans()
-        plans = {tokens: getattr(defaults, part) for part, tokens in TUNED.items()}
+        plans = {tokens: getattr(self._rules, part) for part, tokens in TUNED.items()}
         return {
             (kernel, tokens): Space(plan, neighbours, partial(draw, type(plan)))
             for kernel in KERNELS
@@ -87,7 +88,7 @@ class CpuLayer:
 
     def _machine(self, plans: Plans) -> Any:
         """The block compiled with `plans` in place of the default ones."""
-        chosen = {kernel: cpu_plan.Plans() for kernel in KERNELS}
+        chosen = dict.fromkeys(KERNELS, self._rules)
         parts = {tokens: part for part, tokens in TUNED.items()}
         for (kernel, tokens), plan in plans.items():
             chosen[kernel] = chosen[kernel].with_part(parts[tokens], plan)

@@ -12,7 +12,7 @@ from moqc.quant.formats import ROW_TILE, Format
 from moqc.schedules.cpu.blocks import Choice, Product, load_rows, start_products, store_rows
 from moqc.schedules.cpu.dot import DotFamily
 from moqc.schedules.cpu.emit import ceildiv, int64, kernel, parallel, symbol, unravel
-from moqc.schedules.cpu.plan import Plans
+from moqc.schedules.cpu.plan import default_plans
 from moqc.schedules.cpu.tiles import Activations, Weights
 
 
@@ -42,6 +42,6 @@ def linear_kernel(
                     value = value + load_rows(family, offsets, [], row, rows)
                 store_rows(family, y, unravel(token, extents), row, rows, value)
 
-            product = Product(family, [Choice((weights,))], x, row_block, finish, Plans())
+            product = Product(family, [Choice((weights,))], x, row_block, finish, default_plans(family.lanes))
             product.multiply(int64(0), tokens)
     return k.finish()

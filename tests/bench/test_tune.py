@@ -13,7 +13,7 @@ from moqc.bench.search import Search, Space
 from moqc.bench.shapes import SHAPES, Shape
 from moqc.bench.tune import tune
 from moqc.errors import InternalError, TargetError, UserError
-from moqc.schedules.cpu.plan import TUNED, Plans, RowsPlan
+from moqc.schedules.cpu.plan import TUNED, RowsPlan, default_plans
 from moqc.schedules.cpu.space import SPACE, draw, neighbours
 
 TINY = Shape(experts=6, top_k=2, hidden=64, intermediate=96)
@@ -85,6 +85,6 @@ def test_bad_input(tmp_path, options, error):
 
 
 def test_default_plans_are_in_the_space():
-    for plan in (getattr(Plans(), part) for part in TUNED):
+    for plan in (getattr(default_plans(lanes), part) for part in TUNED for lanes in (8, 16)):
         assert all(getattr(plan, name) in values for name, values in SPACE[type(plan)].items())
         assert type(plan).parse(str(plan)) == plan

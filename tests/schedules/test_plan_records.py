@@ -9,7 +9,7 @@ import pytest
 from moqc.errors import TargetError
 from moqc.quant.formats import Format
 from moqc.schedules import plan_records as records
-from moqc.schedules.cpu.plan import PanelPlan, Plans, RowsPlan, SeveralPlan, find_plans
+from moqc.schedules.cpu.plan import PanelPlan, Plans, RowsPlan, SeveralPlan, default_plans, find_plans
 from moqc.schedules.kernel_times import kernel_times
 from moqc.targets import find_target
 
@@ -43,7 +43,7 @@ def test_plans_come_from_the_users_file_where_the_shape_agrees(tmp_path):
         ("down", SIZES, (Format.parse("int3-g128"),)),
         ("down", SIZES, (*FORMATS, Format.parse("int2-g64"))),
     ):
-        assert find_plans(target, kernel, sizes, formats) == Plans()
+        assert find_plans(target, kernel, sizes, formats) == default_plans(8)
 
 
 def test_the_users_file_has_times_of_matrices(tmp_path):

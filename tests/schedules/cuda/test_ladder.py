@@ -5,7 +5,7 @@ from __future__ import annotations
 from moqc.quant.formats import Format
 from moqc.schedules.cuda.ladder import Rung, ladder
 from moqc.schedules.cuda.plan import SHARED_BYTES, ExpertsShape
-from moqc.schedules.cuda.records import plans
+from moqc.schedules.cuda.records import load, plans
 from moqc.schedules.cuda.rows import RowsPlan
 
 INT4 = (Format.parse("int4-g128-sym"),)
@@ -14,7 +14,7 @@ OWN = ExpertsShape(10, 2, 1024, 512, INT4, INT4, INT4)
 
 
 def test_slots_below_and_the_grouped_product_above():
-    cut, recorded = plans(OWN, SHARED_BYTES, tuned=True)
+    cut, recorded = plans(OWN, SHARED_BYTES, [load()])
     slots = cut["gate_up_8"], cut["down_many"]
     assert recorded == {}
     assert ladder(cut, None) == [Rung(None, *slots)]
@@ -23,7 +23,7 @@ def test_slots_below_and_the_grouped_product_above():
 
 
 def test_recorded_pairs_have_their_rungs():
-    cut, _ = plans(OWN, SHARED_BYTES, tuned=True)
+    cut, _ = plans(OWN, SHARED_BYTES, [load()])
     slots = cut["gate_up_8"], cut["down_many"]
     pair = RowsPlan(8, 4, 4, 1, 1, 24), RowsPlan(8, 4, 2, 1, 1, 24)
     cut |= {"gate_up_64": pair[0], "down_64": pair[1], "gate_up_512": pair[0]}
