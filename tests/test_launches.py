@@ -11,11 +11,12 @@ from moqc.frontend.checkpoint import Checkpoint
 from moqc.frontend.hf import import_model
 from moqc.launch_plan import Planner, plan_launches
 from moqc.launches import FILE, evaluate, read_launches
-from moqc.limits import check_caches
+from moqc.limits import check_caches, check_kernels
 from moqc.passes.base import PassContext
 from moqc.passes.legalize import Legalize
 from moqc.passes.narrow_integers import NarrowIntegers
 from moqc.passes.schedule import Schedule
+from moqc.recipe import Recipe
 from moqc.targets import find_target
 
 TINY = "examples/models/tiny-moe"
@@ -136,3 +137,8 @@ def test_what_there_is_no_kernel_for_is_refused_at_once(tmp_path, options, messa
     with pytest.raises(UserError, match=message):
         moqc.compile(TINY, tmp_path / "out", target="opencl", cache=tmp_path / "cache", **options)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("target", ["cuda", "jetson-orin", "x86-64-v3"])
+def test_trellises_have_kernels_on_cuda_and_cpus(target):
+    check_kernels(find_target(target), Recipe(formats="trellis"))
