@@ -152,13 +152,13 @@ __device__ __forceinline__ void dot_bytes(float (&acc)[4], const ByteActivations
   }
 }
 
-// Adds up what four lanes have of two row tiles; each stores one sum. `tile` and the next are the warp's places.
-__device__ __forceinline__ void store_quad(float* tile, int stride, const float (&acc)[4], float factor, int lane) {
+// Adds up what four lanes have of two row tiles; each stores one sum. `tile` and, for `both`, the next are the warp's places.
+__device__ __forceinline__ void store_quad(float* tile, int stride, const float (&acc)[4], float factor, int lane, bool both) {
   const bool second = lane & 2, odd = lane & 1;
   const float a = (second ? acc[2] : acc[0]) + __shfl_xor_sync(0xffffffffu, second ? acc[0] : acc[2], 2);
   const float b = (second ? acc[3] : acc[1]) + __shfl_xor_sync(0xffffffffu, second ? acc[1] : acc[3], 2);
   const float sum = (odd ? b : a) + __shfl_xor_sync(0xffffffffu, odd ? a : b, 1);
-  tile[(second ? stride : 0) + (odd ? 8 : 0) + lane / 4] = sum * factor;
+  if (both || !second) tile[(second ? stride : 0) + (odd ? 8 : 0) + lane / 4] = sum * factor;
 }
 
 }  // namespace moqc

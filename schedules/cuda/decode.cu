@@ -12,14 +12,14 @@ template <int COUNT, int EXPERTS> __device__ __forceinline__ int2 find(const int
   if constexpr (COUNT == 1) {
     return make_int2(0, (int)expert);
   } else if constexpr (EACH <= 8) {
-    int2 entries[EACH];
+    const word number = (word)expert;
+    int2 mine = {0, 0};
 #pragma unroll
-    for (int i = 0; i < EACH; ++i) entries[i] = __ldg((const int2*)table + min(32 * i + lane, EXPERTS - 1));
-    int2 mine = entries[0];
-#pragma unroll
-    for (int i = 1; i < EACH; ++i)
-      if ((int)expert / 32 == i) mine = entries[i];
-    return make_int2(__shfl_sync(0xffffffffu, mine.x, (int)expert % 32), __shfl_sync(0xffffffffu, mine.y, (int)expert % 32));
+    for (int i = 0; i < EACH; ++i) {
+      const int2 entry = __ldg((const int2*)table + min(32 * i + lane, EXPERTS - 1));
+      mine.x = number / 32 == i ? entry.x : mine.x, mine.y = number / 32 == i ? entry.y : mine.y;
+    }
+    return make_int2(__shfl_sync(0xffffffffu, mine.x, number % 32), __shfl_sync(0xffffffffu, mine.y, number % 32));
   } else {
     const bool known = expert >= 0 && expert < EXPERTS;
     return __ldg((const int2*)table + (known ? expert : 0));
@@ -125,7 +125,7 @@ __device__ __forceinline__ void gate_up(void* memory, const X* x, const void* fa
     if (SAME_COLUMN) early = load_now(shares + slot * P::TOKENS + threadIdx.x / ROWS % P::TOKENS);
   };
   if (!ROUTED) load_lists();
-  if constexpr (P::TOKENS == 1) load_eight<L::H>(own, x, warp * COLUMNS, lane);
+  if constexpr (P::TOKENS == 1) early = load_now(shares + slot), load_eight<L::H>(own, x, warp * COLUMNS, lane);
   if (!HALVES<X>)
     for (long long i = (long long)blockIdx.x * P::THREADS + threadIdx.x; i < (long long)tokens * L::H; i += (long long)gridDim.x * P::THREADS) y[i] = 0.0f;
   if (ROUTED && expert < 0) wait();   // not to end before the kernel ahead
@@ -159,7 +159,7 @@ __device__ __forceinline__ void gate_up(void* memory, const X* x, const void* fa
       float up = L::GATED ? sum_partials<P::WARPS, P::TOKENS>(partials + (P::TILES + t) * TILE, row, column) : gate;
       if ((L::BIASES & 1) && inside) gate += ((const float*)gate_bias)[expert * L::I + out];
       if ((L::BIASES & 2) && inside) up += ((const float*)up_bias)[expert * L::I + out];
-      const float share = SAME_COLUMN ? early : shares[slot * P::TOKENS + column], value = share == 0.0f || !inside ? 0.0f : share * L::Activation::of(gate, up);
+      const float share = P::TOKENS == 1 || SAME_COLUMN ? early : shares[slot * P::TOKENS + column], value = share == 0.0f || !inside ? 0.0f : share * L::Activation::of(gate, up);
       store_hidden<L>(hidden, shifts, (long long)slot * P::TOKENS + column, out, inside, value, lane);
     }
     if (item + 1 < P::ITEMS) __syncthreads();   // before the partial sums are overwritten

@@ -51,13 +51,17 @@ struct Unit {
   int id, bits, groups, scale, symmetric;   // scale: bytes of one
 
   template <class F> __device__ static Unit at(const void* const* tensors, long long unit, int lane) {
-    const char *codes = (const char*)tensors[0], *scales = (const char*)tensors[1], *zeros = (const char*)tensors[2];
-    return {codes + unit * (F::BITS * 512) + lane * 16, scales + unit * (F::GROUPS * 16 * F::SCALE) + lane / 4 * (F::GROUPS * 2 * F::SCALE),
-            F::SYMMETRIC ? nullptr : zeros + unit * (F::GROUPS * 16) + lane / 4 * (F::GROUPS * 2),
-            F::ID, F::BITS, F::GROUPS, F::SCALE, F::SYMMETRIC};
+    Unit first = with_facts<F>({(const char*)tensors[0], (const char*)tensors[1], (const char*)tensors[2]});
+    first.advance(unit, lane);
+    return first;
   }
   template <class F> __device__ static Unit with_facts(const Unit& unit) {   // its format made known to the compiler
     return {unit.codes, unit.scales, unit.zeros, F::ID, F::BITS, F::GROUPS, F::SCALE, F::SYMMETRIC};
+  }
+  __device__ void advance(long long unit, int lane) {   // from the first of a class
+    codes += unit * (bits * 512) + lane * 16;
+    scales += (unit * 8 + lane / 4) * (groups * scale * 2);
+    if (!symmetric) zeros += (unit * 8 + lane / 4) * (groups * 2);
   }
   __device__ void step(int units) {   // units: a row tile's
     codes += units * bits * 512;
@@ -66,19 +70,27 @@ struct Unit {
   }
 };
 
+// Selected without branches, so that the addresses of all tensors are read together.
 template <class... Fs>
 __device__ __forceinline__ Unit locate(Formats<Fs...>, const void* const* tensors, int2 place, long long units, long long unit, int lane) {
-  Unit result;
-  int number = 0;
-  (((sizeof...(Fs) == 1 || place.x == number) ? (result = Unit::at<Fs>(tensors + 3 * number, place.y * units + unit, lane), 0) : 0, ++number), ...);
+  const char* const* const parts = (const char* const*)tensors;
+  Unit result = {};
+  int at = 0;
+  ((result = sizeof...(Fs) == 1 || place.x == at / 3 ? Unit::with_facts<Fs>({parts[at], parts[at + 1], parts[at + 2]}) : result, at += 3), ...);
+  result.advance(place.y * units + unit, lane);
   return result;
 }
 
 // ---------------------------------------------------------------------------------------------- instructions
-__device__ __forceinline__ void load16(word* d, const void* p) {   // weights: read once, not kept in L1
-  asm volatile("ld.global.nc.L1::no_allocate.L2::256B.v4.u32 {%0,%1,%2,%3}, [%4];"
+// Weights: read once, not kept in L1. Not .nc: ptxas moves such loads behind the wait for the kernel ahead.
+__device__ __forceinline__ void load16(word* d, const void* p) {
+  asm volatile("ld.global.L1::no_allocate.L2::256B.v4.u32 {%0,%1,%2,%3}, [%4];"
                : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3]) : "l"(p));
 }
+__device__ __forceinline__ void load8(word* d, const void* p) {   // scales and zeros, likewise
+  asm volatile("ld.global.v2.u32 {%0,%1}, [%2];" : "=r"(d[0]), "=r"(d[1]) : "l"(p));
+}
+__device__ __forceinline__ void load4(word* d, const void* p) { asm volatile("ld.global.u32 %0, [%1];" : "=r"(d[0]) : "l"(p)); }
 __device__ __forceinline__ void copy16(word shared, const void* p) {
   asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16;" ::"r"(shared), "l"(p) : "memory");
 }

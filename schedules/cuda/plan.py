@@ -55,7 +55,8 @@ class Plan:
     A block of `warps` warps takes `tiles` row tiles (of each projection), every warp one unit of columns.
     `stages` tiles of weights are on their way at any time: in `registers`, or in a ring of each warp in
     shared memory. It takes `items` times as many, and adds up its warps' partial sums after each. `tokens` is
-    8, or 1: that through registers, without items, and best with an even number of stages (``bytes.cu``).
+    8, or 1: that through registers and without items, two tiles at a time, and in the registers that `stages`
+    of the widest format take there are more of a narrower one (``bytes.cu``).
     """
 
     warps: int

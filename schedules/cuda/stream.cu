@@ -88,21 +88,26 @@ template <class All, int DEPTH> struct Window {
 #pragma unroll
     for (int j = 0; j < All::GROUPS; j += 2)
       if (j < unit.groups) {
-        if (unit.scale == 1) {
-          scales[i][j / 2] = __ldg((const word*)unit.scales + j / 2);
-        } else {
-          const uint2 pair = __ldg((const uint2*)unit.scales + j / 2);
-          scales[i][j] = pair.x, scales[i][j + 1] = pair.y;
-        }
+        if (unit.scale == 1) load4(scales[i] + j / 2, (const word*)unit.scales + j / 2);
+        else load8(scales[i] + j, (const uint2*)unit.scales + j / 2);
       }
 #pragma unroll
     for (int j = 0; j < All::GROUPS / 2; ++j)
-      if (All::HAS_ZEROS && !unit.symmetric && 2 * j < unit.groups) zeros[i][j] = __ldg((const word*)unit.zeros + j);
+      if (All::HAS_ZEROS && !unit.symmetric && 2 * j < unit.groups) load4(zeros[i] + j, (const word*)unit.zeros + j);
   }
 };
 
 // Tiles that a warp has on their way in registers.
 template <class P, int PHASES> __host__ __device__ constexpr int window_of() { return PHASES * P::TILES % P::STAGES == 0 ? P::STAGES : P::TILES; }
+
+// The same of one token by bytes: STAGES tiles of the kernel's widest format, or as many of a narrower one as take no more
+// registers; an odd number of tiles all at once.
+template <class P, int PHASES, class All, class F> __host__ __device__ constexpr int byte_window_of() {
+  const int most = P::STAGES * (4 * All::BITS + 2) / (4 * F::BITS + 2), total = PHASES * P::TILES;
+  int window = total % 2 == 0 ? 2 : total + 1;
+  for (int i = 4; i <= most && i <= total; i += 2) window = total % i == 0 ? i : window;
+  return window;
+}
 
 // body(F{}) for the format called `id`.
 template <class Body, class... Fs> __device__ __forceinline__ void with_format(Formats<Fs...>, int id, Body body) {
@@ -148,10 +153,10 @@ __device__ __forceinline__ void stream_registers(float* partials, const Unit& fi
   }
 }
 
-// The same of one token by bytes, two row tiles at a time: one of each matrix, or two of one.
-template <class P, class F, int UNITS, int PHASES, class Wait, class GetEight, class Finish>
+// The same of one token by bytes, two row tiles at a time: one of each matrix, or two of one, of which the last may be missing.
+template <class P, class F, int DEPTH, int UNITS, int PHASES, class Wait, class GetEight, class Finish>
 __device__ __forceinline__ void stream_bytes(char* scratch, float* partials, const Unit& first, const Unit& second, int lane, Wait wait, GetEight get_eight, Finish finish) {
-  constexpr int TILE = P::WARPS * ROWS, TOTAL = PHASES * P::TILES, DEPTH = window_of<P, PHASES>();
+  constexpr int TILE = P::WARPS * ROWS, TOTAL = PHASES * P::TILES;
   Window<Formats<F>, DEPTH> window;
   Unit next[2] = {Unit::with_facts<F>(first), Unit::with_facts<F>(second)};
   const auto load = [&](int i) {
@@ -159,7 +164,8 @@ __device__ __forceinline__ void stream_bytes(char* scratch, float* partials, con
     next[i % PHASES].step(UNITS);
   };
 #pragma unroll
-  for (int i = 0; i < DEPTH; ++i) load(i);
+  for (int i = 0; i < DEPTH; ++i)
+    if (i < TOTAL) load(i);
   wait();
   float own[8];
   get_eight(own);
@@ -172,16 +178,16 @@ __device__ __forceinline__ void stream_bytes(char* scratch, float* partials, con
       float acc[4];
       dot_bytes<F>(acc, x, {window.codes[i], window.codes[i + 1]}, {window.scales[i], window.scales[i + 1]}, {window.zeros[i], window.zeros[i + 1]});
       if (tile + DEPTH < TOTAL) load(i), load(i + 1);
-      store_quad(partials + (tile + i) / PHASES * TILE, PHASES == 2 ? P::TILES * TILE : TILE, acc, factor, lane);
+      store_quad(partials + (tile + i) / PHASES * TILE, PHASES == 2 ? P::TILES * TILE : TILE, acc, factor, lane, tile + i + 1 < TOTAL);
     }
   finish(0);
 }
 
 // One format's row tiles through registers.
-template <class P, class F, int UNITS, int PHASES, int ITEMS, class Wait, class GetX, class GetEight, class Finish>
+template <class P, class All, class F, int UNITS, int PHASES, int ITEMS, class Wait, class GetX, class GetEight, class Finish>
 __device__ __forceinline__ void stream_one(char* scratch, float* partials, const Unit& first, const Unit& second, int lane, Wait wait, GetX get_x, GetEight get_eight, Finish finish) {
-  if constexpr (P::TOKENS == 1 && ITEMS == 1 && BY_BYTES<F> && window_of<P, PHASES>() % 2 == 0)
-    stream_bytes<P, F, UNITS, PHASES>(scratch, partials, first, second, lane, wait, get_eight, finish);
+  if constexpr (P::TOKENS == 1 && ITEMS == 1 && BY_BYTES<F>)
+    stream_bytes<P, F, byte_window_of<P, PHASES, All, F>(), UNITS, PHASES>(scratch, partials, first, second, lane, wait, get_eight, finish);
   else
     stream_registers<P, F, UNITS, PHASES, ITEMS>(partials, first, second, lane, wait, get_x, finish);
 }
@@ -223,7 +229,7 @@ __device__ __forceinline__ void multiply(char* ring, float* partials, const Unit
     stream_ring<P, All, UNITS, PHASES>(ring, partials, first, second, lane, wait, get_x, finish);
   } else if (PHASES == 1 || All::COUNT == 1 || first.id == second.id) {
     with_format(All{}, first.id, [&](auto format) {
-      stream_one<P, decltype(format), UNITS, PHASES, P::ITEMS>(ring, partials, first, second, lane, wait, get_x, get_eight, finish);
+      stream_one<P, All, decltype(format), UNITS, PHASES, P::ITEMS>(ring, partials, first, second, lane, wait, get_x, get_eight, finish);
     });
   } else if constexpr (PHASES == 2) {
     constexpr int TILE = P::WARPS * ROWS * P::TOKENS;
@@ -232,10 +238,10 @@ __device__ __forceinline__ void multiply(char* ring, float* partials, const Unit
 #pragma unroll 1
     for (int item = 0; item < P::ITEMS; ++item) {
       with_format(All{}, first.id, [&](auto format) {
-        stream_one<P, decltype(format), UNITS, 1, 1>(ring, partials, units[0], units[0], lane, wait, get_x, get_eight, nothing);
+        stream_one<P, All, decltype(format), UNITS, 1, 1>(ring, partials, units[0], units[0], lane, wait, get_x, get_eight, nothing);
       });
       with_format(All{}, second.id, [&](auto format) {
-        stream_one<P, decltype(format), UNITS, 1, 1>(ring, partials + P::TILES * TILE, units[1], units[1], lane, wait, get_x, get_eight, nothing);
+        stream_one<P, All, decltype(format), UNITS, 1, 1>(ring, partials + P::TILES * TILE, units[1], units[1], lane, wait, get_x, get_eight, nothing);
       });
       units[0].step(UNITS * P::TILES), units[1].step(UNITS * P::TILES);
       finish(item);

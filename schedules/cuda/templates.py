@@ -148,6 +148,6 @@ def _check(plan: Plan, rows: int, projections: int, formats: Sequence[Format]) -
         or plan.warps > 32
     ):
         raise InternalError(f"plan {plan} does not fit {tiles} row tiles ({shared} bytes of shared memory)")
-    if plan.registers and total % plan.stages and plan.tiles % plan.stages:
+    if plan.tokens > 1 and plan.registers and total % plan.stages and plan.tiles % plan.stages:
         raise InternalError(f"plan {plan}: {total} tiles are no whole windows of registers")
     return shared
