@@ -157,6 +157,16 @@ LAYERS["bytes"] = Layer(
     _plans(4, 1, "r1", "s2"),
 )
 """Byte scales beside float16 ones."""
+WIDTHS = tuple(f"int{bits}-g128-sym" for bits in (4, 3, 2, 1))
+LAYERS["widths"] = Layer(
+    512,
+    768,
+    dict.fromkeys(("gate", "up", "down"), WIDTHS),
+    "silu_glu",
+    _plans(2, 3, "r5", "r2"),
+    _plans(3, 4, "r5", "r2"),
+)
+"""Gate and up of an expert alike: the tiles on their way depend on the width."""
 LAYERS["trellis"] = Layer(
     264,
     136,
