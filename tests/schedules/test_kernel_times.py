@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from moqc.errors import TargetError
-from moqc.pipelines import ASYMMETRIC_FORMATS
+from moqc.pipelines import ASYMMETRIC_FORMATS, TRELLIS_FORMATS
 from moqc.quant.formats import Format
 from moqc.schedules.kernel_times import kernel_times
 from moqc.targets import Roofline, Target, find_target
@@ -56,9 +56,9 @@ def test_damaged_tables_are_refused(tmp_path: Path, text: str) -> None:
         kernel_times(MACHINE, tmp_path)
 
 
-def test_the_shipped_table_serves_formats_with_zero_points() -> None:
+def test_the_shipped_table_serves_all_candidates() -> None:
     times = kernel_times(find_target("cuda:sm_90@x86-64-v4"))
-    for name in ASYMMETRIC_FORMATS:
+    for name in (*ASYMMETRIC_FORMATS, *TRELLIS_FORMATS):
         for rows, columns in ((14336, 4096), (4096, 14336), (768, 2048), (2048, 768), (1024, 2048)):
             assert (rows, columns, name, 1) in times.measured
             assert (rows, columns, name, 8) in times.measured
