@@ -6,8 +6,8 @@
 
 `build` compiles, here, the experts block of a shape with the default plans and with each plan of a part
 (``few``, ``several``, ``many``) for both kernels; `run` times them in turns, there, with TVM's runtime alone,
-and writes after each block; `records` adds what was faster in the median and in the least of the times to
-``schedules/records/TARGET.json``. `moqc tune` is the search; this is for machines lent for a minute.
+and writes after each block; `records` adds what was faster in the median and the least time of every run
+to ``schedules/records/TARGET.json``. `moqc tune` is the search; this is for machines lent for a minute.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def build(out: Path, blocks: list[str], plans: list[str]) -> None:
         folder = out / block.replace(":", "_").replace("/", "+")
         folder.mkdir(parents=True, exist_ok=True)
         layer = Described(find_target(target), find_shape(shape), parse_classes(bits), 1)
-        rules = default_plans(layer.target.vector_lanes)
+        rules = default_plans(layer.target.vector_lanes, layer.formats)
         default = getattr(rules, part)
         names = [str(default), *(plan for plan in plans if plan != str(default))]
         for name in names:
@@ -136,22 +136,31 @@ def time_block(folder: Path, seconds: float) -> list[dict[str, Any]]:
     return rows
 
 
-def record(row: dict[str, Any]) -> dict[str, Any]:
-    """The record of a row at the number of tokens that its part is searched for."""
+def record(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """The record of a kernel: the plan that was faster in every run, in the median and the least time."""
     from moqc.bench.kernels import parse_classes
     from moqc.bench.shapes import find_shape
     from moqc.bench.tune import MARGIN, _facts
 
-    _, shape, bits, _ = row["block"].split(":")
-    rule, (median, least) = next(iter(row["us"].items()))
-    faster = {
-        plan: us for plan, us in row["us"].items() if us[0] < MARGIN * median and us[1] < MARGIN * least
-    }
-    plan, us = min(faster.items(), key=lambda item: item[1][0], default=(rule, (median, least)))
+    _, shape, bits, _ = runs[0]["block"].split(":")
+    rule, *others = runs[0]["us"]
+
+    def ratio(plan: str) -> float:
+        return max(each["us"][plan][at] / each["us"][rule][at] for each in runs for at in (0, 1))
+
+    def mean(plan: str) -> float:
+        return round(statistics.mean(each["us"][plan][0] for each in runs), 2)
+
+    plan = min([plan for plan in others if ratio(plan) < MARGIN], key=mean, default=rule)
     return {
         **_facts(find_shape(shape), parse_classes(bits)),
-        **{"kernel": row["kernel"], "tokens": row["tokens"], "plan": plan, "microseconds": round(us[0], 2)},
-        **{"rule": rule, "rule_microseconds": round(median, 2), "tried": len(row["us"])},
+        **{
+            "kernel": runs[0]["kernel"],
+            "tokens": runs[0]["tokens"],
+            "plan": plan,
+            "microseconds": mean(plan),
+        },
+        **{"rule": rule, "rule_microseconds": mean(rule), "tried": 1 + len(others)},
         "date": datetime.date.today().isoformat(),
     }
 
@@ -166,14 +175,16 @@ def add_records(target: str, results: list[str], source: str) -> None:
     if path.is_file():
         old = json.loads(path.read_text())
         content |= {"source": f"{old['source']}; {source}", "records": old["records"]}
-    known = {
-        (tuple(row[name] for name in plan_records.KEY), row.get("format")): row for row in content["records"]
-    }
+    names = (*plan_records.KEY, "format")
+    known = {tuple(map(row.get, names)): row for row in content["records"]}
+    runs: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for row in (row for name in results for row in json.loads(Path(name).read_text())["rows"]):
         owner, *_, part = row["block"].split(":")
         if owner == target and row["tokens"] == TUNED[part]:
-            found = record(row)
-            known[tuple(found[name] for name in plan_records.KEY), found.get("format")] = found
+            runs.setdefault((row["block"], row["kernel"]), []).append(row)
+    for found in map(record, runs.values()):
+        known[tuple(map(found.get, names))] = found
+        print(found["plan"], round(found["rule_microseconds"] / found["microseconds"], 3), found)
     path.write_text(json.dumps({**content, "records": list(known.values())}, indent=1) + "\n")
 
 

@@ -49,7 +49,7 @@ class CpuLayer:
     def __init__(self, target: Target, shape: Shape, formats: Sequence[Format]) -> None:
         self._layer, self._rules = (
             Layer(target, shape, formats, COLD_BYTES),
-            default_plans(target.vector_lanes),
+            default_plans(target.vector_lanes, formats),
         )
         self._default = self._machine({})
 

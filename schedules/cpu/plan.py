@@ -94,18 +94,19 @@ class Plans:
         return {"plans": {part: str(getattr(self, part)) for part in TUNED}, "recorded": dict(self.recorded)}
 
 
-def default_plans(lanes: int) -> Plans:
-    """The plans of kernels without records, for vectors of so many float32 lanes.
+def default_plans(lanes: int, formats: Sequence[Format] = ()) -> Plans:
+    """The plans of kernels without records, for vectors of so many float32 lanes and these bit classes.
 
-    Four rows are 1.0 to 1.5 times as fast as two at 32 tokens and are compiled 1.6 times as long, but with 8
-    lanes twice as long, for a mixed layer 16 s: there `moqc tune` chooses them where they gain.
+    Four rows are 1.0 to 1.5 times as fast as two at 32 tokens and compiled 1.6 times as long, with 8 lanes
+    twice. Code is made for each class: of several, `moqc tune` may choose four rows.
     """
-    return Plans(several=SeveralPlan(4, 8)) if lanes == 16 else Plans()
+    four = lanes == 16 and len(set(formats)) <= 1
+    return Plans(several=SeveralPlan(4, 8)) if four else Plans()
 
 
 def find_plans(target: Target, kernel: str, sizes: Sequence[int], formats: Sequence[Format]) -> Plans:
     """The plans of a kernel, recorded or by default; `sizes` are experts, top_k, hidden and intermediate."""
-    plans = default_plans(target.vector_lanes)
+    plans = default_plans(target.vector_lanes, formats)
     for part, tokens in TUNED.items():
         found = find(target, record_key(kernel, tokens, sizes, formats))
         if found is not None:
