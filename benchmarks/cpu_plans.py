@@ -174,7 +174,11 @@ def add_records(target: str, results: list[str], source: str) -> None:
     content = {"schema": plan_records.SCHEMA, "source": source, "target": target, "records": []}
     if path.is_file():
         old = json.loads(path.read_text())
-        content |= {"source": f"{old['source']}; {source}", "records": old["records"]}
+        before = old["source"]
+        content |= {
+            "source": before if source in before else f"{before}; {source}",
+            "records": old["records"],
+        }
     names = (*plan_records.KEY, "format")
     known = {tuple(map(row.get, names)): row for row in content["records"]}
     runs: dict[tuple[str, str], list[dict[str, Any]]] = {}
