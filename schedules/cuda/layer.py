@@ -21,7 +21,7 @@ from moqc.schedules.cuda.experts import (
     launch_gate_up,
     launch_route,
 )
-from moqc.schedules.cuda.grouped import LARGE, Tile, launch_grouped, launch_tiles, tiles_for
+from moqc.schedules.cuda.grouped import Tile, large_for, launch_grouped, launch_tiles, tiles_for
 from moqc.schedules.cuda.grouped_mma import launch_tiled
 from moqc.schedules.cuda.ladder import Rung, ladder
 from moqc.schedules.cuda.plan import COLUMN_TOKENS, SHARED_BYTES, ExpertsShape
@@ -171,7 +171,7 @@ def _grouped(k: Kernel, shape: ExpertsShape, at: dict[str, Any], tokens: tirx.Va
 
     def climb(tiles: Sequence[tuple[int, Tile]]) -> None:
         if not tiles:
-            launch_grouped(k, shape, at, tokens, room, LARGE)
+            launch_grouped(k, shape, at, tokens, room, large_for(shape))
             return
         each, tile = tiles[0]
         with T.If(tokens <= each * shape.experts // shape.top_k):

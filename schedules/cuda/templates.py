@@ -23,6 +23,8 @@ SOURCES = (
     "gather.cu",
     "prefill_tiles.cu",
     "prefill.cu",
+    "prefill_gate_up.cu",
+    "prefill_down.cu",
     "rows.cu",
     "linear.cu",
     "prefill_mma.cu",

@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from moqc.quant.formats import Format
 from moqc.quant.grid import rounded
 from moqc.quant.pack_mma import pack_units
 from moqc.quant.tensor import Quantized
+from moqc.schedules.cuda import grouped
 from moqc.schedules.cuda.experts import down_kernel, gate_up_kernel, route_kernel
 from moqc.schedules.cuda.layer import experts_function
 from moqc.schedules.cuda.plan import ExpertsShape, Plan, many_down_plan, shared_bytes
@@ -57,7 +59,7 @@ class Layer:
         """The layer with the product's plans; the route kernel, and both products for 1 and 8 tokens."""
         functions = {
             "layer": experts_function(self.shape, x_dtype=self.x_dtype),
-            "grouped": experts_function(self.shape, x_dtype=self.x_dtype, grouped=2),
+            "grouped": self.with_large_tiles(),
             "tiled": experts_function(self.shape, x_dtype=self.x_dtype, grouped=2, warp_groups=False),
             "rows": experts_function(self.shape, x_dtype=self.x_dtype, chosen=self.rows()),
             "route": route_kernel(self.shape, "int64"),
@@ -68,6 +70,11 @@ class Layer:
             functions[f"gate_up_{up.tokens}"] = gate_up_kernel(self.shape, up, self.x_dtype, ids)
             functions[f"down_{down.tokens}"] = down_kernel(self.shape, down, ids)
         return functions
+
+    def with_large_tiles(self) -> Any:
+        """The layer with the grouped product from 2 tokens on, whose tiles are as if its rows were long."""
+        with patch.object(grouped, "LONG_ROWS", 0):
+            return experts_function(self.shape, x_dtype=self.x_dtype, grouped=2)
 
     def rows(self) -> dict[str, RowsPlan]:
         """Plans of the kernels whose warps own rows; tiles of several slots where there is one format."""
@@ -196,7 +203,12 @@ CALLS: dict[str, list[list[int]]] = {
     "large-one": [[5, 2]],
     "forty": [[at % EXPERTS, at * at % 7 - 1] for at in range(40)],
     "large-forty": [[at % EXPERTS, at * at % 5] for at in range(40)],
+    "hundred": [[at % 5, at // 7 % EXPERTS] for at in range(100)],
+    "two-hundred": [[at % 5, at // 7 % EXPERTS] for at in range(200)],
     "three-hundred": [[at % 5, at // 7 % EXPERTS] for at in range(300)],
+    "six-hundred": [[at % 5 if at % 3 else 1, at // 7 % 8 - 1] for at in range(600)],
+    "large-six-hundred": [[at % 5, at // 7 % 8 - 1] for at in range(600)],
+    "six-hundred-on-one": [[3, 3]] * 600,
 }
 """In ``large`` calls every second token is 1e5 times as large."""
 
