@@ -26,7 +26,7 @@ from moqc.errors import UserError
 
 ROW_TILE = 16
 COLUMN_TILE = 32
-ACTIVATION_GROUP = 64
+ACTIVATION_GROUP = 128
 """Columns of int8 activations that share a scale; a multiple of `COLUMN_TILE`."""
 BITS = (1, 2, 3, 4, 8)
 SIMULATED_BITS = (6,)
@@ -115,6 +115,17 @@ class Format:
         """
         whole = self.bits > 2 and not self.byte_scales
         return self.levels / 2 if whole else self.values[-1] / 2
+
+    @property
+    def centre(self) -> tuple[int, int] | None:
+        """(factor, offset) with ``factor * (value - zero point) = factor * value - offset`` an int8.
+
+        None where there is none for every value: asymmetric formats, and 8 bits around 127.5.
+        """
+        factor = 1 if self.symmetric_zero.is_integer() else 2
+        offset = int(factor * self.symmetric_zero)
+        fits = self.symmetric and offset <= 128 and factor * self.values[-1] - offset <= 127
+        return (factor, offset) if fits else None
 
     @property
     def zero_step(self) -> float:

@@ -2,8 +2,9 @@
 
 The lines of a panel are what ``tdpbsud`` takes as its second operand: line v of a tile holds, for each of 16
 matrix rows, the columns 4v..4v+3. A product stops after a span, because the next one has other scales; its
-int32 counts go through memory to be scaled. While tiles multiply a span, vectors scale that `DELAY` before:
-63 cycles a product on a Sapphire Rapids where one after the other takes 80 to 100.
+int32 counts go through memory to be scaled. While tiles multiply a span, vectors scale that `DELAY` before.
+The second of the ports for 512-bit vectors then adds but does not multiply, so what counts are products: one
+a value with the activations' scale, one with the weights', one with the zero point unless codes are signed.
 
 A batch of spans is unpacked, and multiplied with several tiles of tokens before the next one: it stays in the
 first-level cache, and the memory delivers what comes after it meanwhile.
@@ -11,39 +12,45 @@ first-level cache, and the memory delivers what comes after it meanwhile.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from tvm import tirx
 from tvm.tirx.script import builder as T
 
-from moqc.quant.formats import ACTIVATION_GROUP, COLUMN_TILE, ROW_TILE
-from moqc.quant.pack import FOURS, LINE
+from moqc.quant.formats import COLUMN_TILE, ROW_TILE
+from moqc.quant.pack import LINE
 from moqc.schedules.cpu.emit import (
     bind,
+    broadcast,
     ceildiv,
     int64,
     load,
     loop,
-    prefetch,
     scratch,
     splat,
     store,
     when,
     workspace,
 )
-from moqc.schedules.cpu.panel import Panel, add_scaled
+from moqc.schedules.cpu.panel import Panel
 from moqc.schedules.cpu.plan import PanelPlan
-from moqc.schedules.cpu.tiles import ACTIVATION_TILES, Activations
+from moqc.schedules.cpu.tiles import Activations
 
 TILE_TOKENS = 16
 """Tokens of a tile register."""
-DELAY = 2
+DELAY = 3
 """Spans between the product and its scaling: a load waits until a tile's store is in the cache."""
+SLOTS = 2
+"""Blocks multiplied together: they share what is read of the activations."""
+TILE_COLUMNS = 64
+"""Columns of a tile register."""
 
-_COUNTS, _TOKENS, _CODES = 0, 1, 2
-"""Tile registers."""
+_TOKENS, _CODES, _COUNTS = 0, 1, 1 + SLOTS
+"""Tile registers: codes take one a slot, counts one a slot for the span and one for that before it."""
 _VALUES = TILE_TOKENS * ROW_TILE
+_HALF = TILE_TOKENS // 2
 
 _ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XFEATURE_XTILEDATA = 158, 0x1023, 18
 
@@ -57,51 +64,51 @@ def allow_tiles() -> None:
 class TileProducts:
     """Products of `slots` blocks with up to ``plan.many`` tiles of 16 rows of activations.
 
-    ``fill(slot, span)`` unpacks a block into the `panel`, from a span on; ``ask(slot, span)`` has the memory
-    deliver what is a while after a span. The results are in the thread's own memory: float32 [tiles, slots,
-    16 rows of activations, 16 of the matrix].
+    The results are in the thread's own memory: float32 [tiles, slots, 16 rows of activations, 16 of the
+    matrix].
     """
 
-    def __init__(
-        self,
-        panel: Panel,
-        slots: int,
-        x: Activations,
-        plan: PanelPlan,
-        fill: Callable[[int, Any], None],
-        ask: Callable[[int, Any], None],
-    ) -> None:
-        self._panel, self._slots, self._x, self._fill, self._ask = panel, slots, x, fill, ask
-        self._counts = workspace(2 * DELAY * _VALUES, "int32")
+    def __init__(self, panel: Panel, slots: int, x: Activations, plan: PanelPlan) -> None:
+        self._panel, self._slots, self._x = panel, range(slots), x
+        self._counts = workspace(panel.capacity * slots * _VALUES, "int32")
         self._results = workspace(plan.many * slots * _VALUES, "float32")
 
-    def multiply(self, row: Any, tiles: Any) -> None:
-        """Multiply `tiles` tiles of activations, from `row` on; where there are fewer rows, spare ones."""
+    def multiply(
+        self, row: Any, tiles: Any, fill: Callable[[int, Any], None], ask: Callable[[int, Any], None]
+    ) -> None:
+        """Multiply `tiles` tiles of activations, from `row` on; where there are fewer rows, spare ones.
+
+        ``fill(slot, span)`` unpacks a block into the panel, from a span on; ``ask(slot, span)`` has the
+        memory deliver what is a while after a span.
+        """
         panel = self._panel
-        with loop(0, tiles * (self._slots * TILE_TOKENS)) as m:
+        with loop(0, tiles * (len(self._slots) * TILE_TOKENS)) as m:
             store(self._results, [m * ROW_TILE], splat(0, ROW_TILE))
         with loop(0, ceildiv(panel.spans, panel.capacity)) as batch:
             begin = bind(batch * panel.capacity)
             size = bind(tirx.min(int64(panel.capacity), panel.spans - begin))
-            for slot in range(self._slots):
-                self._fill(slot, begin)
+            for slot in self._slots:
+                fill(slot, begin)
             with loop(0, tiles) as tile:
-                first = bind(row + tile * TILE_TOKENS)
-                for slot in range(self._slots):
-                    self._add(slot, tile, first, begin, size)
+
+                def ask_next(place: Any, tile: Any = tile) -> None:
+                    with when(T.truncmod(begin + place, tiles) == tile):  # spread over the tiles
+                        for slot in self._slots:
+                            ask(slot, begin + place)
+
+                self._add(tile, bind(row + tile * TILE_TOKENS), begin, size, ask_next)
 
     def result(self, slot: int, tile: Any, m: Any) -> Any:
         """The float32x16 results of a slot for row `m` of a tile."""
-        return load(self._results, [self._result(slot, tile) + m * ROW_TILE], f"float32x{ROW_TILE}")
+        return load(self._results, [self._result(slot, tile, m)], f"float32x{ROW_TILE}")
 
     def configure(self) -> None:
         """Set the shapes of the thread's tile registers."""
-        span = self._panel.span
-        shapes = {
-            _TOKENS: (TILE_TOKENS, span * COLUMN_TILE),
-            _COUNTS: (TILE_TOKENS, 4 * ROW_TILE),
-            _CODES: (span * FOURS, LINE),
-        }
+        columns = min(self._panel.span * COLUMN_TILE, TILE_COLUMNS)
+        shapes = {_TOKENS: (TILE_TOKENS, columns)}
+        for slot in self._slots:
+            shapes[_CODES + slot] = columns // 4, LINE
+            shapes |= {_counts(slot, parity): (TILE_TOKENS, 4 * ROW_TILE) for parity in range(2)}
         config = [1, *[0] * 63]  # palette, start row, 14 reserved, 16 x bytes a row in two bytes, 16 x rows
         for register, (rows, width) in shapes.items():
             config[16 + 2 * register], config[48 + register] = width, rows
@@ -114,53 +121,95 @@ class TileProducts:
         """Give the tile registers back, so that switching threads does not save them."""
         _instruction("tilerelease")
 
-    def _add(self, slot: int, tile: Any, row: Any, begin: Any, size: Any) -> None:
-        """Add the products of a batch to the results, times scales and less zero points."""
-        first = bind(self._result(slot, tile))
-        totals = [scratch(ROW_TILE) for _ in range(TILE_TOKENS)]
-        for m, total in enumerate(totals):
-            store(total, [0], load(self._results, [first + m * ROW_TILE], f"float32x{ROW_TILE}"))
-        with loop(0, size + DELAY) as step:
-            with when(step < size):
-                self._count(slot, row, begin + step, step)
-                with when(tile == 0):
-                    self._ask(slot, begin + step)
-            with when(step >= DELAY):
-                place = bind(step - DELAY)
-                self._scale(slot, [row + m for m in range(TILE_TOKENS)], begin + place, place, totals)
-        for m, total in enumerate(totals):
-            store(self._results, [first + m * ROW_TILE], load(total, [0], f"float32x{ROW_TILE}"))
+    def _add(self, tile: Any, row: Any, begin: Any, size: Any, ask_next: Callable[[Any], None]) -> None:
+        """Add the scaled counts of a batch to the results of a tile.
 
-    def _count(self, slot: int, row: Any, span: Any, place: Any) -> None:
-        """Write the int32 counts of the span in `place`."""
-        panel, x = self._panel, self._x
-        stride = T.int64(ceildiv(panel.tiles, ACTIVATION_TILES) * ACTIVATION_GROUP)
-        counts, tokens, codes = (_register(number) for number in (_COUNTS, _TOKENS, _CODES))
-        inputs = _address(x.values, row, span * panel.span * COLUMN_TILE)
-        _instruction("tileloadd64", tokens, inputs, stride)
-        _instruction(
-            "tileloadd64", codes, _address(panel.codes, panel.line(slot, place, 0, 0) * LINE), T.int64(LINE)
-        )
-        if slot == 0:  # the next tile's rows: 15 % of the time at 512 tokens
-            for m in range(TILE_TOKENS):
-                prefetch(x.values, [row + TILE_TOKENS + m, span * panel.span * COLUMN_TILE])
-        _instruction("tilezero", counts)
-        _instruction("tdpbsud", counts, tokens, codes)
-        _instruction("tilestored64", counts, _address(self._counts, self._at(place)), T.int64(4 * ROW_TILE))
+        Half of the rows while tiles multiply: totals of all would not fit the vector registers.
+        """
+        with self._totals(tile, 0) as totals, loop(0, (size + (DELAY + 1)) // 2) as pair:
+            for parity in range(2):
+                step = bind(pair * 2 + parity)
+                with when(step < size):
+                    self._count(row, begin + step, step, parity)
+                    ask_next(step)
+                with when(tirx.all(step >= 1, step <= size)):
+                    self._store(step - 1, 1 - parity)
+                with when(tirx.all(step >= DELAY, step < size + DELAY)):
+                    self._scale(row, begin, bind(step - DELAY), totals)
+        with self._totals(tile, _HALF) as totals, loop(0, size) as place:
+            self._scale(row, begin, place, totals)
 
-    def _scale(self, slot: int, rows: Sequence[Any], span: Any, place: Any, totals: Sequence[Any]) -> None:
-        """Add the scaled counts of the span in `place` to `totals`."""
-        at = bind(self._at(place))
-        counts = [load(self._counts, [at + m * ROW_TILE], f"int32x{ROW_TILE}") for m in range(TILE_TOKENS)]
-        add_scaled(self._panel, slot, self._x, rows, (span, place), 0, counts, totals)
+    @contextmanager
+    def _totals(self, tile: Any, first: int) -> Iterator[dict[tuple[int, int], Any]]:
+        """Half of the rows of a tile's results in registers, by slot and row, for a while."""
+        rows = range(first, first + _HALF)
+        totals = {(slot, m): scratch(ROW_TILE) for m in rows for slot in self._slots}
+        for (slot, m), total in totals.items():
+            store(total, [0], self.result(slot, tile, m))
+        yield totals
+        for (slot, m), total in totals.items():
+            at = self._result(slot, tile, m)
+            store(self._results, [at], load(total, [0], f"float32x{ROW_TILE}"))
 
-    def _at(self, place: Any) -> Any:
-        """Where the counts of the span in `place` are, for a while."""
-        return T.bitwise_and(place, int64(2 * DELAY - 1)) * _VALUES
+    def _count(self, row: Any, span: Any, place: Any, parity: int) -> None:
+        """Multiply the span in `place`, for all slots."""
+        panel, x, tokens = self._panel, self._x, _register(_TOKENS)
+        stride = T.int64(int(x.values.shape[1]))
+        for slot in self._slots:
+            _instruction("tilezero", _register(_counts(slot, parity)))
+        for t in range(0, panel.span, TILE_COLUMNS // COLUMN_TILE):
+            column = bind((span * panel.span + t) * COLUMN_TILE)
+            _instruction("tileloadd64", tokens, _address(x.values, row, column), stride)
+            for slot in self._slots:
+                codes = _register(_CODES + slot)
+                line = _address(panel.codes, panel.line(slot, place, t, 0) * LINE)
+                _instruction("tileloadd64", codes, line, T.int64(LINE))
+                kind = "tdpbssd" if panel.signed else "tdpbsud"
+                _instruction(kind, _register(_counts(slot, parity)), tokens, codes)
 
-    def _result(self, slot: int, tile: Any) -> Any:
-        """Where the results of a tile are."""
-        return (tile * self._slots + slot) * _VALUES
+    def _store(self, place: Any, parity: int) -> None:
+        """Write the counts of the span in `place` to memory: a span later, when they are there."""
+        for slot in self._slots:
+            target = _address(self._counts, self._at(slot, place, 0))
+            _instruction("tilestored64", _register(_counts(slot, parity)), target, T.int64(4 * ROW_TILE))
+
+    def _scale(self, row: Any, begin: Any, place: Any, totals: Mapping[tuple[int, int], Any]) -> None:
+        """Add the counts of the span in `place` to `totals`, times both scales and less the zero points."""
+        panel, x, span, vector = self._panel, self._x, bind(begin + place), f"float32x{ROW_TILE}"
+        at = [panel.at(slot, place, 0, ROW_TILE) for slot in self._slots]
+        scales = [bind(load(panel.scales, [each], vector)) for each in at]
+        shifts = [] if panel.signed else [bind(load(panel.shifts, [each], vector)) for each in at]
+        for m in sorted({m for _, m in totals}):
+            step = bind(broadcast(x.scale(row + m, span, panel.span), ROW_TILE))
+            part = None if panel.signed else bind(broadcast(x.sum(row + m, span, panel.span), ROW_TILE))
+            for slot in self._slots:
+                count = load(self._counts, [self._at(slot, place, m)], f"int32x{ROW_TILE}")
+                value = load(totals[slot, m], [0], vector) + _float(count) * step * scales[slot]
+                if part is not None:
+                    value = value - part * shifts[slot]
+                store(totals[slot, m], [0], value)
+
+    def _at(self, slot: int, place: Any, m: int) -> Any:
+        """Where the counts of the span in `place` are."""
+        return (place * len(self._slots) + slot) * _VALUES + m * ROW_TILE
+
+    def _result(self, slot: int, tile: Any, m: Any) -> Any:
+        """Where the results of a row of a tile are."""
+        return (tile * len(self._slots) + slot) * _VALUES + m * ROW_TILE
+
+
+def _float(counts: Any) -> Any:
+    """int32x16 counts, below 2**22, as float32x16.
+
+    Added to a number whose last place is 1, and that subtracted: two additions, which have a port that
+    conversions and multiplications do not have while tiles multiply.
+    """
+    sums = counts + splat(0x4B400000, ROW_TILE, "int32")
+    return T.reinterpret(f"float32x{ROW_TILE}", sums) - splat(1.5 * 2**23, ROW_TILE)
+
+
+def _counts(slot: int, parity: int) -> int:
+    return _COUNTS + parity * SLOTS + slot
 
 
 def _register(number: int) -> Any:

@@ -114,7 +114,7 @@ def scratch(lanes: int, dtype: str = "float32") -> Any:
     return T.alloc_buffer((lanes,), dtype)
 
 
-def workspace(size: int, dtype: str) -> Any:
+def workspace(size: Index, dtype: str) -> Any:
     """A thread's own buffer in memory."""
     return T.alloc_buffer((size,), dtype, scope="global")
 

@@ -135,19 +135,19 @@ def gate_up_kernel(family: DotFamily, shape: ExpertsShape, plans: Plans) -> tirx
             choices = [routing.choice(0, expert, gate)] if gate else []
             choices.append(routing.choice(1, expert, up))
             rows = routing.rows(expert)
-            with chunks.blocks(T.truncdiv(item, hit)) as row_block:
 
-                def finish(pair: Any, half: int, values: list[Any]) -> None:
-                    row = row_block * ROW_TILE + half * family.lanes
-                    named = dict(zip(("gate", "up") if gate else ("up",), values, strict=True))
-                    for name, bias in biases.items():
-                        offset = load_rows(family, bias, [expert], row, intermediate)
-                        named[name] = bind(named[name] + offset)
-                    value = activation_expr(shape.activation, named.get("gate"), named["up"])
-                    store(hidden, [pair, row], value)
-                    _clear_padding(family, shape, hidden, pair, row, row_block, blocks)
+            def finish(pair: Any, row_block: Any, half: int, values: list[Any]) -> None:
+                row = row_block * ROW_TILE + half * family.lanes
+                named = dict(zip(("gate", "up") if gate else ("up",), values, strict=True))
+                for name, bias in biases.items():
+                    offset = load_rows(family, bias, [expert], row, intermediate)
+                    named[name] = bind(named[name] + offset)
+                value = activation_expr(shape.activation, named.get("gate"), named["up"])
+                store(hidden, [pair, row], value)
+                _clear_padding(family, shape, hidden, pair, row, row_block, blocks)
 
-                Product(family, choices, x, row_block, finish, plans).multiply(*rows)
+            of_chunk = chunks.blocks(T.truncdiv(item, hit))
+            Product(family, choices, x, of_chunk, finish, plans).multiply(*rows)
     return k.finish()
 
 
@@ -177,10 +177,10 @@ class _Chunks:
         self._size = bind(T.truncdiv(blocks + (chunks - 1), chunks))
         self.count = bind(T.truncdiv(blocks + (self._size - 1), self._size))
 
-    def blocks(self, number: Any) -> Any:
-        """A loop over the row blocks of chunk `number`."""
+    def blocks(self, number: Any) -> tuple[Any, Any]:
+        """The first row block of chunk `number`, and the one after its last."""
         first = bind(number * self._size)
-        return loop(first, tirx.min(first + self._size, int64(self._blocks)))
+        return first, bind(tirx.min(first + self._size, int64(self._blocks)))
 
 
 def down_kernel(family: DotFamily, shape: ExpertsShape, plans: Plans) -> tirx.PrimFunc:
@@ -212,27 +212,29 @@ def down_kernel(family: DotFamily, shape: ExpertsShape, plans: Plans) -> tirx.Pr
                 expert = routing.expert(number)
                 choices = [routing.choice(2, expert, down)]
                 rows = routing.rows(expert)
-                with chunks.blocks(chunk) as row_block:
 
-                    def finish(pair: Any, half: int, values: list[Any]) -> None:
-                        row = row_block * ROW_TILE + half * family.lanes
-                        flat = bind(load(order, [pair]).astype("int64"))
-                        token = bind(T.truncdiv(flat, int64(shape.top_k)))
-                        share = load(shares, [token, T.truncmod(flat, int64(shape.top_k))])
-                        value = values[0]
-                        if bias is not None:
-                            value = value + load_rows(family, bias, [expert], row, shape.hidden)
-                        value = value * broadcast(share, family.lanes)
-                        before = load_rows(family, y, [token], row, shape.hidden)
-                        store_rows(family, y, [token], row, shape.hidden, before + value)
+                def finish(
+                    pair: Any, row_block: Any, half: int, values: list[Any], expert: Any = expert
+                ) -> None:
+                    row = row_block * ROW_TILE + half * family.lanes
+                    flat = bind(load(order, [pair]).astype("int64"))
+                    token = bind(T.truncdiv(flat, int64(shape.top_k)))
+                    share = load(shares, [token, T.truncmod(flat, int64(shape.top_k))])
+                    value = values[0]
+                    if bias is not None:
+                        value = value + load_rows(family, bias, [expert], row, shape.hidden)
+                    value = value * broadcast(share, family.lanes)
+                    before = load_rows(family, y, [token], row, shape.hidden)
+                    store_rows(family, y, [token], row, shape.hidden, before + value)
 
-                    Product(family, choices, x, row_block, finish, plans).multiply(*rows)
+                Product(family, choices, x, chunks.blocks(chunk), finish, plans).multiply(*rows)
     return k.finish()
 
 
 def _clear(family: DotFamily, y: Any, tokens: Any, chunks: _Chunks, chunk: Any, rows: int) -> None:
     """Set the columns of `chunk` to 0 for every token."""
-    with loop(0, tokens) as token, chunks.blocks(chunk) as row_block:
+    blocks = chunks.blocks(chunk)
+    with loop(0, tokens) as token, loop(*blocks) as row_block:
         for half in range(family.halves):
             row = row_block * ROW_TILE + half * family.lanes
             store_rows(family, y, [token], row, rows, splat(0, family.lanes))

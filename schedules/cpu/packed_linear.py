@@ -9,9 +9,9 @@ from typing import Any
 from tvm import tirx
 
 from moqc.quant.formats import ROW_TILE, Format
-from moqc.schedules.cpu.blocks import Choice, Product, load_rows, start_products, store_rows
+from moqc.schedules.cpu.blocks import Choice, Product, blocks_together, load_rows, start_products, store_rows
 from moqc.schedules.cpu.dot import DotFamily
-from moqc.schedules.cpu.emit import ceildiv, int64, kernel, parallel, symbol, unravel
+from moqc.schedules.cpu.emit import bind, ceildiv, int64, kernel, parallel, symbol, unravel
 from moqc.schedules.cpu.plan import default_plans
 from moqc.schedules.cpu.tiles import Activations, Weights
 
@@ -33,15 +33,21 @@ def linear_kernel(
         y = k.parameter("y", [*extents, rows], "float32")
         tokens = functools.reduce(operator.mul, extents, int64(1))
         start_products(family, x)
-        with parallel(ceildiv(rows, ROW_TILE)) as row_block:
+        blocks = ceildiv(rows, ROW_TILE)
+        together = blocks_together(family, 1)
+        with parallel(ceildiv(blocks, together)) as item:
 
-            def finish(token: Any, half: int, values: list[Any]) -> None:
+            def finish(token: Any, row_block: Any, half: int, values: list[Any]) -> None:
                 row = row_block * ROW_TILE + half * family.lanes
                 value = values[0]
                 if offsets is not None:
                     value = value + load_rows(family, offsets, [], row, rows)
                 store_rows(family, y, unravel(token, extents), row, rows, value)
 
-            product = Product(family, [Choice((weights,))], x, row_block, finish, default_plans(family.lanes))
+            first = bind(item * together)
+            last = bind(tirx.min(first + together, int64(blocks)))
+            product = Product(
+                family, [Choice((weights,))], x, (first, last), finish, default_plans(family.lanes)
+            )
             product.multiply(int64(0), tokens)
     return k.finish()

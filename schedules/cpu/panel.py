@@ -36,12 +36,12 @@ from moqc.schedules.cpu.tiles import ACTIVATION_TILES, Activations, Block, Weigh
 class Panel:
     """Unpacked 16-row blocks of `count` matrices, in the thread's memory.
 
-    A span is as many column tiles as share scales of weights and activations, in all classes of the layer: 1
-    or `ACTIVATION_TILES`. `spans` of them cover a row, and the panel holds S, its `capacity`; tiles after the
-    row's last are 0.
+    A span is as many column tiles as share scales of weights and activations, in all classes of the layer: 1,
+    2 or `ACTIVATION_TILES`. `spans` of them cover a row, and the panel holds S, its `capacity`; tiles after
+    the row's last are 0.
 
     * int8: `codes` uint8 [count, S*span, 8, 64]; `scales` and `shifts` (scale * zero point) float32
-      [count, S, 16].
+      [count, S, 16]. Without `shifts` codes are signed, with the zero points subtracted.
     * float: `codes` float32 [count, K32*32, 16], the dequantized weights.
     """
 
@@ -54,22 +54,37 @@ class Panel:
 
     @classmethod
     def allocate(
-        cls, quantized: bool, classes: Sequence[Weights], count: int, capacity: int | None = None
+        cls,
+        quantized: bool,
+        classes: Sequence[Weights],
+        count: int,
+        capacity: int | None = None,
+        signed: bool = False,
     ) -> Panel:
-        """A panel for `capacity` spans (else all) of `count` blocks, each of one of the `classes`."""
+        """A panel for `capacity` column tiles (else all) of `count` blocks, each of one of the `classes`.
+
+        `signed`: the product takes signed codes, so that formats with a `Format.centre` need no shifts.
+        """
         tiles = classes[0].tiles
         if not quantized:
             return cls(tiles, 1, tiles, workspace(count * tiles * COLUMN_TILE * ROW_TILE, "float32"))
         span = min(ACTIVATION_TILES, *(weights.format.group // COLUMN_TILE for weights in classes))
-        spans = min(capacity or tiles, ceildiv(tiles, span))
+        spans = min(ceildiv(capacity or tiles, span), ceildiv(tiles, span))
         return cls(
             tiles,
             span,
             spans,
             workspace(count * spans * span * FOURS * LINE, "uint8"),
             workspace(count * spans * ROW_TILE, "float32"),
-            workspace(count * spans * ROW_TILE, "float32"),
+            None
+            if signed and all(weights.format.centre for weights in classes)
+            else workspace(count * spans * ROW_TILE, "float32"),
         )
+
+    @property
+    def signed(self) -> bool:
+        """Whether codes are int8, with zero points subtracted."""
+        return self.scales is not None and self.shifts is None
 
     @property
     def spans(self) -> int:
@@ -106,6 +121,7 @@ def _fill_span(
     """Unpack the `tiles` tiles of a span into `place`, and clear what the span has beyond them."""
     lanes, per_group = family.lanes, block.weights.format.group // COLUMN_TILE
     group = bind(T.truncdiv(span * panel.span, int64(per_group)))
+    centre = block.weights.format.centre if panel.signed else None
     for half in range(family.halves):
         scale = bind(block.scale(group, half, lanes))
         zero = bind(block.zero_point(group, half, lanes))
@@ -119,11 +135,21 @@ def _fill_span(
             lines = block.operands(tile, half, family) if t < tiles else [empty] * FOURS
             for v, operand in enumerate(family.panel_order(lines)):
                 raw = T.reinterpret(f"uint8x{4 * lanes}", operand)
+                if centre and t < tiles:
+                    raw = _centred(raw, *centre)
                 store(panel.codes, [panel.line(slot, place, t, v) * LINE + half * 4 * lanes], raw)
         if panel.scales is not None:
-            store(panel.scales, [panel.at(slot, place, half, lanes)], scale)
+            step = scale * splat(1 / centre[0], lanes) if centre else scale
+            store(panel.scales, [panel.at(slot, place, half, lanes)], step)
+        if panel.shifts is not None:
             zero = zero - splat(family.offset(wide), lanes)
             store(panel.shifts, [panel.at(slot, place, half, lanes)], scale * zero)
+
+
+def _centred(codes: Any, factor: int, offset: int) -> Any:
+    """``factor * codes - offset`` of uint8 vectors, in two's complement; the factor is 1 or 2."""
+    scaled = codes + codes if factor == 2 else codes
+    return scaled - splat(offset, codes.ty.dtype.lanes, "uint8")
 
 
 def _fill_float(panel: Panel, operands: list[Any], scale: Any, zero: Any, column: Any, half: int) -> None:
@@ -205,8 +231,8 @@ def add_scaled(
     scale = bind(load(panel.scales, [panel.at(slot, place, half, lanes)], f"float32x{lanes}"))
     shift = bind(load(panel.shifts, [panel.at(slot, place, half, lanes)], f"float32x{lanes}"))
     for row, count, total in zip(rows, counts, totals, strict=True):
-        step = broadcast(x.scale(row, span, panel.span, 0), lanes)
-        part = broadcast(x.sum(row, span, panel.span, 0), lanes)
+        step = broadcast(x.scale(row, span, panel.span), lanes)
+        part = broadcast(x.sum(row, span, panel.span), lanes)
         product = count.astype(f"float32x{lanes}") * step
         value = load(total, [0], f"float32x{lanes}") + product * scale - part * shift
         store(total, [0], value)

@@ -59,7 +59,7 @@ class SeveralPlan(Plan):
 
 @dataclass(frozen=True)
 class PanelPlan(Plan):
-    """Many tokens: about `tasks` tasks a thread; with AMX, `batch` spans of columns are unpacked and
+    """Many tokens: about `tasks` tasks a thread; with AMX, `batch` times 64 columns are unpacked and
     multiplied with up to `many` tiles of 16 tokens, and codes are asked for `ahead` lines before.
     """  # noqa: D205
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import math
 import operator
+from collections.abc import Callable
 from typing import Any
 
 from tvm import tirx
@@ -32,7 +33,7 @@ from moqc.schedules.cpu.emit import (
     store,
     symbol,
     unravel,
-    when,
+    workspace,
 )
 from moqc.schedules.cpu.tiles import ACTIVATION_TILES, Activations
 from moqc.schedules.cpu.vector import common_lanes, shuffle, spread, vector_type
@@ -58,43 +59,63 @@ def activations_kernel(
         order = k.parameter("order", [rows], "int32") if top_k else None
         outputs = Activations.declare(k, mode, symbol("rows"), columns)
 
-        def body(row: Any) -> None:
-            source = row if order is None else T.truncdiv(load(order, [row]), top_k)
-            at = unravel(bind(int64(source)), extents)
+        def write(row: Any, source: Any) -> None:
+            at = unravel(source, extents)
             for begin, end, valid, turned in _segments(columns, rotated):
                 with loop(begin, end) as group:
                     tiles = _vectors(family, x, at, group, valid)
                     _prepare(outputs, row, group, [*map(rotated_tile, tiles[:turned]), *tiles[turned:]])
 
-        def each_row() -> None:
-            with T.If(rows <= max(1, SERIAL_ELEMENTS // columns)):
-                with T.Then(), loop(0, rows) as row:
-                    body(row)
-                with T.Else(), parallel(rows) as row:
-                    body(row)
+        def each(count: Any, work: Callable[[Any], None]) -> None:
+            with T.If(count <= max(1, SERIAL_ELEMENTS // columns)):
+                with T.Then(), loop(0, count) as number:
+                    work(number)
+                with T.Else(), parallel(count) as number:
+                    work(number)
 
         if order is None:
-            each_row()
+            each(rows, lambda row: write(row, row))
         else:
-            with T.If(extents[0] == 1):  # all rows are the one token
-                with T.Then():
-                    with when(rows > 0):
-                        body(int64(0))
-                    with loop(1, rows) as row:
-                        _repeat_first(outputs, row)
-                with T.Else():
-                    each_row()
+            _gather(outputs, extents[0], top_k, order, write, each)
     return k.finish()
 
 
-def _repeat_first(outputs: Activations, row: Any) -> None:
-    """Copy row 0 to `row`."""
+def _gather(
+    outputs: Activations,
+    tokens: Any,
+    top_k: int,
+    order: Any,
+    write: Callable[[Any, Any], None],
+    each: Callable[[Any, Callable[[Any], None]], None],
+) -> None:
+    """Prepare every token once, in the row of its first pair, and copy it to those of the others."""
+    with T.If(tokens == 1):
+        with T.Then():
+            write(int64(0), int64(0))
+            with loop(1, top_k) as row:
+                _repeat(outputs, int64(0), row)
+        with T.Else():
+            rows = workspace(tokens * top_k, "int64")  # pair -> its row
+            with loop(0, tokens * top_k) as row:
+                store(rows, [load(order, [row])], row)
+
+            def token_rows(token: Any) -> None:
+                first = bind(load(rows, [token * top_k]))
+                write(first, token)
+                with loop(1, top_k) as slot:
+                    _repeat(outputs, first, bind(load(rows, [token * top_k + slot])))
+
+            each(tokens, token_rows)
+
+
+def _repeat(outputs: Activations, source: Any, row: Any) -> None:
+    """Copy row `source` to `row`."""
     for buffer in (outputs.values, outputs.scales, outputs.sums, outputs.tile_sums):
         if buffer is not None:
             columns = int(buffer.shape[1])
             lanes = common_lanes(64 if str(buffer.dtype) == "int8" else 16, columns)
             with loop(0, columns // lanes) as step:
-                value = load(buffer, [0, step * lanes], vector_type(lanes, str(buffer.dtype)))
+                value = load(buffer, [source, step * lanes], vector_type(lanes, str(buffer.dtype)))
                 store(buffer, [row, step * lanes], value)
 
 
@@ -105,7 +126,7 @@ def _segments(columns: int, rotated: int) -> list[tuple[int, int, int, int]]:
     runs = [(0, turned, ACTIVATION_GROUP, ACTIVATION_TILES)]
     if odd:
         runs.append((turned, turned + 1, min(ACTIVATION_GROUP, columns - turned * ACTIVATION_GROUP), odd))
-    plain = turned + odd
+    plain = turned + bool(odd)
     runs.append((plain, whole, ACTIVATION_GROUP, 0))
     if rest and plain <= whole:
         runs.append((whole, whole + 1, rest, 0))
@@ -165,8 +186,9 @@ def _prepare(outputs: Activations, row: Any, group: Any, tiles: list[list[Any]])
         count = _write_codes(outputs, row, group * ACTIVATION_TILES + t, vectors, scale, step)
         total = count if total is None else total + count
     for t in range(len(tiles), ACTIVATION_TILES):
-        column = (group * ACTIVATION_TILES + t) * COLUMN_TILE
-        store(outputs.values, [row, column], splat(0, COLUMN_TILE, "int8"))
+        tile = group * ACTIVATION_TILES + t
+        store(outputs.values, [row, tile * COLUMN_TILE], splat(0, COLUMN_TILE, "int8"))
+        store(outputs.tile_sums, [row, tile], T.float32(0))
     store(outputs.scales, [row, group], scale)
     store(outputs.sums, [row, group], scale * total.astype("float32"))
 

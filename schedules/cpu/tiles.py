@@ -32,7 +32,7 @@ from moqc.schedules.cpu.plan import RowsPlan
 from moqc.schedules.cpu.trellis import trellis_operands
 
 ACTIVATION_TILES = ACTIVATION_GROUP // COLUMN_TILE
-"""Column tiles that share a scale of the activations: 2, so a group of weights is one tile or whole pairs."""
+"""Column tiles that share a scale of the activations; groups of weights have as many, or 2, or 1."""
 PREFETCH_GROUPS = 64
 """How many groups ahead scales and zeros are asked for: what a page of codes is about as long as."""
 
@@ -104,11 +104,18 @@ class Block:
             result.append(bind(functools.reduce(operator.or_, parts)))
         return result
 
-    def prefetch(self, tile: Index, lines: int, *, near: bool = True) -> None:
-        """Ask for the codes of a tile `lines` lines after `tile`; blocks follow each other in memory."""
+    def prefetch(self, tile: Index, lines: int, *, near: bool = True, rows: int = 1) -> None:
+        """Ask for the codes of a tile `lines` lines after `tile`; blocks follow each other in memory.
+
+        `rows` are the blocks read side by side: what comes after this one is so many further.
+        """
         bits = self.weights.format.bits
+        *lead, row_block = self.at
+        tile = tile + lines // bits
+        if rows > 1:
+            row_block = row_block + T.if_then_else(tile >= self.weights.tiles, int64(rows - 1), int64(0))
         for line in range(bits):
-            prefetch(self.weights.codes, [*self.at, tile + lines // bits, line, 0], near=near)
+            prefetch(self.weights.codes, [*lead, row_block, tile, line, 0], near=near)
 
     def prefetch_group(self, group: Index) -> None:
         """Ask for the scales and zeros of the group `PREFETCH_GROUPS` after `group`."""
@@ -147,7 +154,7 @@ class Activations:
     With G groups of `ACTIVATION_GROUP` columns and K32 tiles of 32:
 
     * int8: `values` int8 [M, G*ACTIVATION_GROUP], `scales` float32 [M, G]; `sums` float32 [M, G] and
-      `tile_sums` [M, K32] (scale * sum of the codes) of groups and of tiles.
+      `tile_sums` [M, G*ACTIVATION_TILES] (scale * sum of the codes) of groups and of tiles.
     * float: `values` float32 [M, K32*32].
     """
 
@@ -166,7 +173,7 @@ class Activations:
             ("x", groups * ACTIVATION_GROUP, "int8"),
             ("x_scales", groups, "float32"),
             ("x_sums", groups, "float32"),
-            ("x_tile_sums", tiles, "float32"),
+            ("x_tile_sums", groups * ACTIVATION_TILES, "float32"),
         ]
 
     @classmethod
@@ -192,15 +199,16 @@ class Activations:
 
         return four_everywhere(columns, v, lanes)
 
-    def scale(self, row: Index, group: Any, per_group: int, tile: int) -> Any:
-        """The scale of tile `tile` of group `group` of weights, which has `per_group` tiles."""
-        return load(self.scales, [row, _activation_group(group, per_group, tile)])
+    def scale(self, row: Index, group: Any, per_group: int) -> Any:
+        """The scale for group `group` of weights, which has `per_group` tiles."""
+        return load(self.scales, [row, T.floordiv(group, int64(ACTIVATION_TILES // per_group))])
 
-    def sum(self, row: Index, group: Any, per_group: int, tile: int) -> Any:
-        """The sum of the codes that tile and its group of weights share with a group of activations."""
-        if per_group < ACTIVATION_TILES:
-            return load(self.tile_sums, [row, group])
-        return load(self.sums, [row, _activation_group(group, per_group, tile)])
+    def sum(self, row: Index, group: Any, per_group: int) -> Any:
+        """The scaled sum of the codes in the columns of that group."""
+        if per_group == ACTIVATION_TILES:
+            return load(self.sums, [row, group])
+        sums = [load(self.tile_sums, [row, group * per_group + t]) for t in range(per_group)]
+        return functools.reduce(operator.add, sums)
 
 
 def row_products(
@@ -244,32 +252,22 @@ def _add_group(
 ) -> None:
     """Add the first `tiles` column tiles of a group to `totals`."""
     lanes, per_group = family.lanes, block.weights.format.group // COLUMN_TILE
-    sums: list[list[Any]] = [[None] * family.halves for _ in rows]
-    corrections: list[Any] = [None] * len(rows)
+    counts: list[list[Any]] = [[None] * family.halves for _ in rows]
     block.prefetch_group(group)
-    for first in range(0, tiles, ACTIVATION_TILES):
-        counts: list[list[Any]] = [[None] * family.halves for _ in rows]
-        for t in range(first, min(first + ACTIVATION_TILES, tiles)):
-            tile = group * per_group + t
-            block.prefetch(tile, ahead, near=False)
-            _add_tile(family, block, x, rows, tile, counts)
-        for m, row in enumerate(rows):
-            part = x.sum(row, group, per_group, first)
-            corrections[m] = part if corrections[m] is None else corrections[m] + part
-            step = broadcast(x.scale(row, group, per_group, first), lanes)
-            for half, count in enumerate(counts[m]):
-                product, before = count.astype(f"float32x{lanes}") * step, sums[m][half]
-                sums[m][half] = bind(product if before is None else before + product)
+    for t in range(tiles):
+        tile = group * per_group + t
+        block.prefetch(tile, ahead, near=False)
+        _add_tile(family, block, x, rows, tile, counts)
+    steps = [bind(broadcast(x.scale(row, group, per_group), lanes)) for row in rows]
+    parts = [bind(broadcast(x.sum(row, group, per_group), lanes)) for row in rows]
     for half in range(family.halves):
         zero = block.zero_point(group, half, lanes)
         if offset := family.offset(block.weights.format.wide):
             zero = zero - splat(offset, lanes)
         zero, scale = bind(zero), bind(block.scale(group, half, lanes))
-        for m in range(len(rows)):
-            shift = zero * broadcast(bind(corrections[m]), lanes)
-            product = (sums[m][half] - shift) * scale
-            total = totals[m][half]
-            store(total, [0], load(total, [0], f"float32x{lanes}") + product)
+        for step, part, count, total in zip(steps, parts, counts, totals, strict=True):
+            product = (count[half].astype(f"float32x{lanes}") * step - zero * part) * scale
+            store(total[half], [0], load(total[half], [0], f"float32x{lanes}") + product)
 
 
 def _add_tile(
@@ -286,10 +284,3 @@ def _add_tile(
         for state, count in zip(states, counts, strict=True):
             product = bind(family.finish(state))
             count[half] = product if count[half] is None else count[half] + product
-
-
-def _activation_group(group: Any, per_group: int, first: int) -> Any:
-    """Which group of the activations tile `first` of a group of `per_group` tiles of weights belongs to."""
-    if per_group < ACTIVATION_TILES:
-        return T.truncdiv(group, int64(ACTIVATION_TILES // per_group))
-    return group * (per_group // ACTIVATION_TILES) + first // ACTIVATION_TILES

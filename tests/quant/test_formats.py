@@ -32,3 +32,15 @@ def test_zero_rule() -> None:
         assert fmt.zero_step * 255 == pytest.approx(fmt.levels - 1)
         assert 0 < fmt.symmetric_zero <= (fmt.values[-1] + 1) / 2
     assert [Format(bits).symmetric_zero for bits in BITS] == [0.5, 1.5, 4, 8, 128]
+
+
+def test_centred_values_are_int8_multiples_of_the_distance_from_the_zero_point() -> None:
+    for fmt in ALL_FORMATS:
+        if fmt.centre is None:
+            assert not fmt.symmetric or fmt.bits == 8
+            continue
+        factor, offset = fmt.centre
+        centred = [factor * value - offset for value in fmt.values]
+        assert centred == [factor * (value - fmt.symmetric_zero) for value in fmt.values]
+        assert min(centred) >= -128
+        assert max(centred) <= 127

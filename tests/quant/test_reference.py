@@ -4,9 +4,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moqc.quant.activations import apply_activation
+from moqc.quant.formats import ACTIVATION_GROUP
 from moqc.quant.reference import experts, fake_quantize_activations, linear, quantize_activations
 
-T, H, I, E, K = 7, 72, 24, 5, 2  # noqa: E741
+T, H, I, E, K = 7, 136, 24, 5, 2  # noqa: E741
 
 
 def block(seed: int = 0) -> dict[str, torch.Tensor]:
@@ -73,13 +74,13 @@ def test_pairs_outside_the_experts_are_dropped() -> None:
 
 
 def test_activations_round_half_to_even_and_pad() -> None:
-    x = torch.zeros(2, 72)
+    x = torch.zeros(2, ACTIVATION_GROUP + 8)
     x[0, :4] = torch.tensor([127.0, 0.5, 1.5, -2.5])
-    x[0, 64] = -2.0
+    x[0, ACTIVATION_GROUP] = -2.0
     codes, scales = quantize_activations(x)
     assert codes.dtype == torch.int8
     assert codes[0, :4].tolist() == [127, 0, 2, -2]
-    assert codes[0, 64] == -127
+    assert codes[0, ACTIVATION_GROUP] == -127
     assert scales.shape == (2, 2)
     assert scales[0].tolist() == pytest.approx([1.0, 2 / 127])
     assert codes[1].abs().max() == 0
@@ -93,11 +94,11 @@ def test_activations_survive_tiny_and_huge_values() -> None:
 
 
 @settings(max_examples=40, deadline=None)
-@given(columns=st.integers(1, 100), seed=st.integers(0, 2**31), factor=st.sampled_from([1e-6, 1.0, 1e6]))
+@given(columns=st.integers(1, 200), seed=st.integers(0, 2**31), factor=st.sampled_from([1e-6, 1.0, 1e6]))
 def test_activation_error_is_within_half_a_step(columns: int, seed: int, factor: float) -> None:
     x = torch.randn(3, columns, generator=torch.Generator().manual_seed(seed)) * factor
     _, scales = quantize_activations(x)
-    step = scales.repeat_interleave(64, -1)[:, :columns]
+    step = scales.repeat_interleave(ACTIVATION_GROUP, -1)[:, :columns]
     assert ((fake_quantize_activations(x) - x).abs() <= step * 0.50001).all()
 
 
@@ -112,7 +113,7 @@ def test_linear_modes() -> None:
     codes, scales = quantize_activations(x)
     exact = torch.zeros(2, 3, I, dtype=torch.float64)
     for group in range(2):
-        columns = slice(64 * group, 64 * group + 64)
+        columns = slice(ACTIVATION_GROUP * group, ACTIVATION_GROUP * (group + 1))
         product = codes[..., columns].double() @ w[:, columns].T.double()
         exact += scales[..., group, None].double() * product
     torch.testing.assert_close(linear(x, w, activations="int8"), exact.float(), rtol=1e-5, atol=1e-5)

@@ -58,6 +58,18 @@ LAYERS = {
         "float",
     ),
     "plain": Layer(64, 32, {"up": ("int2-g64-sym",), "down": ("int4-g64",)}, "relu2", "int8"),
+    # Gate and up are multiplied with signed codes, down with wide ones; batches of columns with one scale.
+    "groups of 128": Layer(
+        712,
+        48,
+        {
+            "gate": ("int4-g128-sym-s8",),
+            "up": ("int3-g128-sym", "tcq2-g128", "int8-g128-sym"),
+            "down": ("int8-g128",),
+        },
+        "silu_glu",
+        "int8",
+    ),
     # Several batches of columns, the last one smaller and ragged.
     "long": Layer(
         712,
