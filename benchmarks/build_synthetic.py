@@ -13,7 +13,7 @@ from pathlib import Path
 
 from moqc.codegen import build, export
 from moqc.describe import describe
-from moqc.frontend.hf import MAX_CHUNK, import_model
+from moqc.frontend.hf import import_model
 from moqc.frontend.synthetic import SyntheticCheckpoint, read_declared, write_metadata
 from moqc.log import logger
 from moqc.manifest import LIBRARY, MANIFEST
@@ -45,13 +45,13 @@ def main() -> None:
         )
         lowering = lowering_pipeline(options.context, options.max_batch, target.caches[0])
         passes = Pipeline((synthesize, *lowering.passes))
-        latent = target.latent_attention
-        mod = import_model(checkpoint, max_batch=options.max_batch, max_chunk=MAX_CHUNK, latent=latent)
+        latent, chunk = target.latent_attention, target.chunk_of(options.max_batch)
+        mod = import_model(checkpoint, max_batch=options.max_batch, max_chunk=chunk, latent=latent)
         logger.info("imported")
         mod = run_passes(passes, mod, PassContext(target, checkpoint), Debug())
         options.out.mkdir(parents=True, exist_ok=True)
         export(build(mod, target), options.out / LIBRARY, target)
-        manifest = describe(mod, checkpoint, target, passes, chunk=MAX_CHUNK)
+        manifest = describe(mod, checkpoint, target, passes, chunk=chunk)
     (options.out / MANIFEST).write_text(manifest.to_text())
 
 

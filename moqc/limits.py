@@ -13,7 +13,6 @@ from tvm import IRModule
 from moqc.errors import BudgetError, TargetError
 from moqc.frontend.checkpoint import Checkpoint
 from moqc.frontend.experts import ExpertLayout
-from moqc.frontend.hf import MAX_CHUNK
 from moqc.ir.annotations import CACHE
 from moqc.passes.allocate_bits import AllocateBits
 from moqc.passes.allocation_problem import FORMATS, OWN_FORMATS, TABLE_BITS
@@ -54,11 +53,11 @@ def check_kernels(target: Target, recipe: Recipe) -> None:
 
 
 def longest_chunk(config: PretrainedConfig, target: Target, length: int, batch: int) -> int:
-    """Tokens a row may have in one call: as many as the logits of all fit a buffer of `target`.
+    """Tokens a row may have in one call on `target`, where the logits of all fit a buffer of it.
 
     Raises TargetError where not even one does.
     """
-    chunk = min(MAX_CHUNK, length)
+    chunk = min(target.chunk_of(batch), length)
     if target.largest_binding is None:
         return chunk
     row = _FLOAT_BYTES * batch * int(config.get_text_config().vocab_size)

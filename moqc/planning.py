@@ -51,6 +51,7 @@ def plan(model: str | Path, options: PlanOptions) -> Plan:
         times=with_bandwidth(kernel_times(machine), options.bandwidth),
         cache=machine.kv_cache(options.kv_cache, machine.mode(None)),
         library=machine.library_bytes,
+        chunk=machine.chunk_of(options.max_batch),
     )
     return make_plan(
         outline(config, latent=machine.latent_attention),

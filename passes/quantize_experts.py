@@ -11,7 +11,7 @@ import numpy.typing as npt
 from tvm import IRModule, relax
 
 from moqc.calibrate.workspace import ParamStore
-from moqc.errors import PipelineError
+from moqc.errors import PipelineError, UserError
 from moqc.ir import ops
 from moqc.ir.annotations import BITS, PARAMS, PROTECTION, PRUNING, Key
 from moqc.ir.packed import mixed_operands, packed_types
@@ -248,6 +248,12 @@ def _pack_one(
         raise PipelineError(
             f"{site.site}: expert {expert} of {projection} was quantized to {matrix.format} {matrix.shape}, "
             f"{BITS} says {format} {site.shape(projection)}"
+        )
+    largest = float(matrix.scales.abs().max())
+    if largest >= layout.scales_below:
+        raise UserError(
+            f"{site.site}: expert {expert} of {projection} has a scale of {largest:.3g} as {format}, kernels "
+            f"of this target take scales below {layout.scales_below:g}: give it more bits"
         )
     return layout.pack(matrix)
 

@@ -105,3 +105,15 @@ def test_compiling_without_the_tools_is_refused_before_any_work(tmp_path, monkey
     with pytest.raises(TargetError, match=problem):
         moqc.compile(tmp_path / "none", tmp_path / "out", target=target, cache=tmp_path / "cache")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("target", "batch", "chunk"),
+    [
+        *(("cuda", 4, 2048), ("cuda", 16, 2048), ("cuda", 32, 1024), ("cuda", 64, 512), ("cuda", 500, 512)),
+        *(("cuda:sm_80+sm_90", 1, 2048), ("cuda:sm_89", 1, 512), ("jetson-orin", 1, 512)),
+        ("x86-64-v4", 4, 512),
+    ],
+)
+def test_prompts_run_in_longer_chunks_where_memory_is_plenty(target, batch, chunk):
+    assert find_target(target).chunk_of(batch) == chunk

@@ -27,6 +27,8 @@ from moqc.runtime.cuda import Stream, absent_gpu, load_cuda
 from moqc.schedules.cuda import toolchain
 from moqc.schedules.cuda.experts import down_kernel, gate_up_kernel, route_kernel
 from moqc.schedules.cuda.plan import COLUMN_TOKENS, ExpertsShape
+from moqc.schedules.cuda.quads import QuadsPlan
+from moqc.schedules.cuda.quads_layer import quads_kernel
 from moqc.schedules.cuda.rules import schedule_for_gpu
 from moqc.schedules.cuda.space import plan_space
 from moqc.schedules.cuda.templates import AnyPlan
@@ -141,11 +143,13 @@ class CudaLayer:
         """The kernels with these plans, compiled together."""
         functions = {}
         for (kernel, tokens), plan in plans.items():
-            if kernel == "gate_up":
-                types = ("float32", "int64") if tokens == 1 else ("uint8", "int32")
-                function = gate_up_kernel(self._shape, plan, *types)
+            ids = "int64" if tokens == 1 else "int32"
+            if isinstance(plan, QuadsPlan):
+                function = quads_kernel(kernel, self._shape, plan, "float32", "int64")
+            elif kernel == "gate_up":
+                function = gate_up_kernel(self._shape, plan, "float32" if tokens == 1 else "uint8", ids)
             else:
-                function = down_kernel(self._shape, plan, "int64" if tokens == 1 else "int32")
+                function = down_kernel(self._shape, plan, ids)
             functions[f"{kernel}_{tokens}"] = function
         library = self._build(functions)
         return {(kernel, tokens): library[f"{kernel}_{tokens}"] for kernel, tokens in plans}
@@ -171,10 +175,13 @@ class CudaLayer:
     def _call(self, x: Any, ids: Any, shares: Any, weights: Sequence[Any]) -> dict[str, list[Any]]:
         """What the kernels are given, as a layer gives it to them."""
         put, shape, tokens = self._layer.put, self._shape, len(x)
-        slots, units = shape.slots(tokens), -(-shape.intermediate // COLUMNS)
+        slots, columns, units = shape.slots(tokens), tokens, -(-shape.intermediate // COLUMNS)
         if tokens == 1:
             inputs = [put(x)]
             lists = [put(ids.numpy()[0]), put(shares.T.copy())]
+        elif isinstance(self.spaces()["gate_up", tokens].default, QuadsPlan):
+            inputs, lists = [put(x)], [ids, put(shares)]
+            slots, columns = tokens, shape.top_k  # what is hidden lies by the router's pairs
         else:
             halves = np.pad(x.astype(np.float16), ((0, 0), (0, -shape.hidden % COLUMNS)))
             inputs = [put(halves.view(np.uint8)), put(np.ones(tokens, np.float32))]
@@ -187,8 +194,8 @@ class CudaLayer:
             lists = [named, part, members, count]
         table, packed = weights[0], dict(zip(self._layer.types, weights, strict=True))
         of = {each: [packed[key] for key in packed if key.startswith(f"{each}.")] for each in PROJECTIONS}
-        hidden = put(np.zeros((slots, tokens, shape.intermediate), np.float16))
-        shifts = put(np.zeros((slots, tokens, 16 * units), np.uint8))
+        hidden = put(np.zeros((slots, columns, shape.intermediate), np.float16))
+        shifts = put(np.zeros((slots, columns, 16 * units), np.uint8))
         y = put(np.zeros((tokens, shape.hidden), np.float32))
         return {
             "gate_up": [*inputs, *lists, table, *of["gate"], *of["up"], hidden, shifts, y],

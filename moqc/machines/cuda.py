@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from moqc.errors import TargetError
 from moqc.machines.cpus import find_cpu
-from moqc.machines.target import Roofline, Target
+from moqc.machines.target import LEAST_CHUNK, Roofline, Target
 
 _H200 = Roofline(
     bandwidth=3.7e12,
@@ -21,6 +21,8 @@ CUDA_ARCHITECTURES = {"sm_80": 163, "sm_86": 99, "sm_87": 163, "sm_89": 99, "sm_
 """NVIDIA architectures that there are kernels for, and the KiB of shared memory a block may have there."""
 CUDA_ARCHITECTURES |= {name.replace("sm", "compute"): CUDA_ARCHITECTURES[name] for name in ("sm_80", "sm_87")}
 """PTX for the oldest: the driver of any later GPU makes machine code of it when an artifact is loaded."""
+SERVERS, SERVER_CHUNK = {"sm_80", "sm_90"}, 2048
+"""GPUs with memory to spare: their experts' kernels are faster a token with longer chunks."""
 CUDA_DEFAULT = "cuda:sm_90@x86-64-v3"
 """What ``cuda`` stands for."""
 
@@ -59,6 +61,7 @@ def find_cuda(name: str) -> Target:
         architectures=architectures,
         machine=host.machine,
         library_bytes=(1_250_000, 1_250_000),
+        chunk=SERVER_CHUNK if set(architectures) <= SERVERS else LEAST_CHUNK,
         tools=("nvcc",),
         verified="run on an H200 (sm_90), against the reference",
         roofline=_H200 if architectures == ("sm_90",) else None,

@@ -24,6 +24,10 @@ class Roofline:
     source: str
 
 
+LEAST_CHUNK, MOST_ROWS = 512, 1 << 15
+"""Tokens of a row that every call has room for, and tokens of all rows for which larger chunks stop."""
+
+
 @dataclass(frozen=True, slots=True)
 class Target:
     """One machine family.
@@ -40,7 +44,8 @@ class Target:
     of parameters, unless one tensor is larger. `roofline` is None where nothing is known. `records` is a file
     of plans (`moqc.schedules.plan_records`) that come before those that ship. `library_bytes` is the size of
     a library with one format of experts, and with several, as it was for tiny-moe: it depends on the
-    kernels, some 0.1 MB for every set of formats that blocks have, hardly on the model.
+    kernels, some 0.1 MB for every set of formats that blocks have, hardly on the model. `chunk` is how many
+    tokens of a prompt are run in one call where memory allows (`chunk_of`).
     """
 
     name: str
@@ -60,6 +65,7 @@ class Target:
     roofline: Roofline | None = None
     records: str | None = None
     library_bytes: tuple[int, int] = (760_000, 1_450_000)
+    chunk: int = LEAST_CHUNK
 
     @property
     def device(self) -> str:
@@ -72,6 +78,10 @@ class Target:
             modes = ", ".join(self.activations)
             raise TargetError(f"activations {activations!r}: the kernels of target {self.name} have {modes}")
         return activations or self.activations[0]
+
+    def chunk_of(self, batch: int) -> int:
+        """Tokens a row may have in one call of `batch` rows: memory is planned for all of them."""
+        return max(min(self.chunk, MOST_ROWS // batch), LEAST_CHUNK)
 
     def kv_cache(self, dtype: str | None, activations: str) -> str:
         """The dtype of caches asked for, or the default: in float32 where activations are exact.

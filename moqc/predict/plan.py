@@ -30,8 +30,6 @@ ALTERNATIVES = (2.0, 2.5, 3.0, 4.0)
 UNIFORM = ("int4-g128", "int8-g128")
 """One format for all experts, as most peers store them, shown beside the plan."""
 _STEPS = 60
-CHUNK = 512
-"""Tokens of a prompt that are run in one call."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +38,8 @@ class Deployment:
 
     `linears` is a format or None, `context` and `batch` size the cache, `copied_bytes` is the size of the
     tokenizer files that go into the artifact, `times` what is known about speed, `cache` the dtype of the
-    key-value cache, `library` the bytes of a compiled library with one format of experts, and with several.
+    key-value cache, `library` the bytes of a compiled library with one format of experts, and with several,
+    `chunk` the tokens of a prompt that are run in one call.
     """
 
     linears: Format | None
@@ -51,6 +50,7 @@ class Deployment:
     times: KernelTimes
     cache: str = "float32"
     library: tuple[int, int] = (0, 0)
+    chunk: int = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,7 +170,7 @@ def _predictor(model: Outline, deployment: Deployment) -> Callable[[float], Pred
         stored = footprint(model, storage, deployment.cache)
         speed = decode_speed(model, stored, deployment.times, context=0)
         cache = deployment.batch * deployment.context * stored.kv_bytes_per_token
-        work = work_bytes(model, deployment.batch * min(CHUNK, deployment.context))
+        work = work_bytes(model, deployment.batch * min(deployment.chunk, deployment.context))
         return Prediction(
             name=f"{'uniform' if deployment.uniform else 'mixed'} {bits:.3g}",
             bits=bits,

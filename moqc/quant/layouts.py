@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -37,20 +38,28 @@ class PackedTensors(Protocol):
 class Layout:
     """One layout. `pack` and `unpack` are exact inverses; rows come in tiles of 16, the first packed axis.
 
-    `shapes` gives the shapes of codes and of scales (and zeros) of one [rows, columns] matrix.
+    `shapes` gives the shapes of codes and of scales (and zeros) of one [rows, columns] matrix; kernels of
+    experts want scales below `scales_below`.
     """
 
     name: str
     pack: Callable[[Quantized], PackedTensors]
     unpack: Callable[[Any, Format, int, int], Quantized]
     shapes: Callable[[Format, int, int], tuple[tuple[int, ...], tuple[int, ...]]]
+    scales_below: float = math.inf
 
 
 LAYOUTS: dict[str, Layout] = {
     layout.name: layout
     for layout in (
         Layout(pack.LAYOUT, pack.pack, pack.unpack, pack.packed_shapes),
-        Layout(pack_mma.LAYOUT, pack_mma.pack_units, pack_mma.unpack_units, pack_mma.packed_shapes),
+        Layout(
+            pack_mma.LAYOUT,
+            pack_mma.pack_units,
+            pack_mma.unpack_units,
+            pack_mma.packed_shapes,
+            scales_below=1.0,
+        ),
     )
 }
 

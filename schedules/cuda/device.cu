@@ -271,6 +271,20 @@ __device__ __forceinline__ void dot(float (&acc)[4], const word* w, const word* 
   }
 }
 
+// The sum of `mine` over the block's threads up to this one; `sums`: a place for each warp. The block has whole warps.
+template <class T> __device__ __forceinline__ T sum_up_to(T mine, T* sums) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+#pragma unroll
+  for (int step = 1; step < 32; step *= 2) {
+    const T other = __shfl_up_sync(0xffffffffu, mine, step);
+    if (lane >= step) mine += other;
+  }
+  if (lane == 31) sums[warp] = mine;
+  __syncthreads();
+  for (int i = 0; i < warp; ++i) mine += sums[i];
+  return mine;
+}
+
 // ---------------------------------------------------------------------------------------------- activations in
 __device__ __forceinline__ uint4 load_columns(const __half* p) { return load_now((const uint4*)p); }   // 8 columns
 __device__ __forceinline__ uint4 load_columns(const float* p) {

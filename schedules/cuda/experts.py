@@ -21,7 +21,7 @@ from moqc.schedules.cuda.emit import Kernel, kernel
 from moqc.schedules.cuda.plan import COLUMN_TOKENS, ExpertsShape
 from moqc.schedules.cuda.rows import RowsPlan
 from moqc.schedules.cuda.templates import (
-    AnyPlan,
+    SlotsPlan,
     distinct,
     down_groups,
     down_of,
@@ -58,7 +58,7 @@ def launch_route(
 def launch_gate_up(
     k: Kernel,
     shape: ExpertsShape,
-    plan: AnyPlan,
+    plan: SlotsPlan,
     at: Pointers,
     tokens: tirx.Var,
     slots: Any,
@@ -83,7 +83,7 @@ def launch_gate_up(
 def launch_down(
     k: Kernel,
     shape: ExpertsShape,
-    plan: AnyPlan,
+    plan: SlotsPlan,
     at: Pointers,
     tokens: tirx.Var,
     slots: Any,
@@ -153,7 +153,7 @@ def route_kernel(shape: ExpertsShape, dtype: str) -> tirx.PrimFunc:
 
 
 def gate_up_kernel(
-    shape: ExpertsShape, plan: AnyPlan, x_dtype: str, id_dtype: str = "int32"
+    shape: ExpertsShape, plan: SlotsPlan, x_dtype: str, id_dtype: str = "int32"
 ) -> tirx.PrimFunc:
     """Build the first product with the activation function by itself.
 
@@ -184,7 +184,7 @@ def gate_up_kernel(
 
 
 def down_kernel(
-    shape: ExpertsShape, plan: AnyPlan, id_dtype: str = "int32", *, many: bool = False
+    shape: ExpertsShape, plan: SlotsPlan, id_dtype: str = "int32", *, many: bool = False
 ) -> tirx.PrimFunc:
     """Build the second product with the weighted sum over a token's experts by itself.
 
@@ -206,7 +206,7 @@ def down_kernel(
 
 
 def _declare_slots(
-    k: Kernel, shape: ExpertsShape, plan: AnyPlan, slots: tirx.Var, id_dtype: str
+    k: Kernel, shape: ExpertsShape, plan: SlotsPlan, slots: tirx.Var, id_dtype: str
 ) -> dict[str, Any]:
     at = {
         "slots": k.parameter("slots", [slots], id_dtype),
@@ -219,7 +219,7 @@ def _declare_slots(
     return {"members": at["table"], "hit": at["table"]} | at
 
 
-def _declare_hidden(k: Kernel, shape: ExpertsShape, plan: AnyPlan, slots: tirx.Var) -> dict[str, Any]:
+def _declare_hidden(k: Kernel, shape: ExpertsShape, plan: SlotsPlan, slots: tirx.Var) -> dict[str, Any]:
     shifts = -(-shape.intermediate // COLUMNS) * (COLUMNS // ROWS)
     return {
         "hidden": k.parameter("hidden", [slots, plan.tokens, shape.intermediate], "float16"),

@@ -16,7 +16,7 @@ template <int EXPERTS, int TILE_SLOTS> __device__ __forceinline__ void list_tile
   wait_for_previous_kernel();
   start_next_kernel();
   const int* slots = (const int*)slot_list;
-  const int hit = *(const int*)hit_and_tiles, lane = threadIdx.x % 32, warp = threadIdx.x / 32, expert = threadIdx.x;
+  const int hit = *(const int*)hit_and_tiles, expert = threadIdx.x;
   for (int i = threadIdx.x; i < EXPERTS; i += blockDim.x) counts[i] = 0;
   __syncthreads();
   for (int i = threadIdx.x; i < hit; i += blockDim.x) {
@@ -25,15 +25,7 @@ template <int EXPERTS, int TILE_SLOTS> __device__ __forceinline__ void list_tile
   }
   __syncthreads();
   const int count = expert < EXPERTS ? counts[expert] : 0, need = (count + TILE_SLOTS - 1) / TILE_SLOTS;
-  int before = need;
-#pragma unroll
-  for (int step = 1; step < 32; step *= 2) {
-    const int other = __shfl_up_sync(0xffffffffu, before, step);
-    if (lane >= step) before += other;
-  }
-  if (lane == 31) sums[warp] = before;
-  __syncthreads();
-  for (int i = 0; i < warp; ++i) before += sums[i];
+  const int before = sum_up_to(need, sums);
   if (threadIdx.x == blockDim.x - 1) ((int*)hit_and_tiles)[1] = before, ((int*)hit_and_tiles)[2] = 0;
   Tokens* tiles = (Tokens*)tile_list;
   for (int i = 0; i < need; ++i) tiles[before - need + i] = {expert, before - need, need, starts[expert], count};
@@ -73,30 +65,15 @@ template <int EXPERTS, int TOP, class Id> __device__ __forceinline__ void count_
   for (int i = threadIdx.x; i < EXPERTS; i += blockDim.x) ((int*)counts)[blockIdx.x * EXPERTS + i] = found[i];
 }
 
-// The sum of `mine` over the threads before this one; a block of GATHER_WARPS warps.
-__device__ __forceinline__ int2 sum_before(int2 mine, int2* sums) {
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  int2 sum = mine;
-#pragma unroll
-  for (int step = 1; step < 32; step *= 2) {
-    const int x = __shfl_up_sync(0xffffffffu, sum.x, step), y = __shfl_up_sync(0xffffffffu, sum.y, step);
-    if (lane >= step) sum.x += x, sum.y += y;
-  }
-  if (lane == 31) sums[warp] = sum;
-  __syncthreads();
-  for (int i = 0; i < warp; ++i) sum.x += sums[i].x, sum.y += sums[i].y;
-  return make_int2(sum.x - mine.x, sum.y - mine.y);
-}
-
 // starts[expert] = where this block's pairs of it begin among the members. Block 0 lists tiles of up to TILE_SLOTS slots, and
 // clears what an expert's last slot has too much; hit = slots, tiles, and 0.
 template <int EXPERTS, int TOP, int TILE_SLOTS>
 __device__ __forceinline__ void place(int (&starts)[EXPERTS], int tokens, const int* counts, int* members, float* shares, int* hit, Tokens* tiles) {
   constexpr int EACH = (EXPERTS + GATHER_WARPS * 32 - 1) / (GATHER_WARPS * 32);   // experts of a thread
-  __shared__ int2 sums[GATHER_WARPS];
+  __shared__ long long sums[GATHER_WARPS];
   const int blocks = (tokens + Counted<TOP>::TOKENS - 1) / Counted<TOP>::TOKENS, mine = blockIdx.x * GATHER_TOKENS / Counted<TOP>::TOKENS;
   int count[EACH], before[EACH];
-  int2 need = make_int2(0, 0);   // slots, tiles
+  int need_slots = 0, need_tiles = 0;
 #pragma unroll
   for (int i = 0; i < EACH; ++i) {
     const int expert = threadIdx.x * EACH + i;
@@ -109,51 +86,55 @@ __device__ __forceinline__ void place(int (&starts)[EXPERTS], int tokens, const 
       }
     }
     const int slots = (count[i] + 7) / 8;
-    need.x += slots, need.y += (slots + TILE_SLOTS - 1) / TILE_SLOTS;
+    need_slots += slots, need_tiles += (slots + TILE_SLOTS - 1) / TILE_SLOTS;
   }
-  int2 at = sum_before(need, sums);
-  if (blockIdx.x == 0 && threadIdx.x == blockDim.x - 1) hit[0] = at.x + need.x, hit[1] = at.y + need.y, hit[2] = 0;
+  const long long both = sum_up_to((long long)need_tiles << 32 | need_slots, sums);
+  int slot = (int)both, tile = (int)(both >> 32);
+  if (blockIdx.x == 0 && threadIdx.x == blockDim.x - 1) hit[0] = slot, hit[1] = tile, hit[2] = 0;
+  slot -= need_slots, tile -= need_tiles;
 #pragma unroll
   for (int i = 0; i < EACH; ++i) {
     const int expert = threadIdx.x * EACH + i, slots = (count[i] + 7) / 8, groups = (slots + TILE_SLOTS - 1) / TILE_SLOTS;
     if (expert >= EXPERTS) break;
-    starts[expert] = at.x * 8 + before[i];
+    starts[expert] = slot * 8 + before[i];
     if (blockIdx.x == 0) {
-      for (int k = 0; k < groups; ++k) tiles[at.y + k] = {expert, at.y, groups, at.x, slots};
-      for (int k = at.x * 8 + count[i]; k < (at.x + slots) * 8; ++k) members[k] = -1, shares[k] = 0.0f;
+      for (int k = 0; k < groups; ++k) tiles[tile + k] = {expert, tile, groups, slot, slots};
+      for (int k = slot * 8 + count[i]; k < (slot + slots) * 8; ++k) members[k] = -1, shares[k] = 0.0f;
     }
-    at.x += slots, at.y += groups;
+    slot += slots, tile += groups;
   }
   __syncthreads();
 }
 
-// Lists of slots and of tiles, and the images of x; y [tokens][H] is cleared. Rows that reach HALF_LIMIT are divided by the power of two in
+// Lists of slots and of tiles, and the images of x. Rows that reach HALF_LIMIT are divided by the power of two in
 // `factors`. `over` is cleared. Images of an expert's last slot have any values where it has no token.
 template <int EXPERTS, int TOP, int H, int TILE_SLOTS, class Id, class X>
 __device__ __forceinline__ void place_and_gather(const X* x, const Id* ids, const float* weights, int tokens, const void* ranks, const void* counts, void* members, void* shares, void* hit,
-                                                 void* tiles, void* images, void* factors, void* over, int capacity, float* y) {
+                                                 void* tiles, void* images, void* factors, void* over, int capacity) {
   using Pair = typename PairOf<X>::type;
   constexpr int CHUNKS = (H + COLUMNS - 1) / COLUMNS * 32, WARPS = GATHER_WARPS / GATHER_TOKENS;   // of 8 columns, of a row; of a token
+  constexpr int EACH = (CHUNKS + 32 * WARPS - 1) / (32 * WARPS);   // of a thread
   __shared__ int starts[EXPERTS];
   __shared__ float found[GATHER_WARPS];
-  wait_for_previous_kernel();
-  start_next_kernel();
-  place<EXPERTS, TOP, TILE_SLOTS>(starts, tokens, (const int*)counts, (int*)members, (float*)shares, (int*)hit, (Tokens*)tiles);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, token = blockIdx.x * GATHER_TOKENS + warp / WARPS, thread = warp % WARPS * 32 + lane;
   const bool inside = token < tokens;
-  const X* from = x + (long long)token * H;
+  Pair held[EACH][4];   // as the image has them; `count_pairs`, the kernel ahead, has waited for those before it, which make x
   float most = 0.0f;
-  if (inside) {
-#pragma unroll 4
-    for (int k = 2 * thread; k < H; k += 64 * WARPS) {
-      most = fmaxf(most, largest_of(*(const Pair*)(from + k)));
-      *(float2*)(y + (long long)token * H + k) = make_float2(0.0f, 0.0f);
+#pragma unroll
+  for (int e = 0; e < EACH; ++e)
+#pragma unroll
+    for (int q = 0; q < 4; ++q) {
+      const int i = e * 32 * WARPS + thread, k = i / 8 * 64 + i % 8 / 4 * 32 + 8 * q + i % 4 * 2;
+      held[e][q] = inside && k < H ? *(const Pair*)(x + (long long)token * H + k) : Pair{};
     }
-  }
+#pragma unroll
+  for (int i = 0; i < 4 * EACH; ++i) most = fmaxf(most, largest_of(held[i / 4][i % 4]));
 #pragma unroll
   for (int other = 16; other > 0; other /= 2) most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, other));
   if (lane == 0) found[warp] = most;
-  __syncthreads();
+  wait_for_previous_kernel();
+  start_next_kernel();
+  place<EXPERTS, TOP, TILE_SLOTS>(starts, tokens, (const int*)counts, (int*)members, (float*)shares, (int*)hit, (Tokens*)tiles);
   if (!inside) return;
 #pragma unroll
   for (int i = 0; i < WARPS; ++i) most = fmaxf(most, found[warp / WARPS * WARPS + i]);
@@ -173,15 +154,14 @@ __device__ __forceinline__ void place_and_gather(const X* x, const Id* ids, cons
       ((float*)factors)[at] = power(shift), ((word*)over)[at] = 0;
     }
   }
-#pragma unroll 2
-  for (int i = thread; i < CHUNKS; i += 32 * WARPS) {   // as the image has them
-    const int block = i / 8, chunk = i % 8;
+#pragma unroll
+  for (int e = 0; e < EACH; ++e) {
+    const int i = e * 32 * WARPS + thread, block = i / 8, chunk = i % 8;
+    if (i >= CHUNKS) break;
     word words[4];
 #pragma unroll
     for (int q = 0; q < 4; ++q) {
-      const int k = 64 * block + chunk / 4 * 32 + 8 * q + chunk % 4 * 2;
-      __half2 pair = __float2half2_rn(0.0f);
-      if (k < H) pair = scaled(*(const Pair*)(from + k), by);
+      const __half2 pair = scaled(held[e][q], by);
       words[q] = *(const word*)&pair;
     }
 #pragma unroll

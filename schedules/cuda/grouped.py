@@ -25,10 +25,12 @@ from moqc.schedules.cuda.toolchain import WARP_GROUP_THREADS
 
 ATOM = 1024
 """Bytes of 64 columns of a slot's activations."""
-ROW_TILES = 16
-"""Of a block's tile."""
-FACTS = 256 + 2048
-"""Bytes of barriers, and of what a block notes about a tile's tokens."""
+MOST_SLOTS = 16
+"""Of tiles whose warp groups have two blocks of 64 rows each; of larger ones they have one."""
+BARRIERS = 256
+"""Bytes."""
+FACT = 8
+"""Bytes that a warp group notes about a tile's token, of whole 128."""
 COUNTED_PAIRS, GATHERED_TOKENS = 1024, 2
 """Of a block of the first launch and of the second (``gather.cu``)."""
 
@@ -46,15 +48,28 @@ class Tile:
     blocks: int = 1
 
     @property
+    def row_tiles(self) -> int:
+        """Of 16 rows; with few tokens a warp's results are of twice as many rows."""
+        return 16 if self.slots <= MOST_SLOTS else 8
+
+    @property
     def shared(self) -> int:
         """Bytes of shared memory a block may have; a multiprocessor keeps 1 KiB of each."""
         return SHARED_BYTES if self.blocks == 1 else (SHARED_BYTES + 1024) // self.blocks - 1024
 
 
-TILES = {28: Tile(5, 70 * 1024, 2), 56: Tile(8, 136 * 1024), 90: Tile(12, 120 * 1024)}
+TILES = {
+    20: Tile(5, 70 * 1024, 2),
+    56: Tile(8, 136 * 1024),
+    90: Tile(12, 120 * 1024),
+    150: Tile(16, 104 * 1024),
+}
 """By how many tokens an expert has, on average, at most: half of the experts have more."""
-LARGE = Tile(16, 104 * 1024)
-"""Above those."""
+LARGE = Tile(32, 40 * 1024), Tile(24, 64 * 1024)
+"""Above those where rows are long or of several formats: the first that the formats leave room for."""
+LONG_ROWS = 4096
+"""Columns from which on `LARGE` was faster: of shorter rows, results take much of a tile's time.
+Several formats are much code, and the larger tiles' is half as much."""
 
 
 def rings(formats: Sequence[Format], tile: Tile) -> tuple[str, int]:
@@ -64,27 +79,37 @@ def rings(formats: Sequence[Format], tile: Tile) -> tuple[str, int]:
     """
     groups = max(COLUMNS // fmt.group for fmt in formats)
     zeros = 0 if all(fmt.symmetric for fmt in formats) else groups * 16
-    unit = ROW_TILES * (max(fmt.bits for fmt in formats) * 512 + groups * 32 + zeros)
-    weights, stage = min(max(tile.weights // unit, 2), 6), tile.slots * ATOM
-    fixed = weights * unit + 2 * stage + FACTS
-    stages = min((tile.shared - fixed) // stage, 8)
-    if stages < 3:
+    unit = tile.row_tiles * (max(fmt.bits for fmt in formats) * 512 + groups * 32 + zeros)
+    stage, out = tile.slots * ATOM, min(tile.slots, MOST_SLOTS) * ATOM
+    fixed = 2 * out + BARRIERS + 2 * FACT * -(-tile.slots // 16) * 128
+    stages = 8 if tile.shared - fixed - 8 * stage >= max(tile.weights, 2 * unit) else 4
+    weights = min((tile.shared - fixed - stages * stage) // unit, 6)
+    if weights < 2:
         raise UserError(f"formats {', '.join(map(str, formats))} do not fit the shared memory of a block")
     numbers = f"{tile.slots}, {stages}, {weights}, {tile.blocks}"
-    return f"moqc::Rings<{numbers}, {formats_of(formats)}>", fixed + stages * stage
+    return f"moqc::Rings<{numbers}, {formats_of(formats)}>", fixed + stages * stage + weights * unit
 
 
 def tiles_for(shape: ExpertsShape) -> dict[int, Tile]:
-    """Those of `TILES` that the layer's formats leave room for."""
+    """Those of `TILES` that the layer's formats leave room for, but for the last one (`large_for`)."""
+    large = large_for(shape)
+    return {tokens: tile for tokens, tile in TILES.items() if tile != large and _fits(shape, tile)}
 
-    def fits(tile: Tile) -> bool:
-        try:
-            rings(distinct(shape.gate, shape.up), tile), rings(distinct(shape.down), tile)
-        except UserError:
-            return False
-        return True
 
-    return {tokens: tile for tokens, tile in TILES.items() if fits(tile)}
+def large_for(shape: ExpertsShape) -> Tile:
+    """The tile above all others."""
+    long = min(shape.hidden, shape.intermediate) >= LONG_ROWS
+    several = len(distinct(shape.gate, shape.up)) > 1 or len(distinct(shape.down)) > 1
+    large: tuple[Tile, ...] = LARGE if long or several else ()
+    return next(tile for tile in (*large, *reversed(TILES.values())) if _fits(shape, tile))
+
+
+def _fits(shape: ExpertsShape, tile: Tile) -> bool:
+    try:
+        rings(distinct(shape.gate, shape.up), tile), rings(distinct(shape.down), tile)
+    except UserError:
+        return False
+    return True
 
 
 def launch_tiles(k: Kernel, shape: ExpertsShape, at: Pointers, slots: int) -> None:
@@ -109,10 +134,10 @@ def launch_grouped(
     made = ("members", "shares", "hit", "tiles", "images", "factors", "over")
     given = (at["x"], at["ids"], at["weights"], count, *listed, *(at[name] for name in made))
     blocks = (tokens + (GATHERED_TOKENS - 1)) // GATHERED_TOKENS
-    k.launch(blocks, 256, 0, function, *given, room, at["y"])
+    k.launch(blocks, 256, 0, function, *given, room)
     types, shared = rings(distinct(shape.gate, shape.up), tile)
     lists = ("tiles", "hit", "images", "factors", "shares", "over", "table", "gate_bias", "up_bias", "hidden")
-    arguments = [*(at[name] for name in lists), room, *at["gate"], *at["up"]]
+    arguments = [*(at[name] for name in lists), room, at["y"], count, *at["gate"], *at["up"]]
     for again in ("false", "true"):
         function = f"moqc::gate_up_grouped<{layer_of(shape)}, {types}, {again}, "
         function += f"{formats_of(shape.gate)}, {formats_of(shape.up)}>"

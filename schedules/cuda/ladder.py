@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from moqc.schedules.cuda.plan import COLUMN_TOKENS
+from moqc.schedules.cuda.quads import FEW, MOST_TOKENS, QuadsPlan
 from moqc.schedules.cuda.templates import AnyPlan
 
 UPPER: dict[int, int | None] = {16: 32, 64: 181, 512: 1448, 4096: None}
@@ -21,22 +22,30 @@ class Rung:
     down: AnyPlan | None = None
 
 
-def ladder(plans: Mapping[str, AnyPlan], grouped: int | None) -> list[Rung]:
-    """The rungs above 8 tokens, the last one without a limit.
+def ladder(plans: Mapping[str, AnyPlan], grouped: int | None, share: float = 0.0) -> list[Rung]:
+    """The rungs above 8 tokens, the last one without a limit; an expert has `share` of all tokens.
 
     Where `plans` has a pair for a number of tokens, it is used; elsewhere the kernels for 8 tokens, or from
-    `grouped` tokens on (None: never) the grouped product.
+    `grouped` tokens on (None: never) the grouped product. The int8 kernels are for few tokens an expert;
+    beyond, slots.
     """
-    slots, rungs, lower = (plans[f"gate_up_{COLUMN_TOKENS}"], plans["down_many"]), [], COLUMN_TOKENS
+    few, rungs, lower = (plans[f"gate_up_{COLUMN_TOKENS}"], plans[f"down_{COLUMN_TOKENS}"]), [], COLUMN_TOKENS
+    quads = isinstance(few[0], QuadsPlan)
+    slots = (plans["gate_up_many"] if quads else few[0], plans["down_many"])
+
+    def below(upper: int | None) -> Rung:
+        small = upper is not None and upper <= MOST_TOKENS and upper * share <= FEW
+        return Rung(upper, *(few if quads and small else slots))
+
     for tokens, upper in UPPER.items():
         gate_up, down = plans.get(f"gate_up_{tokens}"), plans.get(f"down_{tokens}")
         if gate_up is not None and down is not None:
             rungs.append(Rung(upper, gate_up, down))
         elif grouped is None or (upper is not None and upper < grouped):
-            rungs.append(Rung(upper, *slots))
+            rungs.append(below(upper))
         else:
             if grouped > lower + 1:
-                rungs.append(Rung(grouped - 1, *slots))
+                rungs.append(below(grouped - 1))
             rungs.append(Rung(upper))
         lower = upper or lower
     kernels = [(rung.gate_up, rung.down) for rung in rungs]

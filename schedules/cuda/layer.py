@@ -1,8 +1,8 @@
 """One MoE layer with packed weights as one PrimFunc, for any number of tokens, on NVIDIA GPUs.
 
 The host looks at the number of tokens and launches what suits it: for 1 token the two decode kernels; for
-more, lists of slots first; for many, tiles of slots or the grouped product (see `ladder`). What the kernels
-leave for each other lies in one workspace.
+more two int8 kernels, or lists of slots first; for many, tiles of slots or the grouped product (see
+`ladder`). What the kernels leave for each other lies in one workspace.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 from tvm import tirx
 from tvm.tirx.script import builder as T
 
+from moqc.errors import InternalError
 from moqc.schedules.cuda.emit import Kernel, kernel
 from moqc.schedules.cuda.experts import (
     declare_biases,
@@ -21,12 +22,14 @@ from moqc.schedules.cuda.experts import (
     launch_gate_up,
     launch_route,
 )
-from moqc.schedules.cuda.grouped import LARGE, Tile, launch_grouped, launch_tiles, tiles_for
+from moqc.schedules.cuda.grouped import Tile, large_for, launch_grouped, launch_tiles, tiles_for
 from moqc.schedules.cuda.grouped_mma import launch_tiled
 from moqc.schedules.cuda.ladder import Rung, ladder
-from moqc.schedules.cuda.plan import COLUMN_TOKENS, SHARED_BYTES, ExpertsShape
+from moqc.schedules.cuda.plan import COLUMN_TOKENS, SHARED_BYTES, ExpertsShape, Plan
+from moqc.schedules.cuda.quads import QuadsPlan
+from moqc.schedules.cuda.quads_layer import launch_down_quads, launch_gate_up_quads
 from moqc.schedules.cuda.records import load, plans
-from moqc.schedules.cuda.templates import BIASES, AnyPlan
+from moqc.schedules.cuda.templates import BIASES, AnyPlan, SlotsPlan
 from moqc.schedules.cuda.workspace import ALIGNMENT, capacity_of, sections, workspace_bytes
 from moqc.schedules.plan_records import Records
 
@@ -95,8 +98,11 @@ def experts_function(
         with T.If(tokens == 1):
             with T.Then():
                 one = at | {"slots": at["ids"], "shares": at["weights"]}
-                launch_gate_up(k, shape, cut["gate_up_1"], one, tokens, shape.top_k, id_dtype)
-                launch_down(k, shape, cut["down_1"], one, tokens, shape.top_k, id_dtype)
+                gate_up, down = cut["gate_up_1"], cut["down_1"]
+                assert isinstance(gate_up, Plan)
+                assert isinstance(down, Plan)
+                launch_gate_up(k, shape, gate_up, one, tokens, shape.top_k, id_dtype)
+                launch_down(k, shape, down, one, tokens, shape.top_k, id_dtype)
             with T.Else(), T.If(tokens > 0), T.Then():
                 _several(k, shape, cut, at, tokens, id_dtype, grouped, warp_groups)
     return k.finish()
@@ -112,8 +118,7 @@ def _several(
     grouped: int | None,
     warp_groups: bool,
 ) -> None:
-    """Two or more tokens: slots of 8, tiles of slots, or the grouped product."""
-    few = tirx.min(tokens * shape.top_k, tirx.const(shape.experts, "int64"))
+    """Two or more tokens: by int8, by slots of 8, by tiles of slots, or the grouped product."""
 
     def climb(rungs: Sequence[Rung]) -> None:
         rung, above = rungs[0], rungs[1:]
@@ -127,27 +132,49 @@ def _several(
                 climb(above)
 
     def launch(rung: Rung) -> None:
-        if rung.gate_up is None or rung.down is None:
+        gate_up, down = rung.gate_up, rung.down
+        if gate_up is None or down is None:
             _grouped(k, shape, at, tokens, warp_groups)
+        elif isinstance(gate_up, QuadsPlan) and isinstance(down, QuadsPlan) and rung.upper is not None:
+            launch_gate_up_quads(k, shape, gate_up, at, tokens, id_dtype, rung.upper)
+            launch_down_quads(k, shape, down, at, tokens, id_dtype, rung.upper)
+        elif isinstance(gate_up, QuadsPlan) or isinstance(down, QuadsPlan):
+            raise InternalError(f"plans {gate_up} and {down} do not go together")
+        elif rung.upper == COLUMN_TOKENS:
+            _few(k, shape, gate_up, down, at, tokens, id_dtype)
         else:
-            _tiles(k, shape, rung.gate_up, rung.down, at, tokens)
+            _tiles(k, shape, gate_up, down, at, tokens)
 
     with T.If(tokens <= COLUMN_TOKENS):
         with T.Then():
-            launch_route(k, shape, at, tokens, halve=True)
-            halves = at | {"x": at["images"]}
-            if shape.experts <= MOST_NAMED:
-                named = halves | {"slots": at["ids"]}
-                launch_gate_up(k, shape, cut["gate_up_8"], named, tokens, few, id_dtype, routed=True)
-            else:
-                launch_gate_up(k, shape, cut["gate_up_8"], halves, tokens, few, "int32")
-            launch_down(k, shape, cut["down_8"], halves, tokens, few, "int32")
+            launch(Rung(COLUMN_TOKENS, cut["gate_up_8"], cut["down_8"]))
         with T.Else():
-            climb(ladder(cut, grouped))
+            climb(ladder(cut, grouped, shape.top_k / shape.experts))
+
+
+def _few(
+    k: Kernel,
+    shape: ExpertsShape,
+    gate_up: SlotsPlan,
+    down: SlotsPlan,
+    at: dict[str, Any],
+    tokens: tirx.Var,
+    id_dtype: str,
+) -> None:
+    """2 to 8 tokens by slots."""
+    few = tirx.min(tokens * shape.top_k, tirx.const(shape.experts, "int64"))
+    launch_route(k, shape, at, tokens, halve=True)
+    halves = at | {"x": at["images"]}
+    if shape.experts <= MOST_NAMED:
+        named = halves | {"slots": at["ids"]}
+        launch_gate_up(k, shape, gate_up, named, tokens, few, id_dtype, routed=True)
+    else:
+        launch_gate_up(k, shape, gate_up, halves, tokens, few, "int32")
+    launch_down(k, shape, down, halves, tokens, few, "int32")
 
 
 def _tiles(
-    k: Kernel, shape: ExpertsShape, gate_up: AnyPlan, down: AnyPlan, at: dict[str, Any], tokens: tirx.Var
+    k: Kernel, shape: ExpertsShape, gate_up: SlotsPlan, down: SlotsPlan, at: dict[str, Any], tokens: tirx.Var
 ) -> None:
     """More than 8 tokens: slots, or tiles of as many slots as both plans have."""
     launch_route(k, shape, at, tokens, halve=True)
@@ -171,7 +198,7 @@ def _grouped(k: Kernel, shape: ExpertsShape, at: dict[str, Any], tokens: tirx.Va
 
     def climb(tiles: Sequence[tuple[int, Tile]]) -> None:
         if not tiles:
-            launch_grouped(k, shape, at, tokens, room, LARGE)
+            launch_grouped(k, shape, at, tokens, room, large_for(shape))
             return
         each, tile = tiles[0]
         with T.If(tokens <= each * shape.experts // shape.top_k):

@@ -74,20 +74,21 @@ template <int K> __device__ __forceinline__ void to_half(const float* x, void* h
   if (threadIdx.x == 0) ((float*)factors)[blockIdx.x] = __uint_as_float((127 + shift) << 23);
 }
 
-// fp16 weights of step s (0..7) of a half unit, or of its first quarter, rows g and g + 8: (code - zero) * scale. The codes lie `position` bits up;
-// 1024 + code << position is an fp16 with the code in its fraction.
+// Masked codes, of rows g and g + 8 by turns, `at` bits up, become fp16 weights: (code - zero) * scale. 1024 + code << at is an fp16
+// with the code in its fraction.
+__device__ __forceinline__ word weight_of(word code, int at, __half2 scale, __half2 offset) {
+  const word magic = code | 0x64006400u, half_bits = (15 - at) << 10, power = half_bits | half_bits << 16;
+  __half2 value = __hsub2(*(const __half2*)&magic, __float2half2_rn(1024.0f));
+  if (at > 0) value = __hmul2(value, *(const __half2*)&power);
+  value = __hfma2(value, scale, offset);
+  return *(const word*)&value;
+}
+// Those of step s (0..7) of a half unit, or of its first quarter.
 template <int BITS>
 __device__ __forceinline__ void weights(word (&a)[4], const word* w, int s, const __half2 (&scale)[2], const __half2 (&offset)[2]) {
   fragment<BITS>(a, w, s);
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const int at = position<BITS>(2 * s + i / 2);
-    const word magic = a[i] | 0x64006400u, half_bits = (15 - at) << 10, power = half_bits | half_bits << 16;
-    __half2 value = __hsub2(*(const __half2*)&magic, __float2half2_rn(1024.0f));
-    if (at > 0) value = __hmul2(value, *(const __half2*)&power);
-    value = __hfma2(value, scale[i % 2], offset[i % 2]);
-    a[i] = *(const word*)&value;
-  }
+  for (int i = 0; i < 4; ++i) a[i] = weight_of(a[i], position<BITS>(2 * s + i / 2), scale[i % 2], offset[i % 2]);
 }
 
 // acc += one unit of a matrix times a staged unit of activations. x: the lane's first 16 bytes of the first 8 tokens, rows
@@ -95,35 +96,40 @@ __device__ __forceinline__ void weights(word (&a)[4], const word* w, int s, cons
 constexpr int STAGED_PITCH = COLUMNS + 8;
 template <class F, int COLUMN_TILES>
 __device__ __forceinline__ void multiply_staged(float (&acc)[COLUMN_TILES][4], const word* codes, const word* scales, const word* zeros, const __half* x, int lane) {
-  Raw<Formats<F>> raw;   // of one bit
+  word words[4];   // of one bit
   Quarter<F> quarter;
 #pragma unroll
   for (int pair = 0; pair < 8; ++pair) {   // two steps: 32 columns
     const int group = 32 * pair / F::GROUP;
     const __half2 both = scale_of<F>(scales, group);
-    Affine by;
-    by.scale[0] = __low2half2(both), by.scale[1] = __high2half2(both);
+    const __half2 scale[2] = {__low2half2(both), __high2half2(both)};
+    __half2 offset[2];
     float zero[2] = {F::ZERO, F::ZERO};
     if (!F::SYMMETRIC) {
       zero[0] = F::ZERO_STEP * byte_value(zeros[group / 2], group % 2 * 2);
       zero[1] = F::ZERO_STEP * byte_value(zeros[group / 2], group % 2 * 2 + 1);
     }
 #pragma unroll
-    for (int i = 0; i < 2; ++i) by.offset[i] = __float2half2_rn(-zero[i] * __low2float(by.scale[i]));
+    for (int i = 0; i < 2; ++i) offset[i] = __float2half2_rn(-zero[i] * __low2float(scale[i]));
     if constexpr (F::CODE_BITS == 1) {   // the codes that a lane multiplies are in the four lanes of its row
       if (pair % 2 == 0) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           const word w = __shfl_sync(0xffffffffu, codes[pair / 2], (lane & 28) + i) >> (2 * (lane % 4));
-          raw.codes[i] = __byte_perm(w, 0, 0x3120);
+          words[i] = __byte_perm(w, 0, 0x3120);
         }
       }
     }
     word a[2][4];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      if constexpr (F::CODE_BITS == 1) weights_of<F, Formats<F>>(a[i], raw, by, 0x64006400u, pair % 2 * 2 + i);
-      else weights<F::CODE_BITS>(a[i], quarter.of(codes, pair / 2, pair % 2 == 0 && i == 0), pair % 2 * 2 + i, by.scale, by.offset);
+      const int step = pair % 2 * 2 + i;
+      if constexpr (F::CODE_BITS == 1) {
+#pragma unroll
+        for (int k = 0; k < 4; ++k) a[i][k] = weight_of(word_of<1>(words, step, k) & masked_by<1>(step, k), step / 2, scale[k % 2], offset[k % 2]);
+      } else {
+        weights<F::CODE_BITS>(a[i], quarter.of(codes, pair / 2, pair % 2 == 0 && i == 0), step, scale, offset);
+      }
     }
 #pragma unroll
     for (int n = 0; n < COLUMN_TILES; ++n) {

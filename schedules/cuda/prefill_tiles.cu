@@ -42,6 +42,7 @@ template <class F, class All> __device__ __forceinline__ void load_raw(Raw<All>&
 #pragma unroll
     for (int i = 0; i < 4; ++i) raw.codes[i] = __byte_perm(*(const word*)(tile + (lane / 4 * 4 + i) * 16 + quarter * 4) >> (2 * (lane % 4)), 0, 0x3120);
   }
+  if (64 * quarter % F::GROUP != 0) return;   // those of the quarter before
 #pragma unroll
   for (int half = 0; half < (F::GROUP == 32 ? 2 : 1); ++half) {
     const int at = (lane / 4 * F::GROUPS + (64 * quarter + 32 * half) / F::GROUP) * 2;
@@ -50,19 +51,31 @@ template <class F, class All> __device__ __forceinline__ void load_raw(Raw<All>&
   }
 }
 
-// What a group multiplies codes by, and adds: rows g and g + 8.
-struct Affine { __half2 scale[2], offset[2]; };
+// Weights are made 2^SMALLER too small, so that what a code is multiplied by fits fp16; scales are below 1 (quant/layouts.py).
+constexpr int SMALLER = 8;
+// Bit positions that codes have within an fp16: how many, and which one register `i` of step `step` has.
+template <int BITS> struct Positions {
+  static constexpr int COUNT = BITS == 8 ? 1 : BITS == 3 ? 3 : BITS == 1 ? 2 : 8 / BITS;
+  __device__ static constexpr int number(int step, int i) { return BITS == 1 ? step / 2 : position<BITS>(2 * step + i / 2) / BITS; }
+};
+// What a group multiplies codes by, for each of their positions, and adds: rows g and g + 8.
+struct Affine { __half2 scale[2][4], offset[2]; };
 template <class F, class All> __device__ __forceinline__ Affine affine(const Raw<All>& raw, int half) {
-  const __half2 scale = scale_of<F>(&raw.scales[half], 0);
+  constexpr float SMALL = 1.0f / (1 << SMALLER);
+  const __half2 scale = scale_of<F>(&raw.scales[half], 0), up = __float2half2_rn(1 << (24 - SMALLER) / 2);
   Affine result;
-  result.scale[0] = __low2half2(scale), result.scale[1] = __high2half2(scale);
-  if constexpr (F::SYMMETRIC) {
-    const __half2 zero = __float2half2_rn(-F::ZERO);
-    result.offset[0] = __hmul2(result.scale[0], zero), result.offset[1] = __hmul2(result.scale[1], zero);
-  } else {
-    const float2 exact = __half22float2(scale);
-    result.offset[0] = __float2half2_rn(exact.x * (-F::ZERO_STEP * (float)(raw.zeros[half] & 255)));
-    result.offset[1] = __float2half2_rn(exact.y * (-F::ZERO_STEP * (float)(raw.zeros[half] >> 8 & 255)));
+#pragma unroll
+  for (int row = 0; row < 2; ++row) {
+    const __half2 mine = row == 0 ? __low2half2(scale) : __high2half2(scale);
+    result.scale[row][0] = __hmul2(__hmul2(mine, up), up);
+#pragma unroll
+    for (int i = 1; i < Positions<F::CODE_BITS>::COUNT; ++i) result.scale[row][i] = __hmul2(result.scale[row][i - 1], __float2half2_rn(1.0f / (1 << F::CODE_BITS)));
+    if constexpr (F::SYMMETRIC) {
+      result.offset[row] = __hmul2(mine, __float2half2_rn(-F::ZERO * SMALL));
+    } else {
+      const word zero = raw.zeros[half] >> (8 * row) & 255;
+      result.offset[row] = __float2half2_rn(__low2float(mine) * (-F::ZERO_STEP * SMALL * (float)zero));
+    }
   }
   return result;
 }
@@ -82,33 +95,31 @@ template <int BITS> __device__ __forceinline__ word word_of(const word* codes, i
   }
 }
 
-// Operand A of 16 columns. Masked in place and below `magic`, 1024 in fp16, a code is 1024 + code * 2^position; taking that
-// out is exact.
-template <class F, class All> __device__ __forceinline__ void weights_of(word (&a)[4], const Raw<All>& raw, const Affine& by, word magic, int step) {
+// Operand A of 16 columns. A code masked in place is a small number of fp16, below its normal ones: code * 2^(position - 24).
+template <class F, class All> __device__ __forceinline__ void weights_of(word (&a)[4], const Raw<All>& raw, const Affine& by, int step) {
 #pragma unroll
   for (int i = 0; i < 4; ++i) {   // row i % 2 of pair i / 2
-    word code;
-    asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(code) : "r"(word_of<F::CODE_BITS>(raw.codes, step, i)), "r"(masked_by<F::CODE_BITS>(step, i)), "r"(magic));
-    const int at = F::CODE_BITS == 1 ? step / 2 : position<F::CODE_BITS>(2 * step + i / 2);
-    const word down = ((15 - at) << 10) * 0x00010001u, less = (0x8000u | ((25 - at) << 10)) * 0x00010001u;   // 2^-at, -1024 * 2^-at
-    const __half2 exact = __hfma2(*(const __half2*)&code, *(const __half2*)&down, *(const __half2*)&less);
-    const __half2 weight = __hfma2(exact, by.scale[i % 2], by.offset[i % 2]);
+    const word code = word_of<F::CODE_BITS>(raw.codes, step, i) & masked_by<F::CODE_BITS>(step, i);
+    const __half2 weight = __hfma2(*(const __half2*)&code, by.scale[i % 2][Positions<F::CODE_BITS>::number(step, i)], by.offset[i % 2]);
     a[i] = *(const word*)&weight;
   }
 }
 
 // ---------------------------------------------------------------------------------------------- copies
-// Shared memory of a block: the ring of activations, 64 columns a stage; that of weights, a unit of all 16 row tiles a
-// stage, each with scales and zeros; two images' worth for results; barriers.
+// Shared memory of a block: the ring of activations, 64 columns a stage; that of weights, a unit of all row tiles a
+// stage, each with scales and zeros; results on their way; barriers; what is known of the tile's tokens.
 template <int SLOTS_, int X_STAGES_, int W_STAGES_, int BLOCKS_, class All_> struct Rings {
   using All = All_;
   static constexpr int SLOTS = SLOTS_;   // of a tile of tokens, at most
   static constexpr int BLOCKS = BLOCKS_;   // of a multiprocessor
+  static constexpr int EACH = SLOTS > 16 ? 1 : 2;   // blocks of 64 rows of a warp group: 128 registers of results a thread
+  static constexpr int ROW_TILES = 8 * EACH, TOKENS = SLOTS * 8;   // of a tile
   static constexpr int X_STAGES = X_STAGES_, W_STAGES = W_STAGES_, X_BYTES = SLOTS_ * ATOM;
   static constexpr int SCALES = All::GROUPS * 32, ZEROS = All::HAS_ZEROS ? All::GROUPS * 16 : 0;   // of a row tile
-  static constexpr int TILE = All::BITS * 512 + SCALES + ZEROS, W_BYTES = 16 * TILE;
-  static constexpr int W_AT = X_STAGES * X_BYTES, OUT_AT = W_AT + W_STAGES * W_BYTES, BARRIERS_AT = OUT_AT + 2 * X_BYTES, MAGIC_AT = BARRIERS_AT + 248, FACTS_AT = BARRIERS_AT + 256;   // 8 bytes for each thread that multiplies
-  static constexpr int AHEAD = X_STAGES < 5 ? X_STAGES - 1 : 4;   // stages by which the first warp group starts ahead of the second
+  static constexpr int TILE = All::BITS * 512 + SCALES + ZEROS, W_BYTES = ROW_TILES * TILE, OUT_BYTES = SLOTS > 16 ? 16 * ATOM : X_BYTES;   // OUT: of a warp group
+  static constexpr int W_AT = X_STAGES * X_BYTES, OUT_AT = W_AT + W_STAGES * W_BYTES, BARRIERS_AT = OUT_AT + 2 * OUT_BYTES, FACTS_AT = BARRIERS_AT + 256;   // 8 bytes a token, for each warp group
+  static constexpr int AHEAD = 3;   // stages by which the first warp group starts ahead of the second
+  static_assert(X_STAGES % 4 == 0, "whole units of columns");
 };
 
 template <int VALUE> struct Number { static constexpr int value = VALUE; };
@@ -127,7 +138,7 @@ template <class... Fs> __device__ __forceinline__ Matrix matrix_of(Formats<Fs...
 
 #if __CUDA_ARCH_FEAT_SM90_ALL
 // The copying warp group's share of one tile: its first warp fetches the activations, 64 columns at a time, the others
-// UNITS units of weights: of 16 row tiles, which are rows of matrix `first` or, every second four, of `second`.
+// UNITS units of weights, of the matrix and the row tile that `where` gives for each of the block's.
 template <class R>
 __device__ __forceinline__ void copy_x(word shared, const char* images, long long block_stride, int slots, int units, int& count) {
   const word barriers = shared + R::BARRIERS_AT;
@@ -142,10 +153,10 @@ __device__ __forceinline__ void copy_x(word shared, const char* images, long lon
 }
 template <class R, int UNITS, class Where> __device__ __forceinline__ void copy_weights(word shared, Where where, int begin, int end, int& count, int warp, int lane) {
   const word barriers = shared + R::BARRIERS_AT;
-  const int number = warp + WEIGHT_COPIERS * lane;   // of 16 row tiles, a lane each
+  const int number = warp + WEIGHT_COPIERS * lane;   // of the row tiles, a lane each
   int row_tile = 0, bytes = 0;
   Matrix matrix = {nullptr, nullptr, nullptr, 0};
-  if (number < 16) {
+  if (number < R::ROW_TILES) {
     matrix = where(number, row_tile);
     with_format(typename R::All{}, matrix.id, [&](auto format) {
       using F = decltype(format);
@@ -161,7 +172,7 @@ template <class R, int UNITS, class Where> __device__ __forceinline__ void copy_
     barrier_wait(empty, (count / R::W_STAGES & 1) ^ 1);
     if (lane == 0) barrier_expect(full, bytes);
     __syncwarp();
-    if (number < 16) with_format(typename R::All{}, matrix.id, [&](auto format) {
+    if (number < R::ROW_TILES) with_format(typename R::All{}, matrix.id, [&](auto format) {
       using F = decltype(format);
       const long long at = (long long)row_tile * UNITS + unit;
       const word to = shared + R::W_AT + stage * R::W_BYTES + number * R::TILE, scales = to + R::All::BITS * 512;
@@ -175,8 +186,9 @@ template <class R, int UNITS, class Where> __device__ __forceinline__ void copy_
 // Where a warp is in a ring of STAGES.
 template <int STAGES> struct RingPlace {
   int stage = 0, phase = 0;
-  __device__ __forceinline__ void step() {
-    const bool around = ++stage == STAGES;
+  __device__ __forceinline__ void step(int stages) {
+    stage += stages;
+    const bool around = stage == STAGES;
     stage = around ? 0 : stage, phase ^= around;
   }
 };

@@ -19,6 +19,7 @@ from moqc.schedules.cuda.plan import (
     gate_up_rule,
     many_down_plan,
 )
+from moqc.schedules.cuda.quads import MOST_TOKENS, QuadsPlan, quads_bytes, quads_rules
 from moqc.schedules.cuda.templates import AnyPlan, block_bytes, parse_plan
 from moqc.schedules.plan_records import Records, read, record_key, shipped
 from moqc.targets import Target
@@ -44,13 +45,27 @@ def sources(target: Target) -> tuple[Records, ...]:
 def find(
     kernel: str, shape: ExpertsShape, tokens: int, records: Records, shared: int = SHARED_BYTES
 ) -> AnyPlan | None:
-    """The plan found for ``gate_up`` or ``down`` at one of `TOKENS`, if it fits this layer's formats."""
-    formats = shape.formats(kernel)
-    text = records.plans.get(record_key(kernel, tokens, shape.sizes, formats))
-    if text is None or not shape.gate:
+    """The plan found for ``gate_up`` or ``down`` at one of `TOKENS`, if it fits this layer's formats.
+
+    Records of the int8 kernels for several tokens have the names ``gate_up_quads`` and ``down_quads``, beside
+    those of slots; up to 8 tokens a layer that has them uses no others.
+    """
+    formats, most = shape.formats(kernel), UPPER.get(tokens, tokens)
+    if not shape.gate:
         return None
-    found, projections = parse_plan(text), 2 if kernel == "gate_up" else 1
-    return found if block_bytes(found, projections, formats) <= shared else None
+    quads = tokens > 1 and most is not None and most <= MOST_TOKENS and quads_rules(shape, shared) is not None
+    for name in (f"{kernel}_quads", kernel):
+        text = records.plans.get(record_key(name, tokens, shape.sizes, formats))
+        if text is None:
+            continue
+        plan, projections = parse_plan(text), 2 if kernel == "gate_up" else 1
+        if isinstance(plan, QuadsPlan):
+            needed = quads_bytes(plan, projections, formats, (most or 0) * shape.top_k, shape.experts)
+            if quads and needed <= shared:
+                return plan
+        elif not (quads and tokens <= COLUMN_TOKENS) and block_bytes(plan, projections, formats) <= shared:
+            return plan
+    return None
 
 
 def _recorded(shape: ExpertsShape, tokens: int, records: Records, shared: int) -> dict[str, AnyPlan]:
@@ -59,7 +74,7 @@ def _recorded(shape: ExpertsShape, tokens: int, records: Records, shared: int) -
         f"{kernel}_{tokens}": find(kernel, shape, tokens, records, shared) for kernel in ("gate_up", "down")
     }
     found = {name: plan for name, plan in both.items() if plan is not None}
-    alike = len(found) == 2 and len({plan.slots for plan in found.values()}) == 1
+    alike = len(found) == 2 and len({getattr(plan, "slots", 0) for plan in found.values()}) == 1
     return found if tokens <= COLUMN_TOKENS or alike else {}
 
 
@@ -67,10 +82,16 @@ def plans(
     shape: ExpertsShape, shared: int, records: Sequence[Records] = ()
 ) -> tuple[dict[str, AnyPlan], dict[str, str]]:
     """The plans of a layer's kernels by name, and the sources of those that are from `records`."""
-    result: dict[str, AnyPlan] = {"down_many": many_down_plan(shape, shared)}
+    result: dict[str, AnyPlan] = {
+        "gate_up_many": gate_up_rule(shape, COLUMN_TOKENS, shared),
+        "down_many": many_down_plan(shape, shared),
+    }
     for tokens in (1, COLUMN_TOKENS):
         result[f"gate_up_{tokens}"] = gate_up_rule(shape, tokens, shared)
         result[f"down_{tokens}"] = down_rule(shape, tokens, shared)
+    quads = quads_rules(shape, shared)
+    if quads is not None:
+        result[f"gate_up_{COLUMN_TOKENS}"], result[f"down_{COLUMN_TOKENS}"] = quads
     found: dict[str, str] = {}
     for each in reversed(records):  # the first one last: it decides
         for tokens in TOKENS:

@@ -54,7 +54,7 @@ __device__ __forceinline__ void route_few(const Id* ids, const float* weights, i
 template <int EXPERTS, int TOP, class Id>
 __device__ __forceinline__ void route_many(const Id* ids, const float* weights, int tokens, int* slots, int* members, float* shares, int* hit) {
   __shared__ int counts[EXPERTS], starts[EXPERTS], sums[32];
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, pairs = tokens * TOP, expert = threadIdx.x;
+  const int pairs = tokens * TOP, expert = threadIdx.x;
   for (int i = threadIdx.x; i < EXPERTS; i += blockDim.x) counts[i] = 0;
   __syncthreads();
   for (int i = threadIdx.x; i < pairs; i += blockDim.x) {
@@ -63,15 +63,7 @@ __device__ __forceinline__ void route_many(const Id* ids, const float* weights, 
   }
   __syncthreads();
   const int count = expert < EXPERTS ? counts[expert] : 0, need = (count + 7) / 8;
-  int before = need;   // becomes the inclusive sum over experts
-#pragma unroll
-  for (int step = 1; step < 32; step *= 2) {
-    const int other = __shfl_up_sync(0xffffffffu, before, step);
-    if (lane >= step) before += other;
-  }
-  if (lane == 31) sums[warp] = before;
-  __syncthreads();
-  for (int i = 0; i < warp; ++i) before += sums[i];
+  const int before = sum_up_to(need, sums);
   if (threadIdx.x == blockDim.x - 1) *hit = before;
   if (expert < EXPERTS) {
     const int first = before - need;

@@ -25,8 +25,9 @@ from moqc.schedules.cuda.plan import (
     gate_up_rule,
     shared_bytes,
 )
+from moqc.schedules.cuda.quads import QuadsPlan, quads_bytes, quads_rules
 from moqc.schedules.cuda.rows import RowsPlan, rows_bytes
-from moqc.schedules.cuda.templates import AnyPlan, block_bytes
+from moqc.schedules.cuda.templates import AnyPlan, SlotsPlan, block_bytes
 
 P = TypeVar("P")
 WAVES = (0.4, 12.0)
@@ -48,14 +49,34 @@ def plan_space(kernel: str, shape: ExpertsShape, tokens: int, shared: int) -> tu
     `shared` is what a block may have of shared memory.
     """
     first = kernel == "gate_up"
+    rules = quads_rules(shape, shared) if tokens > 1 else None
+    if rules is not None:  # both kernels are of int8, or neither
+        return rules[not first], [*quads_space(kernel, shape, tokens, shared)]
     rule, space = (gate_up_rule, gate_up_space) if first else (down_rule, down_space)
-    plans: list[AnyPlan] = [*space(shape, tokens)]
+    plans: list[SlotsPlan] = [*space(shape, tokens)]
     if tokens > 1:
         plans += [plan for plan in rows_space(kernel, shape, tokens) if plan.tokens == COLUMN_TOKENS]
     formats, projections = shape.formats(kernel), 2 if first and shape.gate else 1
     fitting = [plan for plan in plans if block_bytes(plan, projections, formats) <= shared]
     default = rule(shape, tokens, shared)
-    return default, fitting or [default]
+    return default, [*(fitting or [default])]
+
+
+def quads_space(kernel: str, shape: ExpertsShape, tokens: int, shared: int) -> Iterator[QuadsPlan]:
+    """Plans of the int8 kernels, ``gate_up`` or ``down``, of a call of `tokens` tokens."""
+    first = kernel == "gate_up"
+    rows, columns = (shape.intermediate, shape.hidden) if first else (shape.hidden, shape.intermediate)
+    formats, matrices = shape.formats(kernel), 2 if first and shape.gate else 1
+    units, pairs = -(-columns // COLUMNS), -(-rows // (2 * ROWS))
+    hit = shape.experts * (1 - (1 - shape.top_k / shape.experts) ** tokens)
+    for some, each in product([units] if first else divisors(units), divisors(pairs)):
+        if not 0.5 <= hit * (pairs // each) * (units // some) / MULTIPROCESSORS <= WAVES[1] / 2:
+            continue
+        for split, warps, depth in product(divisors(some), (4, 6, 8, 10, 12, 14, 16, 20), (1, 2, 3)):
+            plan = QuadsPlan(warps, each, some, split, depth, COLUMN_TOKENS)
+            whole = matrices * each * split % warps == 0
+            if whole and quads_bytes(plan, matrices, formats, tokens * shape.top_k, shape.experts) <= shared:
+                yield plan
 
 
 def gate_up_space(shape: ExpertsShape, tokens: int) -> list[Plan]:

@@ -10,6 +10,7 @@ from moqc.quant.activations import parse_activation
 from moqc.quant.formats import Format
 from moqc.quant.pack_mma import COLUMNS, ROWS
 from moqc.schedules.cuda.plan import COLUMN_TOKENS, SHARED_BYTES, ExpertsShape, Plan, shared_bytes
+from moqc.schedules.cuda.quads import QuadsPlan
 from moqc.schedules.cuda.rows import RowsPlan, rows_bytes
 
 SOURCES = (
@@ -23,24 +24,32 @@ SOURCES = (
     "gather.cu",
     "prefill_tiles.cu",
     "prefill.cu",
+    "prefill_gate_up.cu",
+    "prefill_down.cu",
     "rows.cu",
+    "quads.cu",
+    "quad_blocks.cu",
+    "quads_layer.cu",
     "linear.cu",
     "prefill_mma.cu",
     "attention.cu",
     "dense.cu",
 )
 """The device code, in the order of its parts."""
-AnyPlan = Plan | RowsPlan
+AnyPlan = Plan | RowsPlan | QuadsPlan
+SlotsPlan = Plan | RowsPlan
+"""Of kernels for slots: an expert and up to 8 of its tokens, from lists."""
 CPP = {"int32": "int", "int64": "long long"}
 BIASES = ("gate_bias", "up_bias", "down_bias")
 
 
 def parse_plan(text: str) -> AnyPlan:
     """Read a plan of either kind; the inverse of `str`."""
-    return RowsPlan.parse(text) if "p" in text else Plan.parse(text)
+    kind = QuadsPlan if "q" in text else RowsPlan if "p" in text else Plan
+    return kind.parse(text)
 
 
-def block_bytes(plan: AnyPlan, projections: int, formats: Sequence[Format]) -> int:
+def block_bytes(plan: SlotsPlan, projections: int, formats: Sequence[Format]) -> int:
     """Shared memory of a block."""
     if isinstance(plan, RowsPlan):
         return rows_bytes(plan, projections, formats)
@@ -76,7 +85,9 @@ def distinct(*lists: Sequence[Format]) -> list[Format]:
     return sorted({fmt for formats in lists for fmt in formats}, key=lambda fmt: (-fmt.bits, fmt))
 
 
-def gate_up_of(shape: ExpertsShape, plan: AnyPlan, id_dtype: str, *, routed: bool = False) -> tuple[str, int]:
+def gate_up_of(
+    shape: ExpertsShape, plan: SlotsPlan, id_dtype: str, *, routed: bool = False
+) -> tuple[str, int]:
     """The function of the first product, and a block's shared memory; `routed`: slots are a router's ids."""
     formats, projections = distinct(shape.gate, shape.up), 2 if shape.gate else 1
     lists = ", ".join(map(formats_of, (shape.gate, shape.up, formats)))
@@ -92,7 +103,7 @@ def gate_up_of(shape: ExpertsShape, plan: AnyPlan, id_dtype: str, *, routed: boo
 
 
 def down_of(
-    shape: ExpertsShape, plan: AnyPlan, id_dtype: str, *, adds: bool, many: bool = False
+    shape: ExpertsShape, plan: SlotsPlan, id_dtype: str, *, adds: bool, many: bool = False
 ) -> tuple[str, int]:
     """The same of the second product; `adds`: to y, for several blocks share a result."""
     formats = distinct(shape.down)
@@ -106,23 +117,23 @@ def down_of(
     return f"moqc::down<{layer_of(shape)}, {_plan(plan)}, {flags}, {lists}, {CPP[id_dtype]}>", shared
 
 
-def gate_up_groups(shape: ExpertsShape, plan: AnyPlan) -> int:
+def gate_up_groups(shape: ExpertsShape, plan: SlotsPlan) -> int:
     """Blocks of the first product for each slot, or tile of slots."""
     return _groups(plan, shape.intermediate)
 
 
-def down_groups(shape: ExpertsShape, plan: AnyPlan) -> int:
+def down_groups(shape: ExpertsShape, plan: SlotsPlan) -> int:
     """Blocks of the second product for each of its slices of columns."""
     return _groups(plan, shape.hidden)
 
 
-def _groups(plan: AnyPlan, rows: int) -> int:
+def _groups(plan: SlotsPlan, rows: int) -> int:
     if isinstance(plan, RowsPlan):
         return plan.groups(rows)
     return -(-rows // ROWS) // (plan.tiles * plan.items)
 
 
-def _plan(plan: AnyPlan) -> str:
+def _plan(plan: SlotsPlan) -> str:
     if isinstance(plan, RowsPlan):
         numbers = plan.warps, plan.pairs, plan.units, plan.split, plan.depth, plan.tokens
         return f"moqc::RowsPlan<{', '.join(map(str, numbers))}>"

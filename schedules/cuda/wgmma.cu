@@ -38,6 +38,7 @@ template <int LEFT> __device__ __forceinline__ void wgmma_wait() { asm volatile(
 template <int N> struct Wgmma;
 #define MOQC_D4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define MOQC_D8(i) MOQC_D4(i), MOQC_D4(i + 4)
+#define MOQC_D32(i) MOQC_D8(i), MOQC_D8(i + 8), MOQC_D8(i + 16), MOQC_D8(i + 24)
 #define MOQC_WGMMA(N, REGISTERS, A, ...)                                                                          \
   template <> struct Wgmma<N> {                                                                                   \
     __device__ __forceinline__ static void run(float* d, const word* a, unsigned long long b) {                   \
@@ -63,8 +64,23 @@ template <int N> struct Wgmma;
 #define MOQC_R4_13 MOQC_R4_12 ",%52,%53,%54,%55"
 #define MOQC_R4_14 MOQC_R4_13 ",%56,%57,%58,%59"
 #define MOQC_R4_15 MOQC_R4_14 ",%60,%61,%62,%63"
+#define MOQC_R4_16 MOQC_R4_15 ",%64,%65,%66,%67"
+#define MOQC_R4_17 MOQC_R4_16 ",%68,%69,%70,%71"
+#define MOQC_R4_18 MOQC_R4_17 ",%72,%73,%74,%75"
+#define MOQC_R4_19 MOQC_R4_18 ",%76,%77,%78,%79"
+#define MOQC_R4_20 MOQC_R4_19 ",%80,%81,%82,%83"
+#define MOQC_R4_21 MOQC_R4_20 ",%84,%85,%86,%87"
+#define MOQC_R4_22 MOQC_R4_21 ",%88,%89,%90,%91"
+#define MOQC_R4_23 MOQC_R4_22 ",%92,%93,%94,%95"
+#define MOQC_R4_24 MOQC_R4_23 ",%96,%97,%98,%99"
+#define MOQC_R4_25 MOQC_R4_24 ",%100,%101,%102,%103"
+#define MOQC_R4_26 MOQC_R4_25 ",%104,%105,%106,%107"
+#define MOQC_R4_27 MOQC_R4_26 ",%108,%109,%110,%111"
+#define MOQC_R4_28 MOQC_R4_27 ",%112,%113,%114,%115"
+#define MOQC_R4_29 MOQC_R4_28 ",%116,%117,%118,%119"
+#define MOQC_R4_30 MOQC_R4_29 ",%120,%121,%122,%123"
+#define MOQC_R4_31 MOQC_R4_30 ",%124,%125,%126,%127"
 MOQC_WGMMA(24, MOQC_R4_2, "%12,%13,%14,%15}, %16", MOQC_D8(0), MOQC_D4(8))
-MOQC_WGMMA(16, MOQC_R4_1, "%8,%9,%10,%11}, %12", MOQC_D8(0))
 MOQC_WGMMA(32, MOQC_R4_3, "%16,%17,%18,%19}, %20", MOQC_D8(0), MOQC_D8(8))
 MOQC_WGMMA(40, MOQC_R4_4, "%20,%21,%22,%23}, %24", MOQC_D8(0), MOQC_D8(8), MOQC_D4(16))
 MOQC_WGMMA(48, MOQC_R4_5, "%24,%25,%26,%27}, %28", MOQC_D8(0), MOQC_D8(8), MOQC_D8(16))
@@ -75,6 +91,12 @@ MOQC_WGMMA(96, MOQC_R4_11, "%48,%49,%50,%51}, %52", MOQC_D8(0), MOQC_D8(8), MOQC
 MOQC_WGMMA(104, MOQC_R4_12, "%52,%53,%54,%55}, %56", MOQC_D8(0), MOQC_D8(8), MOQC_D8(16), MOQC_D8(24), MOQC_D8(32), MOQC_D8(40), MOQC_D4(48))
 MOQC_WGMMA(120, MOQC_R4_14, "%60,%61,%62,%63}, %64", MOQC_D8(0), MOQC_D8(8), MOQC_D8(16), MOQC_D8(24), MOQC_D8(32), MOQC_D8(40), MOQC_D8(48), MOQC_D4(56))
 MOQC_WGMMA(128, MOQC_R4_15, "%64,%65,%66,%67}, %68", MOQC_D8(0), MOQC_D8(8), MOQC_D8(16), MOQC_D8(24), MOQC_D8(32), MOQC_D8(40), MOQC_D8(48), MOQC_D8(56))
+MOQC_WGMMA(136, MOQC_R4_16, "%68,%69,%70,%71}, %72", MOQC_D32(0), MOQC_D32(32), MOQC_D4(64))
+MOQC_WGMMA(160, MOQC_R4_19, "%80,%81,%82,%83}, %84", MOQC_D32(0), MOQC_D32(32), MOQC_D8(64), MOQC_D8(72))
+MOQC_WGMMA(192, MOQC_R4_23, "%96,%97,%98,%99}, %100", MOQC_D32(0), MOQC_D32(32), MOQC_D32(64))
+MOQC_WGMMA(208, MOQC_R4_25, "%104,%105,%106,%107}, %108", MOQC_D32(0), MOQC_D32(32), MOQC_D32(64), MOQC_D8(96))
+MOQC_WGMMA(232, MOQC_R4_28, "%116,%117,%118,%119}, %120", MOQC_D32(0), MOQC_D32(32), MOQC_D32(64), MOQC_D8(96), MOQC_D8(104), MOQC_D4(112))
+MOQC_WGMMA(256, MOQC_R4_31, "%128,%129,%130,%131}, %132", MOQC_D32(0), MOQC_D32(32), MOQC_D32(64), MOQC_D32(96))
 
 // An image's descriptor: rows of 128 bytes, swizzled; 8 rows every ATOM bytes.
 __device__ __forceinline__ unsigned long long descriptor(word shared) {

@@ -10,10 +10,11 @@ from moqc.bench.tune_cuda import _any, _near
 from moqc.errors import TargetError
 from moqc.quant.formats import Format
 from moqc.schedules.cuda.plan import ExpertsShape
+from moqc.schedules.cuda.quads import QuadsPlan, quads_bytes
 from moqc.schedules.cuda.space import plan_space
 from moqc.schedules.cuda.templates import block_bytes, parse_plan
 
-INT4 = (Format.parse("int4-g128-sym"),)
+INT4, INT2 = (Format.parse("int4-g128-sym"),), (Format.parse("int2-g128-sym"),)
 QWEN3 = ExpertsShape(128, 8, 2048, 768, INT4, INT4, INT4)
 SHARED = 227 * 1024
 
@@ -33,6 +34,16 @@ def test_a_search_tries_plans_that_fit(kernel, tokens):
     assert set(smaller) < set(plans) or tokens == 1
     projections = 2 if kernel == "gate_up" else 1
     assert max(block_bytes(plan, projections, INT4) for plan in smaller) <= 99 * 1024
+
+
+@pytest.mark.parametrize("kernel", ["gate_up", "down"])
+def test_int8_kernels_have_a_space_of_their_own(kernel):
+    shape = ExpertsShape(128, 8, 2048, 768, INT2, INT2, INT2)
+    default, plans = plan_space(kernel, shape, 8, 99 * 1024)
+    assert default in plans
+    assert _near(plans, default)
+    assert all(isinstance(plan, QuadsPlan) for plan in plans)
+    assert max(quads_bytes(plan, 1 + (kernel == "gate_up"), INT2, 64, 128) for plan in plans) <= 99 * 1024
 
 
 def test_it_needs_the_gpu(tmp_path, monkeypatch):

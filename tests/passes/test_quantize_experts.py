@@ -1,12 +1,15 @@
 """quantize-experts: bit classes, packed tensors, the rewritten module."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
+import torch
 import tvm
 from tvm import IRModule, relax
 
 from moqc.calibrate.workspace import ParamStore
-from moqc.errors import PipelineError
+from moqc.errors import PipelineError, UserError
 from moqc.ir.annotations import BITS, PARAMS
 from moqc.ir.sites import weight_names
 from moqc.ir.text import parse_module
@@ -238,6 +241,17 @@ def test_refuses_a_provider_that_ignores_the_plan(moe: IRModule, checkpoint, tmp
         PipelineError, match=r"expert 1 of gate was quantized to int8-g32 .*moqc\.bits says int2-g64"
     ):
         rewrite_experts(BITS.put(moe, PLAN), Rounding(checkpoint, other), ParamStore(tmp_path), "int8")
+
+
+def test_refuses_scales_beyond_what_kernels_take(moe: IRModule, checkpoint, tmp_path) -> None:
+    class Wide(Rounding):
+        def get(self, site: str, projection: str, expert: int) -> Quantized:
+            matrix = super().get(site, projection, expert)
+            return replace(matrix, scales=torch.full_like(matrix.scales, 1.5))
+
+    message = r"expert 1 of gate has a scale of 1\.5 as int2-g64, .* below 1: give it more bits"
+    with pytest.raises(UserError, match=message):
+        rewrite_experts(BITS.put(moe, PLAN), Wide(checkpoint), ParamStore(tmp_path), "float", "mma16x256")
 
 
 def test_needs_a_checkpoint(moe: IRModule) -> None:

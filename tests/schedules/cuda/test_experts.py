@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -19,10 +20,12 @@ from moqc.quant.formats import Format
 from moqc.quant.grid import rounded
 from moqc.quant.pack_mma import pack_units
 from moqc.quant.tensor import Quantized
+from moqc.schedules.cuda import grouped
 from moqc.schedules.cuda.experts import down_kernel, gate_up_kernel, route_kernel
 from moqc.schedules.cuda.layer import experts_function
 from moqc.schedules.cuda.plan import ExpertsShape, Plan, many_down_plan, shared_bytes
 from moqc.schedules.cuda.prune import prune_function
+from moqc.schedules.cuda.quads import QuadsPlan, by_quads
 from moqc.schedules.cuda.rows import RowsPlan
 from moqc.schedules.cuda.workspace import workspace_bytes
 from moqc.schedules.pruning import PruneShape
@@ -30,6 +33,7 @@ from moqc.schedules.pruning import PruneShape
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="compiles CUDA code: needs nvcc")
 
 EXPERTS, TOP_K = 6, 2
+NAMES = ("gate_up", "down")
 
 
 @dataclass(frozen=True)
@@ -53,21 +57,47 @@ class Layer:
             EXPERTS, TOP_K, self.hidden, self.intermediate, *lists, self.activation, self.biases
         )
 
+    @property
+    def has_quads(self) -> bool:
+        """Whether the int8 kernels for several tokens have all of its formats."""
+        return all(by_quads(Format.parse(name)) for names in self.classes.values() for name in names)
+
     def kernels(self) -> dict[str, Any]:
         """The layer with the product's plans; the route kernel, and both products for 1 and 8 tokens."""
         functions = {
             "layer": experts_function(self.shape, x_dtype=self.x_dtype),
-            "grouped": experts_function(self.shape, x_dtype=self.x_dtype, grouped=2),
+            "grouped": self.with_large_tiles(),
             "tiled": experts_function(self.shape, x_dtype=self.x_dtype, grouped=2, warp_groups=False),
             "rows": experts_function(self.shape, x_dtype=self.x_dtype, chosen=self.rows()),
             "route": route_kernel(self.shape, "int64"),
             "down_many": down_kernel(self.shape, many_down_plan(self.shape), many=True),
         }
+        if self.has_quads:
+            functions["quads"] = experts_function(self.shape, x_dtype=self.x_dtype, chosen=self.quads())
         for up, down in zip(self.gate_up, self.down, strict=True):
             ids = "int64" if up.tokens == 1 else "int32"
             functions[f"gate_up_{up.tokens}"] = gate_up_kernel(self.shape, up, self.x_dtype, ids)
             functions[f"down_{down.tokens}"] = down_kernel(self.shape, down, ids)
         return functions
+
+    def with_large_tiles(self) -> Any:
+        """The layer with the grouped product from 2 tokens on, whose tiles are as if its rows were long."""
+        with patch.object(grouped, "LONG_ROWS", 0):
+            return experts_function(self.shape, x_dtype=self.x_dtype, grouped=2)
+
+    def quads(self) -> dict[str, QuadsPlan]:
+        """Plans of the int8 kernels for 2 to 181 tokens, of 4 and of 8 at a time."""
+        first, second = -(-self.hidden // 256), -(-self.intermediate // 256)
+        pairs = (
+            (8, QuadsPlan(3, 2, first, first, 2, 8), QuadsPlan(2, 3, second, 1, 1, 8)),
+            (16, QuadsPlan(3, 2, first, 1, 1, 4), QuadsPlan(2, 3, second, second, 2, 4)),
+            (64, QuadsPlan(2, 3, first, 1, 1, 8), QuadsPlan(4, 2, second, 1, 1, 8)),
+        )
+        return {
+            f"{name}_{tokens}": plan
+            for tokens, *both in pairs
+            for name, plan in zip(NAMES, both, strict=True)
+        }
 
     def rows(self) -> dict[str, RowsPlan]:
         """Plans of the kernels whose warps own rows; tiles of several slots where there is one format."""
@@ -181,6 +211,21 @@ LAYERS["trellis"] = Layer(
     biases=("up_bias",),
 )
 """Trellis formats beside integers, of all groups."""
+LAYERS["quads"] = Layer(
+    264,
+    136,
+    {
+        "gate": ("int4-g128-s8", "int2-g64-sym-s8"),
+        "up": ("int1-g128",),
+        "down": ("int3-g128-sym-s8", "int8-g64"),
+    },
+    "silu_glu",
+    _plans(2, 3, "r2", "r1", items=3),
+    _plans(4, 1, "r1", "s2"),
+    "float16",
+    ("up_bias", "down_bias"),
+)
+"""Formats that the int8 kernels for several tokens have, every projection in classes of its own."""
 CALLS: dict[str, list[list[int]]] = {
     # Name -> ids; 1 token goes through the kernels for 1, more through those for 8.
     "one": [[4, 1]],
@@ -188,6 +233,7 @@ CALLS: dict[str, list[list[int]]] = {
     "one-unknown": [[-1, 2]],
     "two": [[0, 5], [5, 2]],
     "eight": [[0, 1], [2, 3], [4, 5], [1, 0], [5, 2], [0, 4], [3, 1], [2, 5]],
+    "five-on-one": [[3, 1], [3, 2], [3, 3], [4, 3], [5, 3]],
     "all-on-one": [[3, 3]] * 7,
     "unknown": [[0, -1], [EXPERTS, 2], [1 << 40, -(1 << 40)], [1, 4]],
     "none": [],
@@ -196,7 +242,12 @@ CALLS: dict[str, list[list[int]]] = {
     "large-one": [[5, 2]],
     "forty": [[at % EXPERTS, at * at % 7 - 1] for at in range(40)],
     "large-forty": [[at % EXPERTS, at * at % 5] for at in range(40)],
+    "hundred": [[at % 5, at // 7 % EXPERTS] for at in range(100)],
+    "two-hundred": [[at % 5, at // 7 % EXPERTS] for at in range(200)],
     "three-hundred": [[at % 5, at // 7 % EXPERTS] for at in range(300)],
+    "six-hundred": [[at % 5 if at % 3 else 1, at // 7 % 8 - 1] for at in range(600)],
+    "large-six-hundred": [[at % 5, at // 7 % 8 - 1] for at in range(600)],
+    "six-hundred-on-one": [[3, 3]] * 600,
 }
 """In ``large`` calls every second token is 1e5 times as large."""
 
@@ -280,7 +331,7 @@ def run(
     return y
 
 
-WHOLE = ("layer", "grouped", "tiled", "rows")
+WHOLE = ("layer", "grouped", "tiled", "rows", "quads")
 OPERANDS = (("gate", "up", "gate_bias", "up_bias"), ("down", "down_bias"))
 LAYER_OPERANDS = ("table", "gate", "up", "down", "gate_bias", "up_bias", "down_bias")
 
@@ -319,7 +370,8 @@ def worst_errors(name: str, function: Callable[[str], Any]) -> dict[str, float]:
         )  # fmt: skip
         arguments = layer, packed, given, ids.cuda(), weights.cuda()
         results = {"": run(function, *arguments)}
-        results |= {f" {kind}": run_layer(function(kind), *arguments) for kind in WHOLE}
+        whole = [kind for kind in WHOLE if kind != "quads" or layer.has_quads]
+        results |= {f" {kind}": run_layer(function(kind), *arguments) for kind in whole}
         for kind, actual in results.items():
             wrong = (actual.cpu() - expected).norm(dim=1) / expected.norm(dim=1).clamp_min(1e-30)
             # A float32 sum is all that is left of a token without experts.
