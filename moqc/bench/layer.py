@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -132,9 +133,9 @@ class RandomLayer:
 class Layer(RandomLayer):
     """The same compiled with its target's default plans, or recorded ones, for this machine's CPU."""
 
-    def __init__(self, target: Target, shape: Shape, formats: Sequence[Format], cold_bytes: int) -> None:
-        super().__init__(target, shape, formats, cold_bytes)
-        self._run = self.compile(LOWERINGS[target.schedules].operators[ops.MIXED_EXPERTS])["block"]
+    @cached_property
+    def _run(self) -> Any:
+        return self.compile(LOWERINGS[self.target.schedules].operators[ops.MIXED_EXPERTS])["block"]
 
     def compile(self, lower: Lowering) -> relax.VirtualMachine:
         """The block, lowered so: a machine with the function ``block(x, ids, weights, *operands) -> y``."""

@@ -47,11 +47,9 @@ class CpuLayer:
     """A `TunedLayer`: one library has the kernels of a trial; they and the default ones take turns."""
 
     def __init__(self, target: Target, shape: Shape, formats: Sequence[Format]) -> None:
-        self._layer, self._rules = (
-            Layer(target, shape, formats, COLD_BYTES),
-            default_plans(target.vector_lanes, formats),
-        )
-        self._default = self._machine({})
+        self._layer = Layer(target, shape, formats, COLD_BYTES)
+        self._rules = default_plans(target.vector_lanes, formats)
+        self._machines: dict[frozenset[Any], Any] = {}
 
     def spaces(self) -> dict[Name, Space]:
         """See `TunedLayer`."""
@@ -64,7 +62,7 @@ class CpuLayer:
 
     def compare(self, plans: Plans, effort: float = 1.0) -> dict[Name, tuple[float, float]]:
         """See `TunedLayer`."""
-        machines = (self._machine(plans), self._default)
+        machines = (self._machine(plans), self._machine({}))
         found: dict[Name, tuple[float, float]] = {}
         for tokens in TUNED.values():
             times = self._times(machines, tokens, effort * SECONDS[tokens])
@@ -87,12 +85,15 @@ class CpuLayer:
         return max(errors), TOLERANCES[layer.target.activations[0]]
 
     def _machine(self, plans: Plans) -> Any:
-        """The block compiled with `plans` in place of the default ones."""
-        chosen = dict.fromkeys(KERNELS, self._rules)
-        parts = {tokens: part for part, tokens in TUNED.items()}
-        for (kernel, tokens), plan in plans.items():
-            chosen[kernel] = chosen[kernel].with_part(parts[tokens], plan)
-        return self._layer.compile(partial(lower_mixed_experts, plans=chosen))
+        """The block compiled with `plans` in place of the default ones, once."""
+        rules = {name: space.default for name, space in self.spaces().items()}
+        key = frozenset({name: str(plan) for name, plan in plans.items() if plan != rules[name]}.items())
+        if key not in self._machines:
+            chosen, parts = dict.fromkeys(KERNELS, self._rules), {n: part for part, n in TUNED.items()}
+            for (kernel, tokens), plan in plans.items():
+                chosen[kernel] = chosen[kernel].with_part(parts[tokens], plan)
+            self._machines[key] = self._layer.compile(partial(lower_mixed_experts, plans=chosen))
+        return self._machines[key]
 
     def _times(self, machines: Sequence[Any], tokens: int, seconds: float) -> list[dict[str, list[float]]]:
         """Seconds of each kernel's calls, by the function's name, for each machine; machines take turns."""

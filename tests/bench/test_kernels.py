@@ -69,7 +69,7 @@ def test_bad_input(arguments):
 
 
 def test_gpus_are_timed_elsewhere():
-    with pytest.raises(TargetError, match="time a model with `moqc bench`"):
+    with pytest.raises(TargetError, match="time a compiled model with `moqc bench`"):
         bench_kernels("cuda", "tiny", ["4"], [1])
 
 
