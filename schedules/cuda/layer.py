@@ -7,6 +7,7 @@ more two int8 kernels, or lists of slots first; for many, tiles of slots or the 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -149,7 +150,8 @@ def _several(
         with T.Then():
             launch(Rung(COLUMN_TOKENS, cut["gate_up_8"], cut["down_8"]))
         with T.Else():
-            climb(ladder(cut, grouped, shape.top_k / shape.experts))
+            single = all(len(set(formats)) == 1 for formats in ((*shape.gate, *shape.up), shape.down))
+            climb(ladder(cut, grouped, shape.top_k / shape.experts if single else math.inf))
 
 
 def _few(

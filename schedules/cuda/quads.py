@@ -115,7 +115,8 @@ def quads_rules(shape: ExpertsShape, shared: int) -> tuple[QuadsPlan, QuadsPlan]
         pairs = next((each for each in divisors(total) if blocks * total / each <= wave), total)
         even = [k for k in (1, 2) if matrices * pairs * k % warps == 0 and units % k == 0]
         depth = 2 if max(fmt.bits for fmt in formats) <= 2 else 1
-        for tokens, split in product((8, 4), (*even, 1)):
+        # With several formats, 8 would double the code, which takes long to compile as it is.
+        for tokens, split in product((8, 4) if len(set(formats)) == 1 else (4,), (*even, 1)):
             plan = QuadsPlan(warps, pairs, units, split, depth, tokens)
             needed = quads_bytes(plan, matrices, formats, MOST_TOKENS * shape.top_k, shape.experts)
             if needed <= shared:
