@@ -18,7 +18,7 @@ namespace moqc {
 // 64 columns ahead, and weights made for 16 columns of a block at a time while the tensor core works on those before.
 template <int N, class R> __device__ __forceinline__ void multiply_tile(float (&d)[128], char* memory, const int (&ids)[2], int units, RingPlace<R::X_STAGES>& x_at, RingPlace<R::W_STAGES>& w_at, bool& first, int warp, int lane) {
   using All = typename R::All;
-  constexpr int EACH = R::EACH;
+  constexpr int EACH = R::EACH, QUARTERS = All::COUNT == 1 ? 4 : 1;   // at once: of several formats that would be more code than caches hold
   const word shared = shared_address(memory), barriers = shared + R::BARRIERS_AT;
   const auto release_x = [&](int stage) { barrier_arrive(barriers + 8 * (R::X_STAGES + stage)); };
   const char* const tiles = memory + R::W_AT + (warp / 4 * (4 * EACH) + warp % 4) * R::TILE;
@@ -46,7 +46,7 @@ template <int N, class R> __device__ __forceinline__ void multiply_tile(float (&
   int before = 0;   // the stage before
 #pragma unroll 1
   for (int unit = 0; unit < units; ++unit) {
-#pragma unroll
+#pragma unroll QUARTERS
     for (int quarter = 0; quarter < 4; ++quarter) {
 #pragma unroll
       for (int block = 0; block < EACH; ++block)
