@@ -97,33 +97,32 @@ def quads_rules(shape: ExpertsShape, shared: int) -> tuple[QuadsPlan, QuadsPlan]
 
     One wave of blocks: of 16 warps, a multiprocessor each, where experts are large; else of 8, two each.
     """
-    share, formats = shape.top_k / shape.experts, (*shape.gate, *shape.up, *shape.down)
-    if COLUMN_TOKENS * share > FEW or not all(map(by_quads, formats)):
+    share, (fmt, *others) = shape.top_k / shape.experts, (*shape.gate, *shape.up, *shape.down)
+    if COLUMN_TOKENS * share > FEW or not by_quads(fmt):
         return None
-    if all(fmt.bits >= 4 and fmt.symmetric for fmt in formats):
-        return None  # bound by their bytes: slots are as fast
-    hit = shape.experts * (1 - (1 - share) ** COLUMN_TOKENS)
     large = -(-shape.intermediate // ROWS) >= LARGE_ROWS
+    if fmt.bits >= 4 or any(other != fmt for other in others):
+        return None  # four bits are bound by their bytes, several formats are more code than caches hold
+    if fmt.bits == 3 and not fmt.symmetric and not large:
+        return None  # slots were faster
+    hit = shape.experts * (1 - (1 - share) ** COLUMN_TOKENS)
     warps, wave = (16, MULTIPROCESSORS) if large else (8, 2 * MULTIPROCESSORS)
     first, second = -(-shape.hidden // COLUMNS), -(-shape.intermediate // COLUMNS)
     slices = 2 if large and second % 2 == 0 else 1
 
-    def fitting(
-        rows: int, units: int, blocks: float, matrices: int, formats: Sequence[Format]
-    ) -> QuadsPlan | None:
+    def fitting(rows: int, units: int, blocks: float, matrices: int) -> QuadsPlan | None:
         total = -(-rows // (2 * ROWS))
         pairs = next((each for each in divisors(total) if blocks * total / each <= wave), total)
         even = [k for k in (1, 2) if matrices * pairs * k % warps == 0 and units % k == 0]
-        depth = 2 if max(fmt.bits for fmt in formats) <= 2 else 1
-        # With several formats, 8 would double the code, which takes long to compile as it is.
-        for tokens, split in product((8, 4) if len(set(formats)) == 1 else (4,), (*even, 1)):
+        depth = 2 if fmt.bits <= 2 else 1
+        for tokens, split in product((8, 4), (*even, 1)):
             plan = QuadsPlan(warps, pairs, units, split, depth, tokens)
-            needed = quads_bytes(plan, matrices, formats, MOST_TOKENS * shape.top_k, shape.experts)
+            needed = quads_bytes(plan, matrices, (fmt,), MOST_TOKENS * shape.top_k, shape.experts)
             if needed <= shared:
                 return plan
         return None
 
     matrices = 2 if shape.gate else 1
-    gate_up = fitting(shape.intermediate, first, hit, matrices, (*shape.gate, *shape.up))
-    down = fitting(shape.hidden, second // slices, hit * slices, 1, shape.down)
+    gate_up = fitting(shape.intermediate, first, hit, matrices)
+    down = fitting(shape.hidden, second // slices, hit * slices, 1)
     return None if gate_up is None or down is None else (gate_up, down)

@@ -68,5 +68,13 @@ def test_the_compiler_is_told_how_many_blocks_a_multiprocessor_has():
     kernels += (
         "__global__ void __launch_bounds__(384) decode() {}\n__global__ void __launch_bounds__(256) g() {}"
     )
+    for warps in (8, 16):
+        kernels += (
+            f"__global__ void __launch_bounds__({32 * warps}) q() {{ moqc::quads::Plan<{warps}, 6>(); }}\n"
+        )
     told = with_blocks(kernels)
-    assert [told.count(f"__launch_bounds__({bounds})") for bounds in ("384, 2", "384, 1", "256")] == [1, 2, 1]
+    found = {
+        bounds: told.count(f"__launch_bounds__({bounds})")
+        for bounds in ("384, 2", "384, 1", "256", "256, 2", "512")
+    }
+    assert found == {"384, 2": 1, "384, 1": 2, "256": 1, "256, 2": 1, "512": 1}
