@@ -36,10 +36,9 @@ def test_no_driver_is_one_clear_line(monkeypatch):
 
 def test_no_runtime_of_cuda_says_what_to_install(monkeypatch):
     def load(name, mode=0):
-        if name == "libcuda.so.1":
-            return types.SimpleNamespace()
         raise OSError(f"{name}: cannot open shared object file")
 
+    monkeypatch.setattr(cuda, "absent_gpu", lambda: None)
     monkeypatch.setattr(cuda.ctypes, "CDLL", load)
     with pytest.raises(
         TargetError, match=r"no libcudart\.so\.13 .*nvidia-cuda-runtime`, on a Jetson JetPack 7"
