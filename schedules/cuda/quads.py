@@ -6,15 +6,16 @@ of 16 bits, which decodes four codes with one mask (``quads.cu``), and there are
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
+from typing import ClassVar
 
 from moqc.errors import InternalError
 from moqc.quant.formats import Format
 from moqc.quant.pack_mma import COLUMNS, ROWS
 from moqc.schedules.cuda.plan import COLUMN_TOKENS, LARGE_ROWS, MULTIPROCESSORS, ExpertsShape, divisors
+from moqc.schedules.cuda.rows import RunsPlan
 
 MOST_TOKENS = 181
 """Up to which they are used: each of their blocks reads all of the router's ids."""
@@ -31,41 +32,16 @@ def by_quads(format: Format) -> bool:
 
 
 @dataclass(frozen=True)
-class QuadsPlan:
-    """How a product is cut.
+class QuadsPlan(RunsPlan):
+    """Runs by int8, for 4 or 8 of an expert's tokens at a time."""
 
-    A block takes one expert, `pairs` pairs of row tiles (of each projection) and `units` units of columns. A
-    *run* is a pair along the columns; `split` of them share the units. `warps` warps take the runs in turn,
-    `depth` units of both row tiles ahead, for 4 or 8 (`tokens`) of the expert's tokens at a time.
-    """
-
-    warps: int
-    pairs: int
-    units: int
-    split: int
-    depth: int
-    tokens: int
-
-    @classmethod
-    def parse(cls, text: str) -> QuadsPlan:
-        """Read ``w16p28u16k1d1q8``; the inverse of `str`."""
-        match = re.fullmatch(r"w(\d+)p(\d+)u(\d+)k(\d+)d(\d+)q(\d+)", text)
-        if match is None:
-            raise InternalError(f"no plan: {text!r}")
-        return cls(*map(int, match.groups()))
-
-    def __str__(self) -> str:
-        return f"w{self.warps}p{self.pairs}u{self.units}k{self.split}d{self.depth}q{self.tokens}"
+    kind: ClassVar[str] = "q"
 
     @property
     def cpp(self) -> str:
         """Its C++ type."""
         numbers = self.warps, self.pairs, self.units, self.split, self.depth, self.tokens
         return f"moqc::quads::Plan<{', '.join(map(str, numbers))}>"
-
-    def groups(self, rows: int) -> int:
-        """Blocks that `rows` rows of a matrix take."""
-        return -(-rows // (2 * ROWS * self.pairs))
 
     def check(self, columns: int, whole: bool, formats: Sequence[Format]) -> None:
         """InternalError unless it can cut `columns` columns of `formats`; `whole`: a block takes all."""

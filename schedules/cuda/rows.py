@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar, Self
 
 from moqc.errors import InternalError
 from moqc.quant.formats import Format
@@ -18,14 +19,16 @@ from moqc.schedules.cuda.plan import COLUMN_TOKENS
 
 
 @dataclass(frozen=True)
-class RowsPlan:
-    """How a product is cut.
+class RunsPlan:
+    """How a product is cut whose warps own rows.
 
-    A block takes one expert's slot (or a tile of ``tokens // 8`` slots), `pairs` pairs of row tiles (of each
-    projection) and `units` units of columns. A *run* is a pair along the columns; `split` of them share the
-    units. `warps` warps take the runs in turn, `depth` units of both row tiles ahead. `tokens`: 8 a slot.
+    A block takes `pairs` pairs of row tiles (of each projection) and `units` units of one expert's columns. A
+    *run* is a pair along the columns; `split` of them share the units. `warps` warps take the runs in turn,
+    `depth` units of both row tiles ahead, for `tokens` of the expert's tokens at a time.
     """
 
+    kind: ClassVar[str]
+    """The letter of `tokens` in the plan's text."""
     warps: int
     pairs: int
     units: int
@@ -34,24 +37,31 @@ class RowsPlan:
     tokens: int
 
     @classmethod
-    def parse(cls, text: str) -> RowsPlan:
+    def parse(cls, text: str) -> Self:
         """Read ``w28p28u16k1d1m8``; the inverse of `str`."""
-        match = re.fullmatch(r"w(\d+)p(\d+)u(\d+)k(\d+)d(\d+)m(\d+)", text)
+        match = re.fullmatch(rf"w(\d+)p(\d+)u(\d+)k(\d+)d(\d+){cls.kind}(\d+)", text)
         if match is None:
             raise InternalError(f"no plan: {text!r}")
         return cls(*map(int, match.groups()))
 
     def __str__(self) -> str:
-        return f"w{self.warps}p{self.pairs}u{self.units}k{self.split}d{self.depth}m{self.tokens}"
+        return f"w{self.warps}p{self.pairs}u{self.units}k{self.split}d{self.depth}{self.kind}{self.tokens}"
+
+    def groups(self, rows: int) -> int:
+        """Blocks that `rows` rows of a matrix take."""
+        return -(-rows // (2 * ROWS * self.pairs))
+
+
+@dataclass(frozen=True)
+class RowsPlan(RunsPlan):
+    """Runs over one expert's slot, or over a tile of ``tokens // 8`` slots: `tokens` are 8 a slot."""
+
+    kind: ClassVar[str] = "m"
 
     @property
     def slots(self) -> int:
         """Slots of a block's tile."""
         return self.tokens // COLUMN_TOKENS
-
-    def groups(self, rows: int) -> int:
-        """Blocks that `rows` rows of a matrix take."""
-        return -(-rows // (2 * ROWS * self.pairs))
 
     def check(self, columns: int, whole: bool) -> None:
         """InternalError unless it can cut `columns` columns; `whole`: a block takes all of them."""
