@@ -27,31 +27,18 @@ using Sums = float[2][4];
 // use; `finish(run, sums, quads)` takes what a run gives.
 template <class F, class P, class All, class At, class Begin, class Ready, class Finish>
 __device__ __forceinline__ void take_runs(const Activations<P, All>& x, int count, int lane, At at, Begin begin, Ready ready, Finish finish) {
-  Window<Formats<F>, P::DEPTH> window[2];
-  Unit next[2];
-  int loaded = 0, run = 0, unit = 0;
-  const int total = count * P::RUN;
-  const auto load = [&](int i) {
-    if (loaded % P::RUN == 0) {
-#pragma unroll
-      for (int tile = 0; tile < 2; ++tile) next[tile] = Unit::with_facts<F>(at(loaded / P::RUN, tile));
-    }
-#pragma unroll
-    for (int tile = 0; tile < 2; ++tile) window[tile].load(i, next[tile]), next[tile].step(1);
-    ++loaded;
-  };
-#pragma unroll
-  for (int i = 0; i < P::DEPTH; ++i)
-    if (i < total) load(i);
+  Ahead<F, P> ahead{count * P::RUN};
+  ahead.start(at);
+  int run = 0, unit = 0;
   with_count<P::QUADS>(ready(), [&](auto quads) {
     Sums acc = {};
 #pragma unroll 1
-    for (int done = 0; done < total; done += P::DEPTH)
+    for (int done = 0; done < ahead.total; done += P::DEPTH)
 #pragma unroll
       for (int i = 0; i < P::DEPTH; ++i) {
-        if (done + i >= total) break;
-        dot_quads<F, quads.VALUE>(acc, window, i, x, begin(run) + unit, lane);
-        if (loaded < total) load(i);
+        if (done + i >= ahead.total) break;
+        dot_quads<F, quads.VALUE>(acc, ahead.window, i, x, begin(run) + unit, lane);
+        ahead.load(i, at);
         if (++unit == P::RUN) {
           finish(run, acc, quads);
 #pragma unroll

@@ -1,4 +1,4 @@
-// Which experts are hit, by which tokens: lists for the kernels of device.cu and prefill.cu.
+// Which experts are hit, by which tokens: lists for the kernels of decode.cu, rows.cu and prefill.cu.
 //
 // A *slot* is an expert and up to 8 of its tokens: slots[n] = expert, members[n][8] = token (-1: none), shares[n][8] = its
 // weight (0: none); *hit = their number. An expert's slots follow one another, experts in rising order. Expert numbers out

@@ -16,6 +16,8 @@ from moqc.schedules.cuda.rows import RowsPlan, rows_bytes
 SOURCES = (
     "trellis.cu",
     "device.cu",
+    "decoding.cu",
+    "activations.cu",
     "bytes.cu",
     "stream.cu",
     "decode.cu",
@@ -27,11 +29,14 @@ SOURCES = (
     "prefill_gate_up.cu",
     "prefill_down.cu",
     "rows.cu",
+    "rows_gate_up.cu",
+    "rows_down.cu",
     "quads.cu",
     "quad_blocks.cu",
     "quads_layer.cu",
     "linear.cu",
     "prefill_mma.cu",
+    "heads.cu",
     "attention.cu",
     "dense.cu",
 )
