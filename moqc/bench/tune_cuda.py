@@ -71,18 +71,13 @@ class CudaLayer:
         sizes = (shape.experts, shape.top_k, shape.hidden, shape.intermediate)
         self._shape = ExpertsShape(*sizes, *(self._layer.formats,) * 3, shape.activation)
         self._route = self._build({"route": route_kernel(self._shape, "int64")})["route"]
+        self._spaces = _spaces(self._shape, int(target.tvm["max_shared_memory_per_block"]))
         self._calls = {tokens: self._arguments(tokens) for tokens in TOKENS}
-        self._default = self._graphs({name: space.default for name, space in self.spaces().items()})
+        self._default = self._graphs({name: space.default for name, space in self._spaces.items()})
 
     def spaces(self) -> dict[Name, Space]:
         """See `TunedLayer`."""
-        shared = int(self._target.tvm["max_shared_memory_per_block"])
-        found = {}
-        for tokens in TOKENS:
-            for kernel in ("gate_up", "down"):
-                default, plans = plan_space(kernel, self._shape, tokens, shared)
-                found[kernel, tokens] = Space(default, partial(_near, plans), partial(_any, plans))
-        return found
+        return self._spaces
 
     def compare(self, plans: Plans, effort: float = 1.0) -> dict[Name, tuple[float, float]]:
         """See `TunedLayer`."""
@@ -109,10 +104,8 @@ class CudaLayer:
             functions["gate_up", tokens](*call["gate_up"])
             functions["down", tokens](*call["down"])
             self._stream.synchronize()
-            result, expected = (
-                torch.from_numpy(call["down"][-1].numpy()),
-                self._layer.expected(x, ids, shares),
-            )
+            result = torch.from_numpy(call["down"][-1].numpy())
+            expected = self._layer.expected(x, ids, shares)
             errors.append(float(((result - expected).norm() / expected.norm()).nan_to_num(1e9)))
         return max(errors), TOLERANCE
 
@@ -179,7 +172,7 @@ class CudaLayer:
         if tokens == 1:
             inputs = [put(x)]
             lists = [put(ids.numpy()[0]), put(shares.T.copy())]
-        elif isinstance(self.spaces()["gate_up", tokens].default, QuadsPlan):
+        elif isinstance(self._spaces["gate_up", tokens].default, QuadsPlan):
             inputs, lists = [put(x)], [ids, put(shares)]
             slots, columns = tokens, shape.top_k  # what is hidden lies by the router's pairs
         else:
@@ -201,6 +194,16 @@ class CudaLayer:
             "gate_up": [*inputs, *lists, table, *of["gate"], *of["up"], hidden, shifts, y],
             "down": [hidden, shifts, *lists, table, *of["down"], y],
         }
+
+
+def _spaces(shape: ExpertsShape, shared: int) -> dict[Name, Space]:
+    """What each kernel of a layer may try, with `shared` bytes of shared memory a block."""
+    found = {}
+    for tokens in TOKENS:
+        for kernel in ("gate_up", "down"):
+            default, plans = plan_space(kernel, shape, tokens, shared)
+            found[kernel, tokens] = Space(default, partial(_near, plans), partial(_any, plans))
+    return found
 
 
 def _near(plans: Sequence[AnyPlan], plan: AnyPlan) -> list[AnyPlan]:
