@@ -27,18 +27,23 @@ using Sums = float[2][4];
 // use; `finish(run, sums, quads)` takes what a run gives.
 template <class F, class P, class All, class At, class Begin, class Ready, class Finish>
 __device__ __forceinline__ void take_runs(const Activations<P, All>& x, int count, int lane, At at, Begin begin, Ready ready, Finish finish) {
-  Ahead<F, P> ahead{count * P::RUN};
-  ahead.start(at);
-  int run = 0, unit = 0;
+  Window<Formats<F>, P::DEPTH> window[2];
+  Unit next[2];
+  int loaded = 0, run = 0, unit = 0;
+  const int total = count * P::RUN;
+  const auto load = [&](int i) { load_pair<F, P>(window, next, loaded, i, at); };
+#pragma unroll
+  for (int i = 0; i < P::DEPTH; ++i)
+    if (i < total) load(i);
   with_count<P::QUADS>(ready(), [&](auto quads) {
     Sums acc = {};
 #pragma unroll 1
-    for (int done = 0; done < ahead.total; done += P::DEPTH)
+    for (int done = 0; done < total; done += P::DEPTH)
 #pragma unroll
       for (int i = 0; i < P::DEPTH; ++i) {
-        if (done + i >= ahead.total) break;
-        dot_quads<F, quads.VALUE>(acc, ahead.window, i, x, begin(run) + unit, lane);
-        ahead.load(i, at);
+        if (done + i >= total) break;
+        dot_quads<F, quads.VALUE>(acc, window, i, x, begin(run) + unit, lane);
+        if (loaded < total) load(i);
         if (++unit == P::RUN) {
           finish(run, acc, quads);
 #pragma unroll

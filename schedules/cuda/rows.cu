@@ -107,48 +107,40 @@ __device__ __forceinline__ void dot_pair(Sums<P>& acc, const W (&window)[2], int
   }
 }
 
-// The weights of a warp's runs, `total` units of two row tiles, DEPTH of them on their way. `at(run, tile)` is the first unit of
-// one of a run's tiles.
-template <class F, class P> struct Ahead {
-  int total, loaded = 0;
-  Window<Formats<F>, P::DEPTH> window[2];
-  Unit next[2];
-
-  __device__ __forceinline__ explicit Ahead(int units) : total(units) {}
-  template <class At> __device__ __forceinline__ void start(At at) {
+// Starts reading the next unit of a warp's two row tiles, the `loaded`th of its runs, into place i. `at(run, tile)` is the first unit
+// of one of a run's tiles.
+template <class F, class P, class W, class At> __device__ __forceinline__ void load_pair(W (&window)[2], Unit (&next)[2], int& loaded, int i, At at) {
+  if (loaded % P::RUN == 0) {
 #pragma unroll
-    for (int i = 0; i < P::DEPTH; ++i) load(i, at);
+    for (int tile = 0; tile < 2; ++tile) next[tile] = Unit::with_facts<F>(at(loaded / P::RUN, tile));
   }
-  // The next unit, if there is one, in place i.
-  template <class At> __device__ __forceinline__ void load(int i, At at) {
-    if (loaded >= total) return;
-    if (loaded % P::RUN == 0) {
 #pragma unroll
-      for (int tile = 0; tile < 2; ++tile) next[tile] = Unit::with_facts<F>(at(loaded / P::RUN, tile));
-    }
-#pragma unroll
-    for (int tile = 0; tile < 2; ++tile) window[tile].load(i, next[tile]), next[tile].step(1);
-    ++loaded;
-  }
-};
+  for (int tile = 0; tile < 2; ++tile) window[tile].load(i, next[tile]), next[tile].step(1);
+  ++loaded;
+}
 
 // A warp's runs 0 to count - 1. `at(run, tile)` is the first unit of one of a run's tiles, `begin(run)` the number of that
 // unit in the block; `ready()` is called once the first weights are on their way, and makes the activations; `finish(run,
 // sums)` takes what a run gives.
 template <class F, class P, class All, class At, class Begin, class Ready, class Finish>
 __device__ __forceinline__ void take_runs(const Prepared<P, All>& x, int count, int lane, At at, Begin begin, Ready ready, Finish finish) {
-  Ahead<F, P> ahead{count * P::RUN};
-  ahead.start(at);
-  int run = 0, unit = 0;
+  Window<Formats<F>, P::DEPTH> window[2];
+  Unit next[2];
+  int loaded = 0, run = 0, unit = 0;
+  const int total = count * P::RUN;
+  const auto load = [&](int i) { load_pair<F, P>(window, next, loaded, i, at); };
+#pragma unroll
+  for (int i = 0; i < P::DEPTH; ++i)
+    if (i < total) load(i);
   ready();
   Sums<P> acc = {};
 #pragma unroll 1
-  for (int done = 0; done < ahead.total; done += P::DEPTH)
+  for (int done = 0; done < total; done += P::DEPTH)
 #pragma unroll
     for (int i = 0; i < P::DEPTH; ++i) {
-      if (done + i >= ahead.total) break;
-      dot_pair<F>(acc, ahead.window, i, x, begin(run) + unit, lane);
-      ahead.load(i, at);
+      if (done + i >= total) break;
+      dot_pair<F>(acc, window, i, x, begin(run) + unit, lane);
+      if (loaded < total) load(i);
       if (++unit == P::RUN) {
         finish(run, acc);
 #pragma unroll
