@@ -172,7 +172,8 @@ def prefill(model: Model) -> dict[str, Any]:
         start = time.perf_counter()
         session.extend_last(ids)
         best = min(best, time.perf_counter() - start)
-    return {"prefill": PREFILL, "ms": best * 1e3, "tokens_per_s": PREFILL / best}
+    row = {"prefill": PREFILL, "chunk": model.manifest.cache.chunk}
+    return {**row, "ms": best * 1e3, "tokens_per_s": PREFILL / best}
 
 
 def report(provider: str, model: str, row: dict[str, Any]) -> None:

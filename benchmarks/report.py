@@ -164,7 +164,8 @@ def models(rows: Sequence[Row]) -> str:
             continue
         peer, own = peers[model, kind, row[kind]], f"**{row['tokens_per_s']:.0f}**"
         if kind == "prefill":
-            cells.append([model, f"prefill {row[kind]:,}", f"{peer:.0f}", own, "–", "–", "–"])
+            what = f"prefill {row[kind]:,}, {row['chunk']:,} at a time"
+            cells.append([model, what, f"{peer:.0f}", own, "–", "–", "–"])
             continue
         step = f"{row['bytes'] / 1e9:.2f} GB", f"**{row['graph_ms'] / row['bound_ms']:.2f}**"
         shown = f"{peer:.3g}" if peer < 100 else f"{peer:.0f}"
