@@ -240,6 +240,7 @@ __device__ __forceinline__ void multiply(char* ring, float* partials, const Unit
       with_format(All{}, first.id, [&](auto format) {
         stream_one<P, All, decltype(format), UNITS, 1, 1>(ring, partials, units[0], units[0], lane, wait, get_x, get_eight, nothing);
       });
+      __syncwarp();   // all lanes have read the activations that the next ones are written over
       with_format(All{}, second.id, [&](auto format) {
         stream_one<P, All, decltype(format), UNITS, 1, 1>(ring, partials + P::TILES * TILE, units[1], units[1], lane, wait, get_x, get_eight, nothing);
       });

@@ -33,6 +33,7 @@ from moqc.schedules.pruning import PruneShape
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="compiles CUDA code: needs nvcc")
 
 EXPERTS, TOP_K = 6, 2
+TOLERANCE = 5e-3
 NAMES = ("gate_up", "down")
 
 
@@ -252,9 +253,9 @@ CALLS: dict[str, list[list[int]]] = {
 """In ``large`` calls every second token is 1e5 times as large."""
 
 
-def bound(layer: Layer, call: str) -> float:
-    """How far a token's result may be off: where gates saturate, rounding decides large tokens' signs."""
-    return 0.1 if call.startswith("large") and layer.activation.startswith("oai_swiglu") else 5e-3
+def saturates(layer: Layer, call: str) -> bool:
+    """Whether large tokens' results hang on the signs of values that rounding decides."""
+    return call.startswith("large") and layer.activation.startswith("oai_swiglu")
 
 
 def operands(
@@ -351,7 +352,10 @@ def run_layer(
 
 
 def worst_errors(name: str, function: Callable[[str], Any]) -> dict[str, float]:
-    """Largest relative error of a token, for every call of `CALLS`, by single kernels and by whole layers."""
+    """Largest relative error of a token, for every call of `CALLS`, by single kernels and by whole layers.
+
+    Where `saturates`, large tokens have a row of their own: a tenth of their error all together.
+    """
     layer, generator = LAYERS[name], torch.Generator().manual_seed(7)
     dense, packed = operands(layer, generator)
     errors = {}
@@ -373,9 +377,13 @@ def worst_errors(name: str, function: Callable[[str], Any]) -> dict[str, float]:
         whole = [kind for kind in WHOLE if kind != "quads" or layer.has_quads]
         results |= {f" {kind}": run_layer(function(kind), *arguments) for kind in whole}
         for kind, actual in results.items():
-            wrong = (actual.cpu() - expected).norm(dim=1) / expected.norm(dim=1).clamp_min(1e-30)
+            wrong, size = (actual.cpu() - expected).norm(dim=1), expected.norm(dim=1).clamp_min(1e-30)
+            if saturates(layer, call):  # of one such token anything may be off, of all together little
+                error = wrong[::2].norm() / size[::2].norm() / 10
+                errors[f"{call}{kind}, large tokens"] = float(error.nan_to_num(1e9))
+                wrong, size = wrong[1::2], size[1::2]
             # A float32 sum is all that is left of a token without experts.
-            errors[call + kind] = float(wrong.nan_to_num(1e9).max()) if len(ids) else 0.0
+            errors[call + kind] = float((wrong / size).nan_to_num(1e9).max()) if len(wrong) else 0.0
     return errors
 
 
@@ -384,7 +392,7 @@ def worst_errors(name: str, function: Callable[[str], Any]) -> dict[str, float]:
 def test_equals_the_reference(name, build):
     library = build(LAYERS[name].kernels())
     errors = worst_errors(name, library.__getitem__)
-    assert {call: error for call, error in errors.items() if not error < bound(LAYERS[name], call)} == {}
+    assert {call: error for call, error in errors.items() if not error < TOLERANCE} == {}
 
 
 def test_parameters_follow_the_formats():
