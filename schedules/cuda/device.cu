@@ -36,7 +36,10 @@ template <int BITS_, int GROUP_, bool SYMMETRIC_, bool BYTES_, bool TRELLIS_ = f
 };
 
 // The formats of one projection's classes, in the order of its tensors; or of a whole kernel, each once.
+template <class... Fs> struct FirstOf { using type = void; };
+template <class F, class... Rest> struct FirstOf<F, Rest...> { using type = F; };
 template <class... Fs> struct Formats {
+  using First = typename FirstOf<Fs...>::type;
   static constexpr int COUNT = sizeof...(Fs);
   static constexpr int BITS = largest(0, Fs::BITS...), CODE_BITS = largest(0, Fs::CODE_BITS...), GROUPS = largest(0, Fs::GROUPS...);
   static constexpr bool HAS_ZEROS = (!Fs::SYMMETRIC || ...);

@@ -65,27 +65,54 @@ template <int EXPERTS, int TOP, class Id> __device__ __forceinline__ void count_
   for (int i = threadIdx.x; i < EXPERTS; i += blockDim.x) ((int*)counts)[blockIdx.x * EXPERTS + i] = found[i];
 }
 
+// What `place` wants to know of an expert: how many pairs it has, and how many of them come before those that this block (of `place_and_gather`) ranks.
+struct Pairs { int all, before; };
+
+// From what `count_pairs`, the kernel ahead, has found; it ranks the pairs of its blocks.
+template <int EXPERTS, int TOP> __device__ __forceinline__ Pairs counted(const int* counts, int tokens, int expert) {
+  const int blocks = (tokens + Counted<TOP>::TOKENS - 1) / Counted<TOP>::TOKENS, mine = blockIdx.x * GATHER_TOKENS / Counted<TOP>::TOKENS;
+  Pairs result = {0, 0};
+#pragma unroll 8
+  for (int block = 0; block < blocks; ++block) {
+    const int here = counts[block * EXPERTS + expert];
+    result.all += here, result.before += block < mine ? here : 0;
+  }
+  return result;
+}
+
+// The same without a kernel ahead, where pairs are few: every block counts them all, and ranks those of its own tokens.
+template <int EXPERTS, int TOP, class Id> __device__ __forceinline__ void count_here(const Id* ids, int tokens, Pairs (&pairs)[EXPERTS], int (&ranks)[GATHER_TOKENS * TOP]) {
+  const int mine = blockIdx.x * GATHER_TOKENS * TOP, end = tokens * TOP;
+  for (int i = threadIdx.x; i < EXPERTS; i += blockDim.x) pairs[i] = {0, 0};
+  __syncthreads();
+  for (int i = threadIdx.x; i < end; i += blockDim.x) {
+    const Id id = ids[i];
+    if (id < 0 || id >= EXPERTS) continue;
+    atomicAdd(&pairs[(int)id].all, 1);
+    if (i < mine) atomicAdd(&pairs[(int)id].before, 1);
+  }
+  for (int at = threadIdx.x; at < GATHER_TOKENS * TOP; at += blockDim.x) {
+    const Id id = mine + at < end ? ids[mine + at] : -1;
+    int rank = id >= 0 && id < EXPERTS ? 0 : -1;
+    for (int i = 0; i < at && rank >= 0; ++i) rank += ids[mine + i] == id;
+    ranks[at] = rank;
+  }
+  __syncthreads();
+}
+
 // starts[expert] = where this block's pairs of it begin among the members. Block 0 lists tiles of up to TILE_SLOTS slots, and
 // clears what an expert's last slot has too much; hit = slots, tiles, and 0.
-template <int EXPERTS, int TOP, int TILE_SLOTS>
-__device__ __forceinline__ void place(int (&starts)[EXPERTS], int tokens, const int* counts, int* members, float* shares, int* hit, Tokens* tiles) {
+template <int EXPERTS, int TILE_SLOTS, class Count>
+__device__ __forceinline__ void place(int (&starts)[EXPERTS], Count count_of, int* members, float* shares, int* hit, Tokens* tiles) {
   constexpr int EACH = (EXPERTS + GATHER_WARPS * 32 - 1) / (GATHER_WARPS * 32);   // experts of a thread
   __shared__ long long sums[GATHER_WARPS];
-  const int blocks = (tokens + Counted<TOP>::TOKENS - 1) / Counted<TOP>::TOKENS, mine = blockIdx.x * GATHER_TOKENS / Counted<TOP>::TOKENS;
-  int count[EACH], before[EACH];
+  Pairs pairs[EACH];
   int need_slots = 0, need_tiles = 0;
 #pragma unroll
   for (int i = 0; i < EACH; ++i) {
     const int expert = threadIdx.x * EACH + i;
-    count[i] = before[i] = 0;
-    if (expert < EXPERTS) {
-#pragma unroll 8
-      for (int block = 0; block < blocks; ++block) {
-        const int here = counts[block * EXPERTS + expert];
-        count[i] += here, before[i] += block < mine ? here : 0;
-      }
-    }
-    const int slots = (count[i] + 7) / 8;
+    pairs[i] = expert < EXPERTS ? count_of(expert) : Pairs{0, 0};
+    const int slots = (pairs[i].all + 7) / 8;
     need_slots += slots, need_tiles += (slots + TILE_SLOTS - 1) / TILE_SLOTS;
   }
   const long long both = sum_up_to((long long)need_tiles << 32 | need_slots, sums);
@@ -94,12 +121,12 @@ __device__ __forceinline__ void place(int (&starts)[EXPERTS], int tokens, const 
   slot -= need_slots, tile -= need_tiles;
 #pragma unroll
   for (int i = 0; i < EACH; ++i) {
-    const int expert = threadIdx.x * EACH + i, slots = (count[i] + 7) / 8, groups = (slots + TILE_SLOTS - 1) / TILE_SLOTS;
+    const int expert = threadIdx.x * EACH + i, slots = (pairs[i].all + 7) / 8, groups = (slots + TILE_SLOTS - 1) / TILE_SLOTS;
     if (expert >= EXPERTS) break;
-    starts[expert] = slot * 8 + before[i];
+    starts[expert] = slot * 8 + pairs[i].before;
     if (blockIdx.x == 0) {
       for (int k = 0; k < groups; ++k) tiles[tile + k] = {expert, tile, groups, slot, slots};
-      for (int k = slot * 8 + count[i]; k < (slot + slots) * 8; ++k) members[k] = -1, shares[k] = 0.0f;
+      for (int k = slot * 8 + pairs[i].all; k < (slot + slots) * 8; ++k) members[k] = -1, shares[k] = 0.0f;
     }
     slot += slots, tile += groups;
   }
@@ -107,8 +134,8 @@ __device__ __forceinline__ void place(int (&starts)[EXPERTS], int tokens, const 
 }
 
 // Lists of slots and of tiles, and the images of x. Rows that reach HALF_LIMIT are divided by the power of two in
-// `factors`. `over` is cleared. Images of an expert's last slot have any values where it has no token.
-template <int EXPERTS, int TOP, int H, int TILE_SLOTS, class Id, class X>
+// `factors`. `over` is cleared. COUNTED: after `count_pairs`. Images of an expert's last slot have any values where it has no token.
+template <int EXPERTS, int TOP, int H, int TILE_SLOTS, bool COUNTED, class Id, class X>
 __device__ __forceinline__ void place_and_gather(const X* x, const Id* ids, const float* weights, int tokens, const void* ranks, const void* counts, void* members, void* shares, void* hit,
                                                  void* tiles, void* images, void* factors, void* over, int capacity) {
   using Pair = typename PairOf<X>::type;
@@ -118,6 +145,7 @@ __device__ __forceinline__ void place_and_gather(const X* x, const Id* ids, cons
   __shared__ float found[GATHER_WARPS];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, token = blockIdx.x * GATHER_TOKENS + warp / WARPS, thread = warp % WARPS * 32 + lane;
   const bool inside = token < tokens;
+  if (!COUNTED) wait_for_previous_kernel(), start_next_kernel();
   Pair held[EACH][4];   // as the image has them; `count_pairs`, the kernel ahead, has waited for those before it, which make x
   float most = 0.0f;
 #pragma unroll
@@ -132,9 +160,12 @@ __device__ __forceinline__ void place_and_gather(const X* x, const Id* ids, cons
 #pragma unroll
   for (int other = 16; other > 0; other /= 2) most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, other));
   if (lane == 0) found[warp] = most;
-  wait_for_previous_kernel();
-  start_next_kernel();
-  place<EXPERTS, TOP, TILE_SLOTS>(starts, tokens, (const int*)counts, (int*)members, (float*)shares, (int*)hit, (Tokens*)tiles);
+  if (COUNTED) wait_for_previous_kernel(), start_next_kernel();
+  __shared__ Pairs pairs[COUNTED ? 1 : EXPERTS];
+  __shared__ int own_ranks[GATHER_TOKENS * TOP];
+  if constexpr (!COUNTED) count_here<EXPERTS, TOP>(ids, tokens, pairs, own_ranks);
+  const auto count_of = [&](int expert) { return COUNTED ? counted<EXPERTS, TOP>((const int*)counts, tokens, expert) : pairs[COUNTED ? 0 : expert]; };
+  place<EXPERTS, TILE_SLOTS>(starts, count_of, (int*)members, (float*)shares, (int*)hit, (Tokens*)tiles);
   if (!inside) return;
 #pragma unroll
   for (int i = 0; i < WARPS; ++i) most = fmaxf(most, found[warp / WARPS * WARPS + i]);
@@ -144,7 +175,7 @@ __device__ __forceinline__ void place_and_gather(const X* x, const Id* ids, cons
   int row[TOP];
 #pragma unroll
   for (int i = 0; i < TOP; ++i) {
-    const int pair = token * TOP + i, rank = ((const int*)ranks)[pair];
+    const int pair = token * TOP + i, rank = COUNTED ? ((const int*)ranks)[pair] : own_ranks[warp / WARPS * TOP + i];
     to[i] = nullptr, row[i] = 0;
     if (rank < 0) continue;
     const int at = starts[(int)ids[pair]] + rank;

@@ -1,9 +1,9 @@
 """The grouped product for many tokens, on NVIDIA GPUs with warp groups (sm_90).
 
-The device code is ``gather.cu`` and ``prefill.cu``. Five launches a layer: counts of the experts' tokens,
-lists of tiles and images of the activations, gate_up, gate_up again where hidden values were beyond float16
-(it mostly returns at once), down. Tiles of all experts and bit classes are in one launch, taken in turn by
-as many blocks as there are multiprocessors.
+The device code is ``gather.cu`` and ``prefill.cu``. Four or five launches a layer: counts of the experts'
+tokens (where they are many), lists of tiles and images of the activations, gate_up, gate_up again where
+hidden values were beyond float16 (it mostly returns at once), down. Tiles of all experts and bit classes are
+in one launch, taken in turn by as many blocks as there are multiprocessors.
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ from moqc.quant.pack_mma import COLUMNS
 from moqc.schedules.cuda.emit import Kernel
 from moqc.schedules.cuda.experts import Pointers
 from moqc.schedules.cuda.plan import MULTIPROCESSORS, SHARED_BYTES, ExpertsShape
-from moqc.schedules.cuda.templates import distinct, formats_of, layer_of
-from moqc.schedules.cuda.toolchain import WARP_GROUP_THREADS
+from moqc.schedules.cuda.templates import distinct, format_of, formats_of, layer_of
 
 ATOM = 1024
 """Bytes of 64 columns of a slot's activations."""
+FEW_SLOTS = 4
+"""Of tiles that four warp groups multiply: with few tokens it takes them to hide how long a product takes."""
 MOST_SLOTS = 16
 """Of tiles whose warp groups have two blocks of 64 rows each; of larger ones they have one."""
 BARRIERS = 256
@@ -39,13 +40,21 @@ COUNTED_PAIRS, GATHERED_TOKENS = 1024, 2
 class Tile:
     """How a block's tile of tokens is cut.
 
-    `slots` of an expert at most, `weights` bytes of weights on their way (never less than two stages), and
-    `blocks` a multiprocessor.
+    `slots` of an expert at most, and `weights` bytes of weights on their way (never less than two stages).
     """
 
     slots: int
     weights: int
-    blocks: int = 1
+
+    @property
+    def few(self) -> bool:
+        """Whether pairs are so few that every block counts them all."""
+        return self.slots <= FEW_SLOTS
+
+    @property
+    def groups(self) -> int:
+        """Warp groups that multiply; of four each has one block of 64 rows."""
+        return 4 if self.few else 2
 
     @property
     def row_tiles(self) -> int:
@@ -53,13 +62,13 @@ class Tile:
         return 16 if self.slots <= MOST_SLOTS else 8
 
     @property
-    def shared(self) -> int:
-        """Bytes of shared memory a block may have; a multiprocessor keeps 1 KiB of each."""
-        return SHARED_BYTES if self.blocks == 1 else (SHARED_BYTES + 1024) // self.blocks - 1024
+    def threads(self) -> int:
+        """Of a block, whose last group copies."""
+        return 128 * (self.groups + 1)
 
 
 TILES = {
-    20: Tile(5, 70 * 1024, 2),
+    20: Tile(4, 104 * 1024),
     56: Tile(8, 136 * 1024),
     90: Tile(12, 120 * 1024),
     150: Tile(16, 104 * 1024),
@@ -72,21 +81,26 @@ LONG_ROWS = 4096
 Several formats are much code, and the larger tiles' is half as much."""
 
 
+def unit_bytes(formats: Sequence[Format]) -> int:
+    """Bytes of a row tile's unit with scales and zeros."""
+    groups = max(COLUMNS // fmt.group for fmt in formats)
+    zeros = 0 if all(fmt.symmetric for fmt in formats) else groups * 16
+    return max(fmt.bits for fmt in formats) * 512 + groups * 32 + zeros
+
+
 def rings(formats: Sequence[Format], tile: Tile) -> tuple[str, int]:
     """The C++ type that says how a block uses its shared memory, and its bytes.
 
     UserError where that is too little.
     """
-    groups = max(COLUMNS // fmt.group for fmt in formats)
-    zeros = 0 if all(fmt.symmetric for fmt in formats) else groups * 16
-    unit = tile.row_tiles * (max(fmt.bits for fmt in formats) * 512 + groups * 32 + zeros)
+    unit = tile.row_tiles * unit_bytes(formats)
     stage, out = tile.slots * ATOM, min(tile.slots, MOST_SLOTS) * ATOM
-    fixed = 2 * out + BARRIERS + 2 * FACT * -(-tile.slots // 16) * 128
-    stages = 8 if tile.shared - fixed - 8 * stage >= max(tile.weights, 2 * unit) else 4
-    weights = min((tile.shared - fixed - stages * stage) // unit, 6)
+    fixed = BARRIERS + tile.groups * (out + FACT * -(-tile.slots // 16) * 128)
+    stages = 8 if SHARED_BYTES - fixed - 8 * stage >= max(tile.weights, 2 * unit) else 4
+    weights = min((SHARED_BYTES - fixed - stages * stage) // unit, 6)
     if weights < 2:
         raise UserError(f"formats {', '.join(map(str, formats))} do not fit the shared memory of a block")
-    numbers = f"{tile.slots}, {stages}, {weights}, {tile.blocks}"
+    numbers = f"{tile.slots}, {stages}, {weights}, {tile.groups}"
     return f"moqc::Rings<{numbers}, {formats_of(formats)}>", fixed + stages * stage + weights * unit
 
 
@@ -128,22 +142,26 @@ def launch_grouped(
     each = max(COUNTED_PAIRS // shape.top_k // GATHERED_TOKENS * GATHERED_TOKENS, GATHERED_TOKENS)
     # Sections that are written later have room for ranks and counts.
     sizes, listed = f"{shape.experts}, {shape.top_k}", (at["shifts"], at["hidden"])
-    blocks = (tokens + (each - 1)) // each
-    k.launch(blocks, 512, 0, f"moqc::count_pairs<{sizes}>", at["ids"], count, *listed)
-    function = f"moqc::place_and_gather<{sizes}, {shape.hidden}, {tile.slots}>"
+    if not tile.few:
+        blocks = (tokens + (each - 1)) // each
+        k.launch(blocks, 512, 0, f"moqc::count_pairs<{sizes}>", at["ids"], count, *listed)
+    counted = str(not tile.few).lower()
+    function = f"moqc::place_and_gather<{sizes}, {shape.hidden}, {tile.slots}, {counted}>"
     made = ("members", "shares", "hit", "tiles", "images", "factors", "over")
     given = (at["x"], at["ids"], at["weights"], count, *listed, *(at[name] for name in made))
     blocks = (tokens + (GATHERED_TOKENS - 1)) // GATHERED_TOKENS
     k.launch(blocks, 256, 0, function, *given, room)
     types, shared = rings(distinct(shape.gate, shape.up), tile)
     lists = ("tiles", "hit", "images", "factors", "shares", "over", "table", "gate_bias", "up_bias", "hidden")
-    arguments = [*(at[name] for name in lists), room, at["y"], count, *at["gate"], *at["up"]]
+    # Of images by bytes (`grouped_bytes`) there would be facts.
+    unused = (at["shifts"], at["shifts"])
+    arguments = [*(at[name] for name in lists), *unused, room, at["y"], count, *at["gate"], *at["up"]]
     for again in ("false", "true"):
-        function = f"moqc::gate_up_grouped<{layer_of(shape)}, {types}, {again}, "
+        function = f"moqc::gate_up_grouped<{layer_of(shape)}, {types}, {again}, {format_of(shape.down[0])}, "
         function += f"{formats_of(shape.gate)}, {formats_of(shape.up)}>"
-        k.launch(tile.blocks * MULTIPROCESSORS, WARP_GROUP_THREADS, shared, function, *arguments)
+        k.launch(MULTIPROCESSORS, tile.threads, shared, function, *arguments)
     types, shared = rings(distinct(shape.down), tile)
-    names = ("tiles", "hit", "hidden", "shares", "members", "over", "table", "down_bias", "y")
+    names = ("tiles", "hit", "hidden", "shares", "members", "over", "shifts", "table", "down_bias", "y")
     function = f"moqc::down_grouped<{layer_of(shape)}, {types}, {formats_of(shape.down)}>"
     arguments = [*(at[name] for name in names), room, *at["down"]]
-    k.launch(tile.blocks * MULTIPROCESSORS, WARP_GROUP_THREADS, shared, function, *arguments)
+    k.launch(MULTIPROCESSORS, tile.threads, shared, function, *arguments)

@@ -24,6 +24,7 @@ from moqc.schedules.cuda.experts import (
     launch_route,
 )
 from moqc.schedules.cuda.grouped import Tile, large_for, launch_grouped, launch_tiles, tiles_for
+from moqc.schedules.cuda.grouped_bytes import by_bytes, launch_bytes
 from moqc.schedules.cuda.grouped_mma import launch_tiled
 from moqc.schedules.cuda.ladder import Rung, ladder
 from moqc.schedules.cuda.plan import COLUMN_TOKENS, SHARED_BYTES, ExpertsShape, Plan
@@ -205,7 +206,10 @@ def _grouped(k: Kernel, shape: ExpertsShape, at: dict[str, Any], tokens: tirx.Va
         each, tile = tiles[0]
         with T.If(tokens <= each * shape.experts // shape.top_k):
             with T.Then():
-                launch_grouped(k, shape, at, tokens, room, tile)
+                if tile.few and by_bytes(shape):
+                    launch_bytes(k, shape, at, tokens, room)
+                else:
+                    launch_grouped(k, shape, at, tokens, room, tile)
             with T.Else():
                 climb(tiles[1:])
 

@@ -6,7 +6,7 @@ namespace moqc {
 
 // y[token][H] += down x hidden + share * bias.
 template <class L, class R, class Downs, class... Tensors>
-__device__ __forceinline__ void down_grouped(void* memory, const void* tile_list, const void* hit, const void* hidden_images, const void* share_list, const void* member_list, const void* over_list,
+__device__ __forceinline__ void down_grouped(void* memory, const void* tile_list, const void* hit, const void* hidden_images, const void* share_list, const void* member_list, const void* over_list, const void* hidden_facts,
                                              const int* table, const void* bias, float* y, int capacity, const Tensors*... packed) {
 #if __CUDA_ARCH_FEAT_SM90_ALL
   constexpr int UNITS = (L::I + COLUMNS - 1) / COLUMNS, ROW_TILES = (L::H + ROWS - 1) / ROWS, ROWS_EACH = R::ROW_TILES * ROWS, ROW_BLOCKS = (L::H + ROWS_EACH - 1) / ROWS_EACH;
@@ -23,7 +23,7 @@ __device__ __forceinline__ void down_grouped(void* memory, const void* tile_list
     };
   };
   const auto facts = [&](int at) {
-    const word over = ((const word*)over_list)[at];
+    const word over = R::BYTES ? 0 : ((const word*)over_list)[at];
     return make_uint2(((const word*)member_list)[at], over == 0 ? 0x3f800000u : __float_as_uint(power(shift_of(__uint_as_float(over)))));
   };
   const auto finish = [&](float (&d)[128], const Tokens& tile, int rows, int slice, const uint2* known) {
@@ -33,11 +33,11 @@ __device__ __forceinline__ void down_grouped(void* memory, const void* tile_list
       const int place = atom * 8 + lane % 4 * 2 + (lane >> 2 & 1);   // of the token that this lane writes
       const uint2 about = known[place];
       const int token = (int)about.x;
-      const float factor = __uint_as_float(about.y) * (1 << SMALLER);
+      const float factor = R::BYTES ? 1.0f : __uint_as_float(about.y) * (1 << SMALLER);
       const float share = L::BIASES & 4 ? ((const float*)share_list)[tile.first * 8 + place] : 0.0f;
 #pragma unroll
       for (int block = 0; block < R::EACH; ++block) {
-        const int row = rows * ROWS_EACH + group * (ROWS_EACH / 2) + block * 64 + warp % 4 * 16 + (lane / 4 & 4) + (lane & 8);   // and the next three
+        const int row = rows * ROWS_EACH + group * (ROWS_EACH / R::GROUPS) + block * 64 + warp % 4 * 16 + (lane / 4 & 4) + (lane & 8);   // and the next three
         const float* results = d + 64 * block + 4 * atom;
         const float2 low = both_rows(results[0], results[1], lane), high = both_rows(results[2], results[3], lane);
         const bool upper = lane & 8;   // lanes g and g ^ 2 swap likewise: rows g & 4 to 3 more, or 8 above
@@ -54,7 +54,7 @@ __device__ __forceinline__ void down_grouped(void* memory, const void* tile_list
       }
     }
   };
-  grouped<R, UNITS, SLICES, ROW_BLOCKS, false>((char*)memory, tile_list, ((const int*)hit)[1] * (ROW_BLOCKS * SLICES), (const char*)hidden_images, capacity, where, facts, finish);
+  grouped<R, UNITS, SLICES, ROW_BLOCKS, false>((char*)memory, tile_list, ((const int*)hit)[1] * (ROW_BLOCKS * SLICES), (const char*)hidden_images, (const char*)hidden_facts, capacity, where, facts, finish);
 #endif
 }
 

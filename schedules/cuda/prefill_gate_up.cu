@@ -6,35 +6,36 @@ namespace moqc {
 #if __CUDA_ARCH_FEAT_SM90_ALL
 // Of 64 rows of a warp group two warps have gate's and two up's. Each gives the half of its tokens that the other is to finish: then
 // d[0..63] are gates and d[64..127] ups of 16 rows and 128 tokens. In two rounds through 4 KiB of shared memory a warp.
-__device__ __forceinline__ void swap_gates(float (&d)[128], char* out, int group, int warp, int lane) {
+template <int HALF> __device__ __forceinline__ void swap_gates(float (&d)[128], char* out, int group, int warp, int lane) {
+  constexpr int ROUNDS = HALF > 32 ? 2 : 1, EACH = HALF / 4 / ROUNDS;   // EACH: 16 bytes of a thread
   const bool gates = warp % 4 < 2;
-  float4 *mine = (float4*)out + warp % 4 * 256 + lane, *other = (float4*)out + (warp % 4 ^ 2) * 256 + lane;
-  const auto together = [&] { asm volatile("bar.sync %0, 64;" ::"r"(4 + group * 2 + warp % 2) : "memory"); };
+  float4 *mine = (float4*)out + warp % 4 * (32 * EACH) + lane, *other = (float4*)out + (warp % 4 ^ 2) * (32 * EACH) + lane;
+  const auto together = [&] { asm volatile("bar.sync %0, 64;" ::"r"(6 + group * 2 + warp % 2) : "memory"); };
 #pragma unroll
-  for (int round = 0; round < 2; ++round) {
+  for (int round = 0; round < ROUNDS; ++round) {
     const auto exchange = [&](float* part) {
 #pragma unroll
-      for (int i = 0; i < 8; ++i) mine[32 * i] = make_float4(part[4 * i], part[4 * i + 1], part[4 * i + 2], part[4 * i + 3]);
+      for (int i = 0; i < EACH; ++i) mine[32 * i] = make_float4(part[4 * i], part[4 * i + 1], part[4 * i + 2], part[4 * i + 3]);
       together();
 #pragma unroll
-      for (int i = 0; i < 8; ++i) {
+      for (int i = 0; i < EACH; ++i) {
         const float4 got = other[32 * i];
         part[4 * i] = got.x, part[4 * i + 1] = got.y, part[4 * i + 2] = got.z, part[4 * i + 3] = got.w;
       }
       together();
     };
-    if (gates) exchange(d + 64 + 32 * round);
-    else exchange(d + 32 * round);
+    if (gates) exchange(d + HALF + 4 * EACH * round);
+    else exchange(d + 4 * EACH * round);
   }
 }
 
 // This warp group's share of `bytes` zeros, of which it has `each` in shared memory. They leave while products are made.
-__device__ __forceinline__ void clear(float* y, long long bytes, char* out, int each, int group) {
+template <int GROUPS> __device__ __forceinline__ void clear(float* y, long long bytes, char* out, int each, int group) {
   for (int i = threadIdx.x % 128; i < each / 16; i += 128) ((uint4*)out)[i] = make_uint4(0, 0, 0, 0);
   fence_for_bulk();
   group_sync(group);
   if (threadIdx.x % 128 != 0) return;
-  for (long long at = (long long)(blockIdx.x * 2 + group) * each; at < bytes; at += (long long)gridDim.x * 2 * each)
+  for (long long at = (long long)(blockIdx.x * GROUPS + group) * each; at < bytes; at += (long long)gridDim.x * GROUPS * each)
     bulk_store((char*)y + at, shared_address(out), (int)min((long long)each, bytes - at));
 }
 
@@ -85,13 +86,14 @@ __device__ __forceinline__ Hidden hidden_of(const float* gates, const float* ups
 // The images of hidden = share * act(gate x + bias, up x + bias) in fp16. A value beyond fp16 is noted in `over` (the
 // largest of its token), and hit[2] set; the launch after this one (AGAIN) then makes all images once more, divided. y [tokens][H] is
 // set to 0 for `down` to add to.
-template <class L, class R, bool AGAIN, class Gates, class Ups, class... Tensors>
+template <class L, class R, bool AGAIN, class Down, class Gates, class Ups, class... Tensors>
 __device__ __forceinline__ void gate_up_grouped(void* memory, const void* tile_list, void* hit, const void* x_images, const void* factor_list, const void* share_list, void* over_list,
-                                                const int* table, const void* gate_bias, const void* up_bias, void* hidden_images, int capacity, float* y, int tokens, const Tensors*... packed) {
+                                                const int* table, const void* gate_bias, const void* up_bias, void* hidden_images, const void* x_facts, void* hidden_facts, int capacity, float* y, int tokens, const Tensors*... packed) {
 #if __CUDA_ARCH_FEAT_SM90_ALL
   constexpr int UNITS = (L::H + COLUMNS - 1) / COLUMNS, ROW_TILES = (L::I + ROWS - 1) / ROWS;
   constexpr int TILES = L::GATED ? R::ROW_TILES / 2 : R::ROW_TILES, ROWS_EACH = TILES * ROWS;   // a block's, of one matrix
   constexpr int ROW_BLOCKS = ((L::I + COLUMNS - 1) / COLUMNS * COLUMNS + ROWS_EACH - 1) / ROWS_EACH;   // zeros for `down` up to whole units
+  static_assert(L::GATED || !R::BYTES, "gates and ups");
   constexpr bool HALVES = L::GATED && R::EACH == 1;   // a warp has rows of one matrix, a warp group half an image's columns
   wait_for_previous_kernel();
   start_next_kernel();
@@ -99,7 +101,7 @@ __device__ __forceinline__ void gate_up_grouped(void* memory, const void* tile_l
   const void* const tensors[] = {packed...};
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, group = warp / 4;
   char* out = (char*)memory + R::OUT_AT + group * R::OUT_BYTES;
-  if (!AGAIN && warp < MULTIPLIERS) clear(y, (long long)tokens * L::H * 4, out, R::OUT_BYTES, group);
+  if (!AGAIN && warp < R::MULTIPLIERS) clear<R::GROUPS>(y, (long long)tokens * L::H * 4, out, R::OUT_BYTES, group);
   const auto where = [&](int expert, int rows) {
     constexpr long long EACH = (long long)ROW_TILES * UNITS;
     const int2 second_at = Ups::COUNT == 1 ? make_int2(0, expert) : __ldg((const int2*)table + L::EXPERTS + expert);
@@ -107,41 +109,48 @@ __device__ __forceinline__ void gate_up_grouped(void* memory, const void* tile_l
     Matrix first = second;
     if constexpr (L::GATED) first = matrix_of(Gates{}, tensors, Gates::COUNT == 1 ? make_int2(0, expert) : __ldg((const int2*)table + expert), EACH);
     return [=](int number, int& row_tile) {   // of a block's row tiles; every second half of a warp group's are up's
-      constexpr int GROUP = R::ROW_TILES / 2, HALF = GROUP / 2;
+      constexpr int GROUP = R::ROW_TILES / R::GROUPS, HALF = GROUP / 2;
       row_tile = min(rows * TILES + (L::GATED ? number / GROUP * HALF + number % HALF : number), ROW_TILES - 1);
       return L::GATED && number % GROUP < HALF ? first : second;
     };
   };
-  const auto facts = [&](int at) { return make_uint2(((const word*)share_list)[at], ((const word*)factor_list)[at]); };
+  const auto facts = [&](int at) { return make_uint2(((const word*)share_list)[at], R::BYTES ? 0 : ((const word*)factor_list)[at]); };
   const auto finish = [&](float (&d)[128], const Tokens& tile, int rows, int slice, const uint2* known) {
     const auto value = [&](int at, int up_at, int atom, int row) {
       return hidden_of<L, AGAIN>(d + at, d + up_at, known + atom * 8, (tile.first + atom) * 8, row + lane / 4, tile.expert, gate_bias, up_bias, over_list, hit, lane);
     };
-    if constexpr (HALVES) {
+    if constexpr (R::BYTES) {
+      if (threadIdx.x % 128 == 0) bulk_store_wait();   // until zeros have left, and the image before
+      group_sync(group);
+      swap_gates<2 * R::SLOTS>(d, out, group, warp, lane);
+      keep_values<L, R>(d, (char*)memory, tile, rows, known, gate_bias, up_bias, lane);
+      write_planes<R, Down>((char*)memory, tile, rows, hidden_images, hidden_facts, capacity, lane);
+    } else if constexpr (HALVES) {
       if (threadIdx.x % 128 == 0) bulk_store_wait();   // until zeros have left
       group_sync(group);
-      swap_gates(d, out, group, warp, lane);
+      constexpr int ATOMS = R::SLOTS > 16 ? 16 : R::SLOTS / 2;   // of a warp
+      swap_gates<4 * ATOMS>(d, out, group, warp, lane);
       group_sync(group);
-      const int row = rows * 64 + group * 32 + warp % 2 * 16, skip = warp % 4 / 2 * 16;   // atoms of the other warps
+      const int row = rows * ROWS_EACH + group * 32 + warp % 2 * 16, skip = warp % 4 / 2 * ATOMS;   // atoms of the other warps
 #pragma unroll
-      for (int i = 0; i < 16; ++i) {
+      for (int i = 0; i < ATOMS; ++i) {
         if (skip + i >= tile.slots) break;
-        const Hidden h = value(4 * i, 64 + 4 * i, skip + i, row);
+        const Hidden h = value(4 * i, 4 * ATOMS + 4 * i, skip + i, row);
         *(uint2*)(out + (skip + i) * (ATOM / 2) + h.token * 64 + (lane / 8 ^ h.token % 4) * 16 + warp % 2 * 8) = make_uint2(h.low, h.high);
       }
       group_sync(group);
-      char* to = (char*)hidden_images + ((long long)rows * capacity + tile.first) * ATOM;
+      char* to = (char*)hidden_images + ((long long)(row / 64) * capacity + tile.first) * ATOM;
 #pragma unroll
-      for (int i = 0; i < 8; ++i) {
+      for (int i = 0; i < (R::SLOTS + 3) / 4; ++i) {
         const int at = i * 128 + threadIdx.x % 128, token = at / 4;   // of the tile
-        if (token < tile.slots * 8) *(uint4*)(to + token * 128 + (group ^ token / 4 % 2) * 64 + at % 4 * 16) = ((const uint4*)out)[at];
+        if (token < tile.slots * 8) *(uint4*)(to + token * 128 + (group % 2 ^ token / 4 % 2) * 64 + at % 4 * 16) = ((const uint4*)out)[at];
       }
       group_sync(group);
     } else {
       constexpr int ATOMS = R::SLOTS < 16 ? R::SLOTS : 16;
 #pragma unroll
-      for (int half = 0; half < (L::GATED ? 1 : 2); ++half) {   // of d
-        const int row0 = rows * ROWS_EACH + group * (ROWS_EACH / 2) + (R::EACH == 2 ? half * 64 : 0);   // of 64
+      for (int half = 0; half < (L::GATED || R::GROUPS == 4 ? 1 : 2); ++half) {   // of d
+        const int row0 = rows * ROWS_EACH + group * (ROWS_EACH / R::GROUPS) + (R::EACH == 2 ? half * 64 : 0);   // of 64
         const int skip = R::EACH == 1 ? half * 16 : 0;
         if (threadIdx.x % 128 == 0) bulk_store_wait();   // until the image before has left
         group_sync(group);
@@ -160,7 +169,7 @@ __device__ __forceinline__ void gate_up_grouped(void* memory, const void* tile_l
       }
     }
   };
-  grouped<R, UNITS, 1, ROW_BLOCKS, AGAIN>((char*)memory, tile_list, ((const int*)hit)[1] * ROW_BLOCKS, (const char*)x_images, capacity, where, facts, finish);
+  grouped<R, UNITS, 1, ROW_BLOCKS, AGAIN>((char*)memory, tile_list, ((const int*)hit)[1] * ROW_BLOCKS, (const char*)x_images, (const char*)x_facts, capacity, where, facts, finish);
   if (threadIdx.x % 128 == 0) bulk_store_finish();
 #endif
 }

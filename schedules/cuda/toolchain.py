@@ -19,8 +19,6 @@ from pathlib import Path
 from moqc.errors import TargetError
 from moqc.toolchains import TOOLS
 
-WARP_GROUP_THREADS = 384
-"""Threads of the kernels whose warp groups pass on registers (``grouped.py``)."""
 PAIRED_WARPS = 8
 """The int8 kernels of up to so many warps are two blocks a multiprocessor."""
 NO_DEVICE = 100
@@ -61,17 +59,16 @@ def compile_fatbin(source: str, architectures: Sequence[str]) -> bytes:
 def with_blocks(source: str) -> str:
     """`source` with the blocks a multiprocessor has, of each kernel whose registers depend on them.
 
-    The compiler wants to be told, and TVM does not. For warp groups that pass on registers the number is in
-    the kernel's ``moqc::Rings``; the int8 kernels of up to 8 warps are cut for two (``quads.py``), which more
-    than 128 registers a thread would not leave room for.
+    The compiler wants to be told, and TVM does not. Warp groups that pass on registers (``grouped.py``) have
+    a multiprocessor for themselves; the int8 kernels of up to 8 warps are cut for two (``quads.py``), which
+    more than 128 registers a thread would not leave room for.
     """
     first, *rest = re.split(r"__launch_bounds__\((\d+)\)", source)
     pieces = [first]
     for threads, text in zip(rest[::2], rest[1::2], strict=True):
         blocks = ""
-        if int(threads) == WARP_GROUP_THREADS:
-            rings = re.search(r"moqc::Rings<\d+, \d+, \d+, (\d+),", text)
-            blocks = f", {rings[1] if rings else 1}"
+        if re.search(r"moqc::(Byte)?Rings<", text):
+            blocks = ", 1"
         elif (quads := re.search(r"moqc::quads::Plan<(\d+),", text)) and int(quads[1]) <= PAIRED_WARPS:
             blocks = ", 2"
         pieces += [f"__launch_bounds__({threads}{blocks})", text]

@@ -80,6 +80,8 @@ template <int N> struct Wgmma;
 #define MOQC_R4_29 MOQC_R4_28 ",%116,%117,%118,%119"
 #define MOQC_R4_30 MOQC_R4_29 ",%120,%121,%122,%123"
 #define MOQC_R4_31 MOQC_R4_30 ",%124,%125,%126,%127"
+MOQC_WGMMA(8, MOQC_R4_0, "%4,%5,%6,%7}, %8", MOQC_D4(0))
+MOQC_WGMMA(16, MOQC_R4_1, "%8,%9,%10,%11}, %12", MOQC_D8(0))
 MOQC_WGMMA(24, MOQC_R4_2, "%12,%13,%14,%15}, %16", MOQC_D8(0), MOQC_D4(8))
 MOQC_WGMMA(32, MOQC_R4_3, "%16,%17,%18,%19}, %20", MOQC_D8(0), MOQC_D8(8))
 MOQC_WGMMA(40, MOQC_R4_4, "%20,%21,%22,%23}, %24", MOQC_D8(0), MOQC_D8(8), MOQC_D4(16))
@@ -97,6 +99,24 @@ MOQC_WGMMA(192, MOQC_R4_23, "%96,%97,%98,%99}, %100", MOQC_D32(0), MOQC_D32(32),
 MOQC_WGMMA(208, MOQC_R4_25, "%104,%105,%106,%107}, %108", MOQC_D32(0), MOQC_D32(32), MOQC_D32(64), MOQC_D8(96))
 MOQC_WGMMA(232, MOQC_R4_28, "%116,%117,%118,%119}, %120", MOQC_D32(0), MOQC_D32(32), MOQC_D32(64), MOQC_D8(96), MOQC_D8(104), MOQC_D4(112))
 MOQC_WGMMA(256, MOQC_R4_31, "%128,%129,%130,%131}, %132", MOQC_D32(0), MOQC_D32(32), MOQC_D32(64), MOQC_D32(96))
+
+// The same of bytes: d += (or =, without `keep`) a (64 rows x 32, unsigned) times b (32 x N, signed).
+template <int N> struct WgmmaBytes;
+#define MOQC_I4(i) "+r"(d[i]), "+r"(d[i + 1]), "+r"(d[i + 2]), "+r"(d[i + 3])
+#define MOQC_I8(i) MOQC_I4(i), MOQC_I4(i + 4)
+#define MOQC_WGMMA_BYTES(N, REGISTERS, A, KEEP, ...)                                                              \
+  template <> struct WgmmaBytes<N> {                                                                              \
+    __device__ __forceinline__ static void run(int* d, const word* a, unsigned long long b, int keep) {           \
+      asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " KEEP ", 0;\n"                                             \
+                   "wgmma.mma_async.sync.aligned.m64n" #N "k32.s32.u8.s8 {" REGISTERS "}, {" A ", p;\n}"          \
+                   : __VA_ARGS__                                                                                  \
+                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(keep));                              \
+    }                                                                                                             \
+  };
+MOQC_WGMMA_BYTES(16, MOQC_R4_1, "%8,%9,%10,%11}, %12", "%13", MOQC_I8(0))
+MOQC_WGMMA_BYTES(32, MOQC_R4_3, "%16,%17,%18,%19}, %20", "%21", MOQC_I8(0), MOQC_I8(8))
+MOQC_WGMMA_BYTES(48, MOQC_R4_5, "%24,%25,%26,%27}, %28", "%29", MOQC_I8(0), MOQC_I8(8), MOQC_I8(16))
+MOQC_WGMMA_BYTES(64, MOQC_R4_7, "%32,%33,%34,%35}, %36", "%37", MOQC_I8(0), MOQC_I8(8), MOQC_I8(16), MOQC_I8(24))
 
 // An image's descriptor: rows of 128 bytes, swizzled; 8 rows every ATOM bytes.
 __device__ __forceinline__ unsigned long long descriptor(word shared) {

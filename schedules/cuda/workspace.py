@@ -28,6 +28,7 @@ def sections(shape: ExpertsShape) -> dict[str, int]:
         "shifts": shifts * COLUMN_TOKENS,
         "hidden": image_bytes(shape.intermediate),
         "images": image_bytes(shape.hidden),
+        "facts": image_bytes(shape.hidden) // 32,
         "factors": 4 * COLUMN_TOKENS,
         "over": 4 * COLUMN_TOKENS,
         "tiles": 20,

@@ -8,11 +8,13 @@ import pytest
 
 from moqc.quant.formats import Format
 from moqc.schedules.cuda.grouped import LARGE, TILES, large_for, rings, tiles_for
-from moqc.schedules.cuda.plan import ExpertsShape
+from moqc.schedules.cuda.grouped_bytes import FACTS, GROUP, by_bytes, byte_rings
+from moqc.schedules.cuda.plan import SHARED_BYTES, ExpertsShape
 from moqc.schedules.cuda.toolchain import with_blocks
+from moqc.schedules.cuda.workspace import sections
 
-MULTIPROCESSOR_BYTES, RESERVED = 228 * 1024, 1024
-"""Shared memory of a multiprocessor of sm_90, and what it keeps of each block."""
+MULTIPROCESSOR_REGISTERS, MOST_REGISTERS = 65536, {2: 168, 4: 96}
+"""Of sm_90, and of a thread before warp groups pass some on (``prefill.cu``)."""
 
 
 def layer(name: str) -> ExpertsShape:
@@ -21,10 +23,11 @@ def layer(name: str) -> ExpertsShape:
 
 
 @pytest.mark.parametrize("name", ["int1-g128-sym", "int2-g32", "int3-g128", "int4-g128-sym-s8", "int8-g32"])
-def test_blocks_fit_a_multiprocessor(name):
+def test_a_block_fits_a_multiprocessor(name):
     for tile in (*tiles_for(layer(name)).values(), large_for(layer(name))):
         _, shared = rings([Format.parse(name)], tile)
-        assert tile.blocks * (shared + RESERVED) <= MULTIPROCESSOR_BYTES
+        assert shared <= SHARED_BYTES
+        assert tile.threads * MOST_REGISTERS[tile.groups] <= MULTIPROCESSOR_REGISTERS
 
 
 def test_tiles_grow_with_the_tokens_of_an_expert():
@@ -34,9 +37,8 @@ def test_tiles_grow_with_the_tokens_of_an_expert():
     assert slots == sorted(set(slots))
 
 
-def test_a_format_that_two_blocks_have_no_room_for_has_larger_tiles():
-    assert all(tile.blocks == 1 for tile in tiles_for(layer("int8-g128-sym")).values())
-    assert any(tile.blocks == 2 for tile in tiles_for(layer("int4-g128-sym")).values())
+def test_tiles_of_few_tokens_have_four_groups_and_count_by_themselves():
+    assert [(tile.few, tile.groups) for tile in TILES.values()] == [(True, 4)] + [(False, 2)] * 3
 
 
 @pytest.mark.parametrize(
@@ -60,21 +62,36 @@ def test_large_tiles_are_for_several_formats():
 
 
 def test_the_compiler_is_told_how_many_blocks_a_multiprocessor_has():
-    tile = next(each for each in TILES.values() if each.blocks == 2)
-    kernels = ""
-    for each in (tile, replace(tile, blocks=1, weights=LARGE[0].weights)):
-        types, _ = rings([Format.parse("int4-g128-sym")], each)
-        kernels += f"__global__ void __launch_bounds__(384) f() {{ moqc::down_grouped<{types}>(); }}\n"
-    kernels += (
-        "__global__ void __launch_bounds__(384) decode() {}\n__global__ void __launch_bounds__(256) g() {}"
-    )
+    types, _ = rings([Format.parse("int4-g128-sym")], TILES[20])
+    kernels = f"__global__ void __launch_bounds__(640) f() {{ moqc::down_grouped<{types}>(); }}\n"
+    kernels += "__global__ void __launch_bounds__(256) g() {}"
     for warps in (8, 16):
         kernels += (
             f"__global__ void __launch_bounds__({32 * warps}) q() {{ moqc::quads::Plan<{warps}, 6>(); }}\n"
         )
     told = with_blocks(kernels)
     found = {
-        bounds: told.count(f"__launch_bounds__({bounds})")
-        for bounds in ("384, 2", "384, 1", "256", "256, 2", "512")
+        bounds: told.count(f"__launch_bounds__({bounds})") for bounds in ("640, 1", "256", "256, 2", "512")
     }
-    assert found == {"384, 2": 1, "384, 1": 2, "256": 1, "256, 2": 1, "512": 1}
+    assert found == {"640, 1": 1, "256": 1, "256, 2": 1, "512": 1}
+
+
+def test_single_formats_of_whole_groups_are_multiplied_by_bytes():
+    assert by_bytes(layer("int2-g128-sym"))
+    assert by_bytes(layer("int4-g128-s8"))
+    assert not by_bytes(layer("int2-g64"))
+    assert not by_bytes(layer("tcq2-g128"))
+    two = tuple(map(Format.parse, ("int4-g128-sym", "int2-g128-sym")))
+    assert not by_bytes(replace(layer("int4-g128-sym"), up=two))
+    assert not by_bytes(replace(layer("int4-g128-sym"), gate=()))
+
+
+@pytest.mark.parametrize("name", ["int1-g128-sym", "int3-g128", "int8-g128"])
+def test_a_block_by_bytes_fits_a_multiprocessor(name):
+    assert byte_rings([Format.parse(name)])[1] <= SHARED_BYTES
+
+
+def test_facts_of_hidden_values_fit_where_shifts_would_be():
+    for columns in (136, 768, 14336):
+        shape = replace(layer("int2-g128-sym"), intermediate=columns)
+        assert sections(shape)["shifts"] >= -(-columns // GROUP) * FACTS
