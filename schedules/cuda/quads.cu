@@ -94,7 +94,7 @@ template <class P, class All> struct Activations {
 #pragma unroll
     for (int i = 0; i < 8; ++i) most = fmaxf(most, fabsf(x[i]));
     most = fmaxf(__uint_as_float(__reduce_max_sync(0xffffffffu, __float_as_uint(most))), 1e-30f);
-    const float by = 32512.0f / S::GAIN / most;   // 127 * 256: both bytes have signs
+    const float by = __fdividef(32512.0f / S::GAIN, most);   // 127 * 256: both bytes have signs
     const int half = lane / 16, v = lane / 4 % 4, q = lane % 4;
     int all = 0, upper = 0;   // sums of values, and of their upper bytes, in units of the largest gain
     char* const image = at(unit, quad) + 1024 * half + 128 * token;

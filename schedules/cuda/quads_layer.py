@@ -1,7 +1,7 @@
 """The int8 decode kernels for 2 to 181 tokens: ``quads_layer.cu``.
 
-Two launches a layer, as in `experts`, but without one before them: each block finds its expert and that
-expert's tokens in the router's ids. What the first leaves for the second, it leaves by *pair*, a token and
+Two launches a layer, as in `experts`, but without one before them: each block finds its share of the work
+in the router's ids. What the first leaves for the second, it leaves by *pair*, a token and
 one of its choices.
 """
 
@@ -30,8 +30,7 @@ def launch_gate_up_quads(
     names = ("x", "ids", "weights")
     arguments = [*(at[name] for name in names), tirx.Cast("int32", tokens)]
     arguments += [at[name] for name in ("table", "gate_bias", "up_bias", "hidden", "shifts", "y")]
-    blocks = _hit(shape, tokens) * plan.groups(shape.intermediate)
-    k.launch(blocks, 32 * plan.warps, shared, function, *arguments, *at["gate"], *at["up"])
+    k.launch(plan.grid, 32 * plan.warps, shared, function, *arguments, *at["gate"], *at["up"])
 
 
 def launch_down_quads(
@@ -41,9 +40,7 @@ def launch_down_quads(
     function, shared = down_quads_of(shape, plan, id_dtype, most)
     arguments = [at["hidden"], at["shifts"], at["ids"], at["weights"], tirx.Cast("int32", tokens)]
     arguments += [at[name] for name in ("table", "down_bias", "y")]
-    slices = -(-shape.intermediate // COLUMNS) // plan.units
-    blocks = _hit(shape, tokens) * (slices * plan.groups(shape.hidden))
-    k.launch(blocks, 32 * plan.warps, shared, function, *arguments, *at["down"])
+    k.launch(plan.grid, 32 * plan.warps, shared, function, *arguments, *at["down"])
 
 
 def gate_up_quads_of(shape: ExpertsShape, plan: QuadsPlan, id_dtype: str, most: int) -> tuple[str, int]:
@@ -123,11 +120,6 @@ def _declare_hidden(k: Kernel, shape: ExpertsShape, tokens: tirx.Var) -> dict[st
         "hidden": k.parameter("hidden", [tokens, shape.top_k, shape.intermediate], "float16"),
         "shifts": k.parameter("shifts", [tokens, shape.top_k, shifts], "uint8"),
     }
-
-
-def _hit(shape: ExpertsShape, tokens: tirx.Var) -> Any:
-    """The most experts that the tokens may hit."""
-    return tirx.min(tokens * shape.top_k, tirx.const(shape.experts, "int64"))
 
 
 def _function(name: str, shape: ExpertsShape, plan: QuadsPlan, most: int, lists: str, id_dtype: str) -> str:

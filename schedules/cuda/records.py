@@ -19,7 +19,7 @@ from moqc.schedules.cuda.plan import (
     gate_up_rule,
     many_down_plan,
 )
-from moqc.schedules.cuda.quads import MOST_TOKENS, QuadsPlan, quads_bytes, quads_rules
+from moqc.schedules.cuda.quads import MOST_TOKENS, QuadsPlan, fits, quads_bytes, quads_rules
 from moqc.schedules.cuda.templates import AnyPlan, block_bytes, parse_plan
 from moqc.schedules.plan_records import Records, read, record_key, shipped
 from moqc.targets import Target
@@ -61,7 +61,7 @@ def find(
         plan, projections = parse_plan(text), 2 if kernel == "gate_up" else 1
         if isinstance(plan, QuadsPlan):
             needed = quads_bytes(plan, projections, formats, (most or 0) * shape.top_k, shape.experts)
-            if quads and needed <= shared:
+            if quads and fits(plan, needed, shared):
                 return plan
         elif not (quads and tokens <= COLUMN_TOKENS) and block_bytes(plan, projections, formats) <= shared:
             return plan

@@ -25,7 +25,7 @@ from moqc.schedules.cuda.plan import (
     gate_up_rule,
     shared_bytes,
 )
-from moqc.schedules.cuda.quads import QuadsPlan, quads_bytes, quads_rules
+from moqc.schedules.cuda.quads import QuadsPlan, fits, most_pairs, quads_bytes, quads_rules
 from moqc.schedules.cuda.rows import RowsPlan, rows_bytes
 from moqc.schedules.cuda.templates import AnyPlan, SlotsPlan, block_bytes
 
@@ -39,6 +39,8 @@ ONE_TOKEN = ((True, 2), (True, 4), (True, 6), (True, 8))
 """The same for 1 token: two row tiles at a time."""
 REGISTERS = 65536
 """Of a multiprocessor."""
+QUADS_WARPS = (4, 6, 8, 10, 12, 16, 20, 24)
+"""Of a block of the int8 kernels."""
 FEWEST_WARPS = 9
 """On a multiprocessor, where warps own rows."""
 
@@ -67,15 +69,15 @@ def quads_space(kernel: str, shape: ExpertsShape, tokens: int, shared: int) -> I
     first = kernel == "gate_up"
     rows, columns = (shape.intermediate, shape.hidden) if first else (shape.hidden, shape.intermediate)
     formats, matrices = shape.formats(kernel), 2 if first and shape.gate else 1
-    units, pairs = -(-columns // COLUMNS), -(-rows // (2 * ROWS))
-    hit = shape.experts * (1 - (1 - shape.top_k / shape.experts) ** tokens)
-    for some, each in product([units] if first else divisors(units), divisors(pairs)):
-        if not 0.5 <= hit * (pairs // each) * (units // some) / MULTIPROCESSORS <= WAVES[1] / 2:
-            continue
-        for split, warps, depth in product(divisors(some), (4, 6, 8, 10, 12, 14, 16, 20), (1, 2, 3)):
-            plan = QuadsPlan(warps, each, some, split, depth, COLUMN_TOKENS)
-            whole = matrices * each * split % warps == 0
-            if whole and quads_bytes(plan, matrices, formats, tokens * shape.top_k, shape.experts) <= shared:
+    units, hit = -(-columns // COLUMNS), min(shape.experts, tokens * shape.top_k)
+    for some, blocks in product([units] if first else divisors(units), (1, 2, 3)):
+        pairs = most_pairs(hit, rows, units // some, blocks)
+        for split, depth, warps, most in product((1, 2, 3, 4, 7), (1, 2, 3, 4), QUADS_WARPS, (4, 8)):
+            if some % (split * depth) or not 8 <= warps * blocks <= 32:
+                continue
+            plan = QuadsPlan(warps, pairs, some, split, depth, most, blocks)
+            needed = quads_bytes(plan, matrices, formats, tokens * shape.top_k, shape.experts)
+            if fits(plan, needed, shared):
                 yield plan
 
 

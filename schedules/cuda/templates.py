@@ -34,6 +34,7 @@ SOURCES = (
     "rows.cu",
     "rows_gate_up.cu",
     "rows_down.cu",
+    "quad_shares.cu",
     "quad_blocks.cu",
     "quads_layer.cu",
     "linear.cu",

@@ -19,8 +19,6 @@ from pathlib import Path
 from moqc.errors import TargetError
 from moqc.toolchains import TOOLS
 
-PAIRED_WARPS = 8
-"""The int8 kernels of up to so many warps are two blocks a multiprocessor."""
 NO_DEVICE = 100
 """CUDA_ERROR_NO_DEVICE."""
 
@@ -60,8 +58,8 @@ def with_blocks(source: str) -> str:
     """`source` with the blocks a multiprocessor has, of each kernel whose registers depend on them.
 
     The compiler wants to be told, and TVM does not. Warp groups that pass on registers (``grouped.py``) have
-    a multiprocessor for themselves; the int8 kernels of up to 8 warps are cut for two (``quads.py``), which
-    more than 128 registers a thread would not leave room for.
+    a multiprocessor for themselves; the int8 kernels for several tokens have the number in their plan's type
+    (``quads.py``).
     """
     first, *rest = re.split(r"__launch_bounds__\((\d+)\)", source)
     pieces = [first]
@@ -69,8 +67,8 @@ def with_blocks(source: str) -> str:
         blocks = ""
         if re.search(r"moqc::(Byte)?Rings<", text):
             blocks = ", 1"
-        elif (quads := re.search(r"moqc::quads::Plan<(\d+),", text)) and int(quads[1]) <= PAIRED_WARPS:
-            blocks = ", 2"
+        elif quads := re.search(r"moqc::quads::Plan<[^>]*, (\d+)>", text):
+            blocks = f", {quads[1]}"
         pieces += [f"__launch_bounds__({threads}{blocks})", text]
     return "".join(pieces)
 

@@ -14,8 +14,8 @@ from moqc.schedules.cuda.quads import QuadsPlan, quads_bytes
 from moqc.schedules.cuda.space import plan_space
 from moqc.schedules.cuda.templates import block_bytes, parse_plan
 
-INT4, INT2 = (Format.parse("int4-g128-sym"),), (Format.parse("int2-g128-sym"),)
-QWEN3 = ExpertsShape(128, 8, 2048, 768, INT4, INT4, INT4)
+INT8, INT2 = (Format.parse("int8-g128-sym"),), (Format.parse("int2-g128-sym"),)
+QWEN3 = ExpertsShape(128, 8, 2048, 768, INT8, INT8, INT8)
 SHARED = 227 * 1024
 
 
@@ -33,7 +33,7 @@ def test_a_search_tries_plans_that_fit(kernel, tokens):
     smaller = plan_space(kernel, QWEN3, tokens, 99 * 1024)[1]
     assert set(smaller) < set(plans) or tokens == 1
     projections = 2 if kernel == "gate_up" else 1
-    assert max(block_bytes(plan, projections, INT4) for plan in smaller) <= 99 * 1024
+    assert max(block_bytes(plan, projections, INT8) for plan in smaller) <= 99 * 1024
 
 
 @pytest.mark.parametrize("kernel", ["gate_up", "down"])

@@ -20,7 +20,7 @@ from moqc.quant.formats import Format
 from moqc.quant.grid import rounded
 from moqc.quant.pack_mma import pack_units
 from moqc.quant.tensor import Quantized
-from moqc.schedules.cuda import grouped
+from moqc.schedules.cuda import grouped, quads
 from moqc.schedules.cuda.experts import down_kernel, gate_up_kernel, route_kernel
 from moqc.schedules.cuda.layer import experts_function
 from moqc.schedules.cuda.plan import ExpertsShape, Plan, many_down_plan, shared_bytes
@@ -74,12 +74,17 @@ class Layer:
             "down_many": down_kernel(self.shape, many_down_plan(self.shape), many=True),
         }
         if self.has_quads:
-            functions["quads"] = experts_function(self.shape, x_dtype=self.x_dtype, chosen=self.quads())
+            functions["quads"] = self.with_few_blocks()
         for up, down in zip(self.gate_up, self.down, strict=True):
             ids = "int64" if up.tokens == 1 else "int32"
             functions[f"gate_up_{up.tokens}"] = gate_up_kernel(self.shape, up, self.x_dtype, ids)
             functions[f"down_{down.tokens}"] = down_kernel(self.shape, down, ids)
         return functions
+
+    def with_few_blocks(self) -> Any:
+        """The layer with int8 kernels for 2 to 181 tokens, whose blocks take pairs of several experts."""
+        with patch.object(quads, "MULTIPROCESSORS", 3):
+            return experts_function(self.shape, x_dtype=self.x_dtype, chosen=self.quads())
 
     def with_large_tiles(self) -> Any:
         """The layer with the grouped product from 2 tokens on, whose tiles are as if its rows were long."""
@@ -90,9 +95,9 @@ class Layer:
         """Plans of the int8 kernels for 2 to 181 tokens, of 4 and of 8 at a time."""
         first, second = -(-self.hidden // 256), -(-self.intermediate // 256)
         pairs = (
-            (8, QuadsPlan(3, 2, first, first, 2, 8), QuadsPlan(2, 3, second, 1, 1, 8)),
-            (16, QuadsPlan(3, 2, first, 1, 1, 4), QuadsPlan(2, 3, second, second, 2, 4)),
-            (64, QuadsPlan(2, 3, first, 1, 1, 8), QuadsPlan(4, 2, second, 1, 1, 8)),
+            (8, QuadsPlan(3, 2, first, first, 1, 8, 2), QuadsPlan(2, 3, second, 1, second, 8, 1)),
+            (16, QuadsPlan(3, 2, first, 1, first, 4, 1), QuadsPlan(2, 3, 1, 1, 1, 4, 2)),
+            (64, QuadsPlan(2, 3, first, 1, 1, 8, 1), QuadsPlan(4, 2, second, second, 1, 8, 1)),
         )
         return {
             f"{name}_{tokens}": plan

@@ -10,6 +10,7 @@ from moqc.quant.formats import Format
 from moqc.schedules.cuda.grouped import LARGE, TILES, large_for, rings, tiles_for
 from moqc.schedules.cuda.grouped_bytes import FACTS, GROUP, by_bytes, byte_rings
 from moqc.schedules.cuda.plan import SHARED_BYTES, ExpertsShape
+from moqc.schedules.cuda.quads import QuadsPlan
 from moqc.schedules.cuda.toolchain import with_blocks
 from moqc.schedules.cuda.workspace import sections
 
@@ -65,15 +66,13 @@ def test_the_compiler_is_told_how_many_blocks_a_multiprocessor_has():
     types, _ = rings([Format.parse("int4-g128-sym")], TILES[20])
     kernels = f"__global__ void __launch_bounds__(640) f() {{ moqc::down_grouped<{types}>(); }}\n"
     kernels += "__global__ void __launch_bounds__(256) g() {}"
-    for warps in (8, 16):
-        kernels += (
-            f"__global__ void __launch_bounds__({32 * warps}) q() {{ moqc::quads::Plan<{warps}, 6>(); }}\n"
-        )
+    for plan in (QuadsPlan(8, 3, 8, 2, 2, 8, 3), QuadsPlan(16, 6, 8, 2, 2, 8, 1)):
+        kernels += f"__global__ void __launch_bounds__({32 * plan.warps}) q() {{ {plan.cpp}(); }}\n"
     told = with_blocks(kernels)
     found = {
-        bounds: told.count(f"__launch_bounds__({bounds})") for bounds in ("640, 1", "256", "256, 2", "512")
+        bounds: told.count(f"__launch_bounds__({bounds})") for bounds in ("640, 1", "256", "256, 3", "512, 1")
     }
-    assert found == {"640, 1": 1, "256": 1, "256, 2": 1, "512": 1}
+    assert found == {"640, 1": 1, "256": 1, "256, 3": 1, "512, 1": 1}
 
 
 def test_single_formats_of_whole_groups_are_multiplied_by_bytes():

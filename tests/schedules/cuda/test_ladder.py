@@ -9,11 +9,11 @@ from moqc.schedules.cuda.quads import QuadsPlan
 from moqc.schedules.cuda.records import plans
 from moqc.schedules.cuda.rows import RowsPlan
 
-INT4 = (Format.parse("int4-g128-sym"),)
+INT8 = (Format.parse("int8-g128-sym"),)
 INT2 = (Format.parse("int2-g128-sym"),)
 OWN = ExpertsShape(10, 2, 1024, 512, INT2, INT2, INT2)
 """A shape without records."""
-WIDE = ExpertsShape(10, 2, 1024, 512, INT4, INT4, INT4)
+WIDE = ExpertsShape(10, 2, 1024, 512, INT8, INT8, INT8)
 """One for which slots are as fast as the int8 kernels."""
 
 

@@ -134,11 +134,12 @@ def test_smaller_shared_memory_means_smaller_plans():
 def test_several_tokens_go_by_int8_where_there_are_kernels():
     qwen3 = replace(QWEN3, gate=INT2, up=INT2, down=INT2)
     plans, _ = records.plans(qwen3, SHARED_BYTES)
-    assert [str(plans[name]) for name in ("gate_up_8", "down_8")] == ["w8p6u8k2d2q8", "w8p16u3k1d2q8"]
+    assert [str(plans[name]) for name in ("gate_up_8", "down_8")] == ["w8p3u8k4d2q8b2", "w8p8u3k3d1q8b2"]
     mixtral = ExpertsShape(8, 2, 4096, 14336, INT2, INT2, INT2)
-    assert list(map(str, quads_rules(mixtral, SHARED_BYTES))) == ["w16p28u16k2d2q8", "w16p16u28k1d2q8"]
+    assert list(map(str, quads_rules(mixtral, SHARED_BYTES))) == ["w16p14u16k4d2q8b1", "w16p28u8k4d2q8b1"]
     by_64 = (Format.parse("int3-g64-sym"),)
-    for layer in (QWEN3, replace(qwen3, down=by_64), replace(qwen3, top_k=100)):
+    wide = replace(mixtral, gate=INT4, up=INT4, down=INT4)
+    for layer in (wide, replace(qwen3, down=by_64), replace(qwen3, top_k=100)):
         plans, _ = records.plans(layer, SHARED_BYTES)
         assert isinstance(plans["gate_up_8"], Plan)  # bound by bytes; no kernel; many tokens an expert
 
@@ -147,7 +148,7 @@ def test_records_of_slots_are_not_for_int8_kernels(tmp_path):
     qwen3 = replace(QWEN3, gate=INT2, up=INT2, down=INT2)
     row = {"tokens": 8, "bits": 2, "several": False, "zeros": False}
     row |= dict(zip(("experts", "top_k", "hidden", "intermediate"), QWEN3.sizes, strict=True))
-    for kernel, plan in (("down", "w8t8r2m8i1"), ("down_quads", "w4p4u3k1d2q8")):
+    for kernel, plan in (("down", "w8t8r2m8i1"), ("down_quads", "w4p4u3k1d3q8b4")):
         path = tmp_path / f"{plan}.json"
         path.write_text(
             json.dumps({"schema": 1, "source": "mine", "records": [{**row, "kernel": kernel, "plan": plan}]})
@@ -163,17 +164,18 @@ def test_records_of_slots_are_not_for_int8_kernels(tmp_path):
 
 
 def test_an_int8_plan_cuts_whole_units_of_formats_it_has():
-    plan = QuadsPlan(8, 6, 8, 2, 2, 8)
-    assert QuadsPlan.parse(str(plan)) == plan
+    plan = QuadsPlan(8, 6, 8, 2, 2, 8, 2)
+    assert parse_plan(str(plan)) == plan
     function, shared = gate_up_quads_of(QWEN3, plan, "int64", 8)
     assert "moqc::quads::gate_up<" in function
     activations, results = 8 * 2 * (2048 + 2 * 48 + 16), 2 * 6 * 2 * 2 * 16 * 8 * 4
-    assert shared == 160 + 32 + results + activations  # 160: 4 words, a counter, 64 pairs of 2 bytes
-    for wrong in (replace(plan, units=4), replace(plan, split=3), replace(plan, tokens=16)):
+    choices = 128 * 4 + 8 * 4 + 64 * 2  # counts of experts, pairs of a round, experts of pairs
+    assert shared == choices + 32 + results + activations
+    for wrong in ({"units": 4}, {"split": 3}, {"depth": 3}, {"tokens": 16}):
         with pytest.raises(InternalError, match="does not fit 8 units"):
-            gate_up_quads_of(QWEN3, wrong, "int64", 8)
+            gate_up_quads_of(QWEN3, replace(plan, **wrong), "int64", 8)
     small = (Format.parse("int1-g64-sym"),)
     with pytest.raises(InternalError, match="no kernel for one of int1-g64-sym"):
         gate_up_quads_of(replace(QWEN3, gate=small, up=small), plan, "int64", 8)
     with pytest.raises(InternalError, match="shared memory"):
-        gate_up_quads_of(QWEN3, replace(plan, pairs=24, split=8), "int64", 8)
+        gate_up_quads_of(QWEN3, replace(plan, pairs=30, split=4), "int64", 8)
