@@ -23,8 +23,6 @@ GROUP = 128
 """Columns that are added up before they are scaled."""
 SLOTS, STAGES = 4, 4
 """Of a tile at most; of `GROUP` columns each, on their way."""
-UNITS = 1, 2, 4
-"""Of weights that are copied at once, where room for two stages is left."""
 WARP_GROUPS, ROW_TILES = 4, 16
 """That multiply, and what they have together."""
 LINE = 132
@@ -46,12 +44,10 @@ def byte_rings(formats: Sequence[Format]) -> tuple[str, int]:
     each, slot = ROW_TILES * unit_bytes(formats), GROUP * 16 + FACTS
     values = SLOTS * 8 * LINE * 4 + SLOTS * slot
     fixed = STAGES * SLOTS * slot + WARP_GROUPS * SLOTS * ATOM + values + BARRIERS + WARP_GROUPS * 1024
-    room = (SHARED_BYTES - fixed) // each
-    units = max((units for units in UNITS if 2 * units <= room), default=0)
-    if units == 0:
+    weights = min((SHARED_BYTES - fixed) // each, 6)
+    if weights < 2:
         raise UserError(f"formats {', '.join(map(str, formats))} do not fit the shared memory of a block")
-    numbers = f"{SLOTS}, {STAGES}, {room // units}, {units}"
-    return f"moqc::ByteRings<{numbers}, {formats_of(formats)}>", fixed + room // units * units * each
+    return f"moqc::ByteRings<{SLOTS}, {STAGES}, {weights}, {formats_of(formats)}>", fixed + weights * each
 
 
 def launch_bytes(k: Kernel, shape: ExpertsShape, at: Pointers, tokens: tirx.Var, capacity: Any) -> None:

@@ -128,15 +128,14 @@ __device__ __forceinline__ void place_and_gather_bytes(const X* x, const Id* ids
   }
 }
 
-// As `Rings` (prefill_tiles.cu): a stage of activations is 128 columns, one of weights W_UNITS units, for the engine that copies takes its time
-// for each row tile's. Four warp groups have a block of 64 rows each.
-template <int SLOTS_, int X_STAGES_, int W_STAGES_, int W_UNITS_, class All_> struct ByteRings {
+// As `Rings` (prefill_tiles.cu): a stage of activations is 128 columns. Four warp groups have a block of 64 rows each.
+template <int SLOTS_, int X_STAGES_, int W_STAGES_, class All_> struct ByteRings {
   using All = All_;
   static constexpr bool BYTES = true;
   static constexpr int SLOTS = SLOTS_, GROUPS = 4, MULTIPLIERS = 16, EACH = 1, ROW_TILES = 16, TOKENS = SLOTS * 8;
-  static constexpr int X_STAGES = X_STAGES_, W_STAGES = W_STAGES_, W_UNITS = W_UNITS_, X_BYTES = SLOTS * BYTE_ATOMS;
+  static constexpr int X_STAGES = X_STAGES_, W_STAGES = W_STAGES_, X_BYTES = SLOTS * BYTE_ATOMS;
   static constexpr int SCALES = All::GROUPS * 32, ZEROS = All::HAS_ZEROS ? All::GROUPS * 16 : 0;
-  static constexpr int TILE = W_UNITS * (All::BITS * 512 + SCALES + ZEROS), W_BYTES = ROW_TILES * TILE, OUT_BYTES = SLOTS * ATOM;
+  static constexpr int TILE = All::BITS * 512 + SCALES + ZEROS, W_BYTES = ROW_TILES * TILE, OUT_BYTES = SLOTS * ATOM;
   static constexpr int LINE = 132;   // floats of a token's values
   static constexpr int W_AT = X_STAGES * X_BYTES, OUT_AT = W_AT + W_STAGES * W_BYTES, VALUES_AT = OUT_AT + GROUPS * OUT_BYTES, IMAGE_AT = VALUES_AT + TOKENS * LINE * 4;
   static constexpr int X_FACTS_AT = IMAGE_AT + SLOTS * (BYTE_ATOMS + BYTE_FACTS), BARRIERS_AT = X_FACTS_AT + X_STAGES * SLOTS * BYTE_FACTS, FACTS_AT = BARRIERS_AT + 256;
@@ -166,28 +165,25 @@ template <int TOKENS, class R> __device__ __forceinline__ void multiply_bytes(fl
   const char* const tile = memory + R::W_AT + warp * R::TILE;
   word raw[WORDS], scale = 0, zero = 0, a[2][8];
   int c[TOKENS];
-  int loading = 0;   // unit
   const auto load = [&](int half) {   // of a unit
     const word full = barriers + 8 * (2 * R::X_STAGES + w_at.stage), empty = full + 8 * R::W_STAGES;
-    const int inner = loading % R::W_UNITS;
-    if (half == 0 && inner == 0) barrier_wait(full, w_at.phase);
-    const char *start = tile + w_at.stage * R::W_BYTES, *at = start + inner * (F::BITS * 512);
+    if (half == 0) barrier_wait(full, w_at.phase);
+    const char* at = tile + w_at.stage * R::W_BYTES;
 #pragma unroll
     for (int i = 0; i < WORDS; i += 2) {
       const int word_at = half * WORDS + i;
       const uint2 two = *(const uint2*)(at + word_at / 4 * 512 + lane * 16 + word_at % 4 * 4);
       raw[i] = two.x, raw[i + 1] = two.y;
     }
-    const char* scales = start + R::W_UNITS * All::BITS * 512 + inner * (F::GROUPS * 16 * F::SCALE);
+    const char* scales = at + All::BITS * 512;
     const int number = (lane / 4 * F::GROUPS + half) * 2;
     scale = F::BYTES ? *(const unsigned short*)(scales + number) : *(const word*)(scales + 2 * number);
-    if (!F::SYMMETRIC) zero = *(const unsigned short*)(start + R::W_UNITS * (All::BITS * 512 + R::SCALES) + inner * (F::GROUPS * 16) + number);
-    if (half == 0) return;
-    ++loading;
-    if (loading % R::W_UNITS != 0 && loading < units) return;
-    __syncwarp();
-    if (lane == 0) barrier_arrive(empty);
-    w_at.step(1);
+    if (!F::SYMMETRIC) zero = *(const unsigned short*)(scales + R::SCALES + number);
+    if (half == 1) {
+      __syncwarp();
+      if (lane == 0) barrier_arrive(empty);
+      w_at.step(1);
+    }
   };
   const auto make = [&](int i) {
     shared_codes<F>(a[i], raw, 2 * i), shared_codes<F>(a[i] + 4, raw, 2 * i + 1);

@@ -114,7 +114,7 @@ template <int SLOTS_, int X_STAGES_, int W_STAGES_, int GROUPS_, class All_> str
   static constexpr int GROUPS = GROUPS_, MULTIPLIERS = 4 * GROUPS;   // warp groups that multiply, and their warps
   static constexpr int EACH = SLOTS > 16 || GROUPS == 4 ? 1 : 2;   // blocks of 64 rows of a warp group: 128 registers of results a thread
   static constexpr int ROW_TILES = MULTIPLIERS * EACH, TOKENS = SLOTS * 8;   // of a tile
-  static constexpr int X_STAGES = X_STAGES_, W_STAGES = W_STAGES_, W_UNITS = 1, X_BYTES = SLOTS_ * ATOM;
+  static constexpr int X_STAGES = X_STAGES_, W_STAGES = W_STAGES_, X_BYTES = SLOTS_ * ATOM;
   static constexpr int SCALES = All::GROUPS * 32, ZEROS = All::HAS_ZEROS ? All::GROUPS * 16 : 0;   // of a row tile
   static constexpr int TILE = All::BITS * 512 + SCALES + ZEROS, W_BYTES = ROW_TILES * TILE, OUT_BYTES = SLOTS > 16 ? 16 * ATOM : X_BYTES;   // OUT: of a warp group
   static constexpr int W_AT = X_STAGES * X_BYTES, OUT_AT = W_AT + W_STAGES * W_BYTES, BARRIERS_AT = OUT_AT + GROUPS * OUT_BYTES, FACTS_AT = BARRIERS_AT + 256;   // 8 bytes a token, for each warp group
@@ -138,7 +138,7 @@ template <class... Fs> __device__ __forceinline__ Matrix matrix_of(Formats<Fs...
 
 #if __CUDA_ARCH_FEAT_SM90_ALL
 // The copying warp group's share of one tile: its first warp fetches the activations, 64 columns at a time, the others
-// UNITS units of weights, W_UNITS of them a stage, of the matrix and the row tile that `where` gives for each of the block's.
+// UNITS units of weights, of the matrix and the row tile that `where` gives for each of the block's.
 template <class R>
 __device__ __forceinline__ void copy_x(word shared, const char* images, long long block_stride, int slots, int units, int& count) {
   const word barriers = shared + R::BARRIERS_AT;
@@ -166,19 +166,19 @@ template <class R, int UNITS, class Where> __device__ __forceinline__ void copy_
 #pragma unroll
   for (int other = 4; other > 0; other /= 2) bytes += __shfl_xor_sync(0xffffffffu, bytes, other);   // of lanes 0 to 7
 #pragma unroll 1
-  for (int unit = begin; unit < end; unit += R::W_UNITS, ++count) {
-    const int stage = count % R::W_STAGES, units = min(R::W_UNITS, end - unit);
+  for (int unit = begin; unit < end; ++unit, ++count) {
+    const int stage = count % R::W_STAGES;
     const word full = barriers + 8 * (2 * R::X_STAGES + stage), empty = full + 8 * R::W_STAGES;
     barrier_wait(empty, (count / R::W_STAGES & 1) ^ 1);
-    if (lane == 0) barrier_expect(full, units * bytes);
+    if (lane == 0) barrier_expect(full, bytes);
     __syncwarp();
     if (number < R::ROW_TILES) with_format(typename R::All{}, matrix.id, [&](auto format) {
       using F = decltype(format);
       const long long at = (long long)row_tile * UNITS + unit;
-      const word to = shared + R::W_AT + stage * R::W_BYTES + number * R::TILE, scales = to + R::W_UNITS * R::All::BITS * 512;
-      bulk_copy(to, matrix.codes + at * (F::BITS * 512), units * (F::BITS * 512), full);
-      bulk_copy(scales, matrix.scales + at * (F::GROUPS * 16 * F::SCALE), units * (F::GROUPS * 16 * F::SCALE), full);
-      if (!F::SYMMETRIC) bulk_copy(scales + R::W_UNITS * R::SCALES, matrix.zeros + at * (F::GROUPS * 16), units * (F::GROUPS * 16), full);
+      const word to = shared + R::W_AT + stage * R::W_BYTES + number * R::TILE, scales = to + R::All::BITS * 512;
+      bulk_copy(to, matrix.codes + at * (F::BITS * 512), F::BITS * 512, full);
+      bulk_copy(scales, matrix.scales + at * (F::GROUPS * 16 * F::SCALE), F::GROUPS * 16 * F::SCALE, full);
+      if (!F::SYMMETRIC) bulk_copy(scales + R::SCALES, matrix.zeros + at * (F::GROUPS * 16), F::GROUPS * 16, full);
     });
   }
 }
