@@ -24,8 +24,9 @@ from moqc.schedules.cuda.templates import distinct, format_of, formats_of, layer
 
 ATOM = 1024
 """Bytes of 64 columns of a slot's activations."""
-FEW_SLOTS = 4
-"""Of tiles that four warp groups multiply: with few tokens it takes them to hide how long a product takes."""
+FEW_SLOTS, GROUPS_SLOTS = 4, 8
+"""Of tiles for so few pairs that every block counts them all, and of those that four warp groups multiply:
+with few tokens it takes them to hide how long a product takes."""
 MOST_SLOTS = 16
 """Of tiles whose warp groups have two blocks of 64 rows each; of larger ones they have one."""
 BARRIERS = 256
@@ -54,7 +55,7 @@ class Tile:
     @property
     def groups(self) -> int:
         """Warp groups that multiply; of four each has one block of 64 rows."""
-        return 4 if self.few else 2
+        return 4 if self.slots <= GROUPS_SLOTS else 2
 
     @property
     def row_tiles(self) -> int:
@@ -69,7 +70,7 @@ class Tile:
 
 TILES = {
     20: Tile(4, 104 * 1024),
-    56: Tile(8, 136 * 1024),
+    56: Tile(8, 104 * 1024),
     90: Tile(12, 120 * 1024),
     150: Tile(16, 104 * 1024),
 }

@@ -7,7 +7,8 @@
 //
 // A block is two warp groups that multiply, and a third that copies ahead, and gives its registers to the others. Of up to 128
 // tokens a warp group has two blocks of 64 rows (gate and up of the same 64 outputs, or 128 rows of one matrix), of more one,
-// so that weights are made from codes once for 256 tokens (two warps then have gate's rows, and two up's, and swap results).
+// so that weights are made from codes once for 256 tokens (two warps then have gate's rows, and two up's, and swap results). Of few tokens
+// four warp groups multiply, one block of 64 rows each: it takes them to hide how long a product takes (by int8: prefill_bytes.cu).
 // Blocks stay, take tiles in turn, and their second group stays behind the first: one writes results while the other multiplies.
 #ifndef MOQC_PREFILL
 #define MOQC_PREFILL
