@@ -20,6 +20,14 @@ template <int WARPS_, int PAIRS_, int UNITS_, int SPLIT_, int DEPTH_, int TOKENS
   static_assert(UNITS % (SPLIT * DEPTH) == 0 && (TOKENS == 4 || TOKENS == 8), "whole units");
 };
 
+// `unit` some units on, which may be another expert's: more than 2^31 bytes.
+__device__ __forceinline__ Unit moved(Unit unit, int units) {
+  unit.codes += (long long)units * (unit.bits * 512);
+  unit.scales += (long long)units * (unit.groups * unit.scale * 16);
+  if (!unit.symmetric) unit.zeros += (long long)units * (unit.groups * 16);
+  return unit;
+}
+
 // A pair's sums: of two row tiles, rows g and g + 8 (j / 2) of tokens lane % 4 and 4 + lane % 4 (j % 2).
 using Sums = float[2][4];
 

@@ -82,9 +82,7 @@ __device__ __forceinline__ void gate_up(void* memory, const X* x, const void* id
       return round.quads();
     };
     const auto unit_of = [&](const Unit& of, int run) {   // `run` of this matrix'
-      Unit unit = of;
-      unit.step(round.tile(run / P::SPLIT) * P::UNITS + run % P::SPLIT + (round.in_second(run / P::SPLIT) ? jump : 0));
-      return unit;
+      return moved(of, round.tile(run / P::SPLIT) * P::UNITS + run % P::SPLIT + (round.in_second(run / P::SPLIT) ? jump : 0));
     };
     const auto apart_of = [&](int run) { return round.tile(run / P::SPLIT) + 1 < ROW_TILES || ROW_TILES % 2 == 0 ? P::UNITS : 0; };
     const auto begin_of = [&](int run) { return run % P::SPLIT + (round.in_second(run / P::SPLIT) ? P::UNITS : 0); };
@@ -151,9 +149,7 @@ __device__ __forceinline__ void down(void* memory, const void* hidden, const voi
     const int jump = (round.second.expert - round.first.expert) * (ROW_TILES * UNITS) + (round.second.slice - round.first.slice) * P::UNITS;
     const auto unit_of = [&](int run) {
       run = warp + run * P::WARPS;
-      Unit unit = matrix;
-      unit.step(round.tile(run / P::SPLIT) * UNITS + run % P::SPLIT + (round.in_second(run / P::SPLIT) ? jump : 0));
-      return unit;
+      return moved(matrix, round.tile(run / P::SPLIT) * UNITS + run % P::SPLIT + (round.in_second(run / P::SPLIT) ? jump : 0));
     };
     const auto apart = [&](int run) { return round.tile((warp + run * P::WARPS) / P::SPLIT) + 1 < ROW_TILES || ROW_TILES % 2 == 0 ? UNITS : 0; };
     const auto begin = [&](int run) {
