@@ -45,7 +45,8 @@ CASES: dict[str, tuple[tuple[str, ...], ...]] = {
 
 def tokens_of(case: str) -> tuple[int, ...]:
     """The numbers of tokens at which a case is timed."""
-    return (1, 8) if "-" in case or case == "w8" else (1, 8, 16, 64, 512, 4096)
+    whole = "-" not in case or case == "mixed-global"
+    return (1, 8, 16, 64, 512, 4096) if whole and case != "w8" else (1, 8)
 
 
 def experts_shape(shape: str, case: str) -> ExpertsShape:
