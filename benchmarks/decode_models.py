@@ -68,7 +68,9 @@ def weights(manifest: Manifest, tvm: Any) -> tuple[list[Any], int, dict[str, int
             tensor = table(manifest.bits[str(site)], p.shape[1])
         elif p.dtype == "float16":
             deviation = 2 ** bits[p.name.removesuffix(".scales")] / math.sqrt(12)
-            tensor = torch.full(p.shape, 0.02 / deviation, dtype=torch.float16, device="cuda")
+            # Random signs: codes lie half a step off the zero point, which would make all rows alike.
+            signs = torch.randint(0, 2, p.shape, dtype=torch.int8, device="cuda", generator=generator)
+            tensor = (2 * signs - 1).half() * (0.02 / deviation)
         else:
             tensor = draw(p.name, p.shape, p.dtype, generator)
         size = tensor.numel() * tensor.element_size()

@@ -1,5 +1,5 @@
-// Products with one packed matrix [N, K] (layout "mma16x256"): for up to 8 tokens as the experts' decode kernels do it,
-// for more on tiles of tokens with the weights turned into fp16 in registers.
+// Products with one packed matrix [N, K] (layout "mma16x256"): 8 tokens at a time as the experts' decode kernels do it,
+// for many on tiles of tokens with the weights turned into fp16 in registers.
 #ifndef MOQC_LINEAR
 #define MOQC_LINEAR
 
@@ -12,11 +12,11 @@ template <int N_, class F_, int TILES_, int STAGES_, bool BIAS_, bool RESIDUAL_>
   using F = F_;
 };
 
-// y[token][N] = W x (+ bias) (+ residual). `block`: of row tiles of N / TILES. A block holds whole rows: its warps take the
-// units of columns warp, warp + WARPS, ... of K.
+// y[token][N] = W x (+ bias) (+ residual), of the tokens from `first` on. `block`: of row tiles of N / TILES. A block holds whole rows:
+// its warps take the units of columns warp, warp + WARPS, ... of K.
 template <int N, int K, class F, class P, bool BIAS, bool RESIDUAL>
 __device__ __forceinline__ void linear_few(void* memory, const float* x, int tokens, const void* codes, const void* scales,
-                                           const void* zeros, const float* bias, const float* residual, float* y, int block) {
+                                           const void* zeros, const float* bias, const float* residual, float* y, int block, int first) {
   constexpr int UNITS = (K + COLUMNS - 1) / COLUMNS, PASSES = (UNITS + P::WARPS - 1) / P::WARPS, TILE = P::WARPS * ROWS * P::TOKENS;
   static_assert((N + ROWS - 1) / ROWS % P::TILES == 0 && P::ITEMS == 1 && P::REGISTERS, "whole groups of row tiles");
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, tile = block * P::TILES, token = P::TOKENS == 1 ? 0 : lane / 4;
@@ -30,14 +30,14 @@ __device__ __forceinline__ void linear_few(void* memory, const float* x, int tok
     const Unit unit = Unit::at<F>(tensors, (long long)tile * UNITS + (there ? column : UNITS - 1), lane);
     const auto wait = [&] { if (pass == 0) wait_for_previous_kernel(); };
     const auto get_x = [&](word* values) {
-      return load_x<K>(values, x + (long long)token * K, column * COLUMNS, there && token < tokens, lane);
+      return load_x<K>(values, x + (long long)(first + token) * K, column * COLUMNS, there && first + token < tokens, lane);
     };
     const auto finish = [&](int) {
       __syncthreads();
       for (int i = threadIdx.x; i < P::TILES * ROWS * P::TOKENS; i += P::THREADS) {
         const int t = i / (ROWS * P::TOKENS), row = i % ROWS, column = i / ROWS % P::TOKENS, out = (tile + t) * ROWS + row;
-        if (column >= tokens || (N % ROWS != 0 && out >= N)) continue;
-        const long long place = (long long)column * N + out;
+        if (first + column >= tokens || (N % ROWS != 0 && out >= N)) continue;
+        const long long place = (long long)(first + column) * N + out;
         float sum = sum_partials<P::WARPS, P::TOKENS>(partials + t * TILE, row, column);
         if (pass > 0) sum += y[place];
         else {
@@ -140,7 +140,7 @@ __device__ __forceinline__ void multiply_staged(float (&acc)[COLUMN_TILES][4], c
   }
 }
 
-// y[T][N] for more than 8 tokens. A block takes WARPS row tiles and 8 * COLUMN_TILES tokens; a unit of their activations
+// y[T][N] for many tokens. A block takes WARPS row tiles and 8 * COLUMN_TILES tokens; a unit of their activations
 // is in shared memory, the next one on its way. `block`: blocks of tokens within blocks of rows.
 template <int N, int K, class F, int WARPS, int COLUMN_TILES, bool BIAS, bool RESIDUAL>
 __device__ __forceinline__ void linear_many(void* memory, const void* halves, const void* factors, int tokens, const void* codes,
@@ -203,14 +203,14 @@ __device__ __forceinline__ void linear_many(void* memory, const void* halves, co
 
 // The block's share of several matrices, one after the other: for each member codes, scales, zeros, bias, residual, y.
 template <int K, int WARPS, int TOKENS, class First, class... Rest, class... Others>
-__device__ __forceinline__ void linears_few_at(void* memory, int block, const float* x, int tokens, const void* codes, const void* scales, const void* zeros,
+__device__ __forceinline__ void linears_few_at(void* memory, int block, int first, const float* x, int tokens, const void* codes, const void* scales, const void* zeros,
                                             const float* bias, const float* residual, float* y, Others... others) {
   constexpr int BLOCKS = First::ROW_TILES / First::TILES;
   using P = Plan<WARPS, First::TILES, First::STAGES, true, TOKENS, 1>;
   if (block < BLOCKS)
-    linear_few<First::N, K, typename First::F, P, First::BIAS, First::RESIDUAL>(memory, x, tokens, codes, scales, zeros, bias, residual, y, block);
+    linear_few<First::N, K, typename First::F, P, First::BIAS, First::RESIDUAL>(memory, x, tokens, codes, scales, zeros, bias, residual, y, block, first);
   else if constexpr (sizeof...(Rest) > 0)
-    linears_few_at<K, WARPS, TOKENS, Rest...>(memory, block - BLOCKS, x, tokens, others...);
+    linears_few_at<K, WARPS, TOKENS, Rest...>(memory, block - BLOCKS, first, x, tokens, others...);
 }
 template <int K, int WARPS, int COLUMN_TILES, class First, class... Rest, class... Others>
 __device__ __forceinline__ void linears_many_at(void* memory, int block, const void* halves, const void* factors, int tokens, const void* codes,
@@ -221,9 +221,11 @@ __device__ __forceinline__ void linears_many_at(void* memory, int block, const v
   else if constexpr (sizeof...(Rest) > 0)
     linears_many_at<K, WARPS, COLUMN_TILES, Rest...>(memory, block - blocks, halves, factors, tokens, others...);
 }
+// Blocks of TOKENS tokens that read the same weights are neighbours: only the first reads them from memory.
 template <int K, int WARPS, int TOKENS, class... Members, class... Others>
-__device__ __forceinline__ void linears_few(void* memory, Others... others) {
-  linears_few_at<K, WARPS, TOKENS, Members...>(memory, (int)blockIdx.x, others...);
+__device__ __forceinline__ void linears_few(void* memory, const float* x, int tokens, Others... others) {
+  const int across = max((tokens + TOKENS - 1) / TOKENS, 1), block = blockIdx.x / across;
+  linears_few_at<K, WARPS, TOKENS, Members...>(memory, block, (blockIdx.x - block * across) * TOKENS, x, tokens, others...);
 }
 template <int K, int WARPS, int COLUMN_TILES, class... Members, class... Others>
 __device__ __forceinline__ void linears_many(void* memory, Others... others) {

@@ -16,13 +16,15 @@ from moqc.schedules.cuda.emit import Kernel, kernel, scale_type
 from moqc.schedules.cuda.templates import format_of
 
 FEW = 8
-"""Tokens of the decode kernel."""
+"""Tokens of a block of the decode kernel."""
+MOST = 64
+"""Tokens up to which it was faster than the kernel for many, on an H200."""
 WARPS = 16
 """Most warps of its blocks."""
 WAVE = 264
 """Blocks that are worth having: two for each multiprocessor of an H200."""
-COLUMN_TILES = 8
-"""Tiles of 8 tokens that a block of the kernel for more tokens takes."""
+MANY_WARPS, COLUMN_TILES = 8, 8
+"""Of a block of the kernel for many tokens: its warps, and tiles of 8 tokens."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ def linear_function(shapes: Sequence[LinearShape]) -> tirx.PrimFunc:
         with T.If(tokens == 1):
             with T.Then():
                 _launch_few(k, shapes, x, tokens, arguments, 1)
-            with T.Else(), T.If(tokens <= FEW):
+            with T.Else(), T.If(tokens <= MOST):
                 with T.Then():
                     _launch_few(k, shapes, x, tokens, arguments, FEW)
                 with T.Else():
@@ -115,7 +117,7 @@ def _padded(columns: int) -> int:
 def _launch_few(
     k: Kernel, shapes: Sequence[LinearShape], x: Any, tokens: Any, arguments: Sequence[Any], most: int
 ) -> None:
-    """Up to `most` tokens, 1 or 8: whole rows a block, as few row tiles as give every multiprocessor work."""
+    """`most` tokens a block, 1 or 8, and whole rows: as few row tiles as give every multiprocessor work."""
     columns = shapes[0].columns
     warps = min(-(-columns // COLUMNS), WARPS)
     total = sum(-(-shape.rows // ROWS) for shape in shapes)
@@ -123,7 +125,8 @@ def _launch_few(
     function = f"moqc::linears_few<{columns}, {warps}, {most}, {_members(shapes, plans)}>"
     blocks = sum(-(-shape.rows // ROWS) // tiles for shape, tiles in zip(shapes, plans, strict=True))
     shared = max(plans) * warps * ROWS * most * 4
-    k.launch(blocks, 32 * warps, shared, function, x, tirx.Cast("int32", tokens), *arguments)
+    across = tirx.max((tokens + (most - 1)) // most, 1)
+    k.launch(across * blocks, 32 * warps, shared, function, x, tirx.Cast("int32", tokens), *arguments)
 
 
 def _tiles(shape: LinearShape, wanted: int) -> int:
@@ -149,16 +152,12 @@ def _launch_many(
     tokens: Any,
     arguments: Sequence[Any],
 ) -> None:
-    """More tokens: x to fp16, then tiles of 64 tokens, by few rows where there is but one of them."""
+    """Many tokens: x to fp16, then tiles of 64 tokens."""
     columns, width = shapes[0].columns, 8 * COLUMN_TILES
     k.launch(tokens, 256, 0, f"moqc::to_half<{columns}>", x, *halves)
     shared = 2 * width * (COLUMNS + 8) * 2
+    rows = sum(-(-shape.rows // (ROWS * MANY_WARPS)) for shape in shapes)
+    blocks = (tokens + (width - 1)) // width * rows
     members = _members(shapes, [1] * len(shapes))
-    with T.If(tokens <= width):
-        for warps, branch in ((2, T.Then()), (8, T.Else())):
-            with branch:
-                rows = sum(-(-shape.rows // (ROWS * warps)) for shape in shapes)
-                blocks = (tokens + (width - 1)) // width * rows
-                function = f"moqc::linears_many<{columns}, {warps}, {COLUMN_TILES}, {members}>"
-                count = tirx.Cast("int32", tokens)
-                k.launch(blocks, 32 * warps, shared, function, *halves, count, *arguments)
+    function = f"moqc::linears_many<{columns}, {MANY_WARPS}, {COLUMN_TILES}, {members}>"
+    k.launch(blocks, 32 * MANY_WARPS, shared, function, *halves, tirx.Cast("int32", tokens), *arguments)

@@ -58,7 +58,7 @@ def test_it_needs_the_gpu(tmp_path, monkeypatch):
 
 @pytest.mark.cuda
 def test_records_of_a_gpu(tmp_path, monkeypatch):
-    monkeypatch.setitem(SHAPES, "small", Shape(experts=8, top_k=2, hidden=2048, intermediate=768))
+    monkeypatch.setitem(SHAPES, "small", Shape(experts=16, top_k=8, hidden=1024, intermediate=512))
     monkeypatch.setattr(tune_cuda, "COLD_BYTES", 1)
     rows = tune(tmp_path / "records.json", shapes=["small"], bits=["4", "4/2"], trials=2, target="cuda")
     kernels = [(row["kernel"], row["tokens"]) for row in rows]

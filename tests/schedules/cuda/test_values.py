@@ -32,7 +32,7 @@ FORMATS = (
     "tcq3-g64",
 )
 ROWS, COLUMNS = 104, 520
-TOKENS = (1, 3, 8, 9, 70)
+TOKENS = (1, 3, 8, 9, 21, 64, 70)
 STRENGTH = torch.tensor([0.5, 2.0, 1.0, 0.0, 1.5, 0.7, 1.1])
 TOP_K, HIDDEN = 4, 24
 SLOPES = torch.randn(7, HIDDEN, generator=torch.Generator().manual_seed(6)).half() / 5
