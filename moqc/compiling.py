@@ -22,7 +22,7 @@ from moqc.inputs import (
 )
 from moqc.keywords import keywords
 from moqc.log import logger
-from moqc.manifest import Manifest
+from moqc.manifest import Manifest, Sizes
 from moqc.options import CompileOptions, OptOptions, SeveralOptions
 from moqc.package import check_output, share_files
 from moqc.targets import Target, find_target
@@ -33,6 +33,9 @@ if TYPE_CHECKING:
     from moqc.frontend.checkpoint import Checkpoint
     from moqc.passes.base import PassContext
     from moqc.passes.pipeline import Pipeline
+
+PADDED = 1.02
+"""Times the bits asked for, from which on padding is worth a warning."""
 
 
 @keywords(CompileOptions)
@@ -163,7 +166,29 @@ def _compile_checkpoint(
         mod = run_passes(rest, mod, ctx, options.debug)
         if not finished:
             return print_module(mod)
-        return assemble(mod, ctx, passes, chunk, out or Path(), recipe=options.recipe(), force=options.force)
+        recipe = options.recipe()
+        manifest = assemble(mod, ctx, passes, chunk, out or Path(), recipe=recipe, force=options.force)
+    if options.pipeline is None and start is None:
+        warn_of_padding(manifest.sizes, options)
+    return manifest
+
+
+def warn_of_padding(sizes: Sizes, options: CompileOptions) -> None:
+    """Say so where the target's packed layout takes clearly more than the bits that were asked for.
+
+    Bits are spent on the formats; a layout pads matrices whose sides are no multiples of its tiles.
+    """
+    found, asked = sizes.expert_file_bits_per_weight, options.bits
+    if options.model_bits is not None:
+        found, asked = sizes.model_file_bits_per_weight, options.model_bits
+    if found > PADDED * asked:
+        logger.warning(
+            "%s bits per weight were asked for, the files take %.3f: this model's matrices are padded to "
+            "tiles of %s (docs/targets.md)",
+            asked,
+            found,
+            options.target,
+        )
 
 
 def _passes(options: CompileOptions, machine: Target, context: int) -> Pipeline:
