@@ -45,8 +45,7 @@ CASES: dict[str, tuple[tuple[str, ...], ...]] = {
 
 def tokens_of(case: str) -> tuple[int, ...]:
     """The numbers of tokens at which a case is timed."""
-    whole = "-" not in case or case == "mixed-global"
-    return (1, 8, 16, 64, 512, 4096) if whole and case != "w8" else (1, 8)
+    return (1, 8, 16, 64, 512, 4096) if case in ("w4", "w3", "w2", "w1", "mixed", "mixed-global") else (1, 8)
 
 
 def experts_shape(shape: str, case: str) -> ExpertsShape:

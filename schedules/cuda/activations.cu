@@ -31,9 +31,7 @@ __device__ __forceinline__ float2 factors(float mine, int lane) {
 }
 
 // The lane's 64 of the unit's 256 columns: chunk v is columns first + 32 v + 8 (lane % 4) .. + 7 of `row`, zero from N on.
-// Returns whether any of the warp's is too large.
-template <int N, class T> __device__ __forceinline__ bool load_raw(word* x, const T* row, int first, bool there, int lane) {
-  __half2 largest = __float2half2_rn(0.0f);
+template <int N, class T> __device__ __forceinline__ void load_chunks(word* x, const T* row, int first, bool there, int lane) {
 #pragma unroll
   for (int v = 0; v < 8; ++v) {
     const int k = first + 32 * v + 8 * (lane % 4);
@@ -41,6 +39,11 @@ template <int N, class T> __device__ __forceinline__ bool load_raw(word* x, cons
     if (there && (N % COLUMNS == 0 || k < N)) values = load_columns(row + k);
     x[4 * v] = values.x, x[4 * v + 1] = values.y, x[4 * v + 2] = values.z, x[4 * v + 3] = values.w;
   }
+}
+// The same; returns whether any of the warp's is too large.
+template <int N, class T> __device__ __forceinline__ bool load_raw(word* x, const T* row, int first, bool there, int lane) {
+  __half2 largest = __float2half2_rn(0.0f);
+  load_chunks<N>(x, row, first, there, lane);
 #pragma unroll
   for (int i = 0; i < 32; ++i) largest = __hmax2(largest, __habs2(*(const __half2*)&x[i]));
   return __any_sync(0xffffffffu, largest_of(largest) >= LIMIT);
@@ -140,15 +143,6 @@ __device__ __forceinline__ void apply_shifts(word* x, uint4 given, int most, int
     }
   }
 }
-template <int N> __device__ __forceinline__ void load_hidden_raw(word* x, const __half* row, int first, bool there, int lane) {
-#pragma unroll
-  for (int v = 0; v < 8; ++v) {
-    const int k = first + 32 * v + 8 * (lane % 4);
-    uint4 values = {0, 0, 0, 0};
-    if (there && (N % COLUMNS == 0 || k < N)) values = load_columns(row + k);
-    x[4 * v] = values.x, x[4 * v + 1] = values.y, x[4 * v + 2] = values.z, x[4 * v + 3] = values.w;
-  }
-}
 template <int N> __device__ __forceinline__ void load_hidden_eight(float (&x)[8], const __half* row, const unsigned char* shifts, int first, int lane) {
   const int k = first + 8 * lane;
   const float by = power(N % COLUMNS == 0 || k < N ? *(const volatile unsigned char*)(shifts + k / ROWS) : 0);
@@ -158,7 +152,7 @@ template <int N> __device__ __forceinline__ void load_hidden_eight(float (&x)[8]
 }
 template <int N> __device__ __forceinline__ float2 load_hidden(word* x, const __half* row, const unsigned char* shifts, int first, bool there, int lane) {
   const uint4 given = load_shifts<N>(shifts, first, there);
-  load_hidden_raw<N>(x, row, first, there, lane);
+  load_chunks<N>(x, row, first, there, lane);
   if (!__any_sync(0xffffffffu, (given.x | given.y | given.z | given.w) != 0)) return make_float2(1.0f, 1.0f);
   const int most = largest_byte(given);
   apply_shifts(x, given, most, lane);

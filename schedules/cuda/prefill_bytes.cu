@@ -43,8 +43,7 @@ template <class F> __device__ __forceinline__ void shared_codes(word* a, const w
 // Turns 128 columns of a token into bytes, by 16 lanes that have 8 columns each: store(byte of 128, low pair, high pair). The
 // lane 0 of them gets what its facts are.
 template <class F, class Store> __device__ __forceinline__ float2 planes_of(const float (&x)[8], int lane, Store store) {
-  using S = quads::Steps<F>;
-  constexpr int BITS = F::BITS, GAIN = ByteSteps<F>::GAIN;
+  constexpr int GAIN = ByteSteps<F>::GAIN;
   float most = 0.0f;
 #pragma unroll
   for (int i = 0; i < 8; ++i) most = fmaxf(most, fabsf(x[i]));
@@ -56,19 +55,14 @@ template <class F, class Store> __device__ __forceinline__ float2 planes_of(cons
   int all = 0;
 #pragma unroll
   for (int j = 0; j < 4; ++j) {
-    int m, e, second, gain;   // product, which half of its bytes, which pair of four
-    if constexpr (BITS == 1) m = q, e = v % 2, second = v / 2, gain = 8 >> (2 * q + v % 2) % 4;
-    else if constexpr (BITS == 2) m = S::product(v / 2, j / 2), e = j % 2, second = v % 2, gain = e ? 1 : 4;
-    else if constexpr (BITS == 3) m = v % 2 * 2 + j / 2, e = j % 2, second = v / 2, gain = e == 0 && m < 3 ? 8 : 1;
-    else if constexpr (BITS == 4) m = S::product(v / 2, j % 2), e = v % 2, second = j / 2, gain = 1;
-    else m = v, e = j / 2, second = j % 2, gain = 1;
+    const auto to = quads::Steps<F>::place(v, q, j);
     int value[2];
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      value[h] = (int)(__float_as_uint(fmaf(x[2 * j + h], by * gain, 12582912.0f)) - 0x4b400000u);
-      all += GAIN / gain * value[h];
+      value[h] = (int)(__float_as_uint(fmaf(x[2 * j + h], by * to.gain, 12582912.0f)) - 0x4b400000u);
+      all += GAIN / to.gain * value[h];
     }
-    store(32 * m + 16 * e + (BITS == 1 ? j : q) * 4 + 2 * second, (unsigned short)__byte_perm(value[0], value[1], 0x0040), (unsigned short)__byte_perm(value[0] + 128, value[1] + 128, 0x0051));
+    store(32 * to.product + 16 * to.half + (F::BITS == 1 ? j : q) * 4 + 2 * to.pair, (unsigned short)__byte_perm(value[0], value[1], 0x0040), (unsigned short)__byte_perm(value[0] + 128, value[1] + 128, 0x0051));
   }
 #pragma unroll
   for (int other = 8; other > 0; other /= 2) all += __shfl_xor_sync(0xffffffffu, all, other);

@@ -8,6 +8,7 @@ namespace moqc {
 // 64 columns ahead, and weights made for 16 columns of a block at a time while the tensor core works on those before.
 template <int N, class R> __device__ __forceinline__ void multiply_tile(float (&d)[128], char* memory, int units, RingPlace<R::X_STAGES>& x_at, RingPlace<R::W_STAGES>& w_at, bool& first, int warp, int lane) {
   using All = typename R::All;
+  using F = typename All::First;
   constexpr int EACH = R::EACH;
   const word shared = shared_address(memory), barriers = shared + R::BARRIERS_AT;
   const auto release_x = [&](int stage) { barrier_arrive(barriers + 8 * (R::X_STAGES + stage)); };
@@ -18,8 +19,7 @@ template <int N, class R> __device__ __forceinline__ void multiply_tile(float (&
     if (quarter == 0) barrier_wait(full, w_at.phase);
     const char* at = tiles + w_at.stage * R::W_BYTES;
 #pragma unroll
-    for (int block = 0; block < EACH; ++block)
-      with_format(All{}, 0, [&](auto format) { load_raw<decltype(format), All>(raw[block], at + block * (4 * R::TILE), quarter, lane); });
+    for (int block = 0; block < EACH; ++block) load_raw<F, All>(raw[block], at + block * (4 * R::TILE), quarter, lane);
     if (quarter == 3) {
       __syncwarp();
       if (lane == 0) barrier_arrive(empty);
@@ -38,14 +38,13 @@ template <int N, class R> __device__ __forceinline__ void multiply_tile(float (&
   for (int unit = 0; unit < units; ++unit) {
 #pragma unroll
     for (int quarter = 0; quarter < 4; ++quarter) {
+      if (64 * quarter % F::GROUP == 0) {
 #pragma unroll
-      for (int block = 0; block < EACH; ++block)
-        with_format(All{}, 0, [&](auto format) {
-          using F = decltype(format);
-          if (64 * quarter % F::GROUP != 0) return;
+        for (int block = 0; block < EACH; ++block) {
           by[block][0] = affine<F, All>(raw[block], 0);
-          if constexpr (All::GROUPS == 8) by[block][1] = F::GROUP == 32 ? affine<F, All>(raw[block], 1) : by[block][0];
-        });
+          by[block][1] = F::GROUP == 32 ? affine<F, All>(raw[block], 1) : by[block][0];
+        }
+      }
       const int stage = x_at.stage + quarter;
       barrier_wait(barriers + 8 * stage, x_at.phase);
       const unsigned long long b = descriptor(shared + stage * R::X_BYTES);
@@ -55,7 +54,7 @@ template <int N, class R> __device__ __forceinline__ void multiply_tile(float (&
         word(&weights)[4] = a[i % 2];
         wgmma_wait<1>();   // their registers are free
         if (i == 1 && (quarter > 0 || unit > 0) && lane == 0) release_x(before);   // and so is the stage before
-        with_format(All{}, 0, [&](auto format) { weights_of<decltype(format), All>(weights, raw[block], by[block][All::GROUPS == 8 ? step / 2 : 0], step); });
+        weights_of<F, All>(weights, raw[block], by[block][step / 2], step);
 #pragma unroll
         for (int k = 0; k < 4; ++k) asm volatile("" : "+r"(weights[k])::"memory");   // made before the fence
         wgmma_fence();

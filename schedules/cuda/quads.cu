@@ -35,6 +35,16 @@ template <class F> struct Steps {
   __host__ __device__ static constexpr int block(int m) { return F::GROUP == 128 ? m % 2 : m / 2; }      // of 64 columns; 2 and 4 bits
   __host__ __device__ static constexpr int step(int m) { return F::GROUP == 128 ? m / 2 : m % 2; }
   __host__ __device__ static constexpr int product(int block, int step) { return F::GROUP == 128 ? 2 * step + block : 2 * block + step; }
+  // Where columns 2 j and 2 j + 1 of the eight that lane 4 v + q has of 128 go: the product, the half of its bytes, and the pair in it; `gain`: how
+  // much larger they are than those of the highest position.
+  struct Place { int product, half, pair, gain; };
+  __device__ static __forceinline__ Place place(int v, int q, int j) {
+    if constexpr (BITS == 1) return {q, v % 2, v / 2, 8 >> (2 * q + v % 2) % 4};
+    else if constexpr (BITS == 2) return {product(v / 2, j / 2), j % 2, v % 2, j % 2 ? 1 : 4};
+    else if constexpr (BITS == 3) return {v % 2 * 2 + j / 2, j % 2, v / 2, j % 2 == 0 && v % 2 * 2 + j / 2 < 3 ? 8 : 1};
+    else if constexpr (BITS == 4) return {product(v / 2, j % 2), v % 2, j / 2, 1};
+    else return {v, j / 2, j % 2, 1};
+  }
   // What the first step's sums are multiplied by, in rows g and g + 8.
   __host__ __device__ static constexpr int factor(int row) { return BITS == 3 ? (row ? 2 : 4) : 16; }
 };
@@ -100,19 +110,14 @@ template <class P, class All> struct Activations {
     char* const image = at(unit, quad) + 1024 * half + 128 * token;
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
-      int m, e, second, gain;   // product, which word of B, which half of it
-      if constexpr (BITS == 1) m = q, e = v % 2, second = v / 2, gain = 8 >> (2 * q + v % 2) % 4;
-      else if constexpr (BITS == 2) m = S::product(v / 2, j / 2), e = j % 2, second = v % 2, gain = e ? 1 : 4;
-      else if constexpr (BITS == 3) m = v % 2 * 2 + j / 2, e = j % 2, second = v / 2, gain = e == 0 && m < 3 ? 8 : 1;
-      else if constexpr (BITS == 4) m = S::product(v / 2, j % 2), e = v % 2, second = j / 2, gain = 1;
-      else m = v, e = j / 2, second = j % 2, gain = 1;
+      const auto to = S::place(v, q, j);
       int value[2];
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        value[h] = (int)(__float_as_uint(fmaf(x[2 * j + h], by * gain, 12582912.0f)) - 0x4b400000u);
-        all += S::GAIN / gain * value[h], upper += S::GAIN / gain * ((value[h] + 128) >> 8);
+        value[h] = (int)(__float_as_uint(fmaf(x[2 * j + h], by * to.gain, 12582912.0f)) - 0x4b400000u);
+        all += S::GAIN / to.gain * value[h], upper += S::GAIN / to.gain * ((value[h] + 128) >> 8);
       }
-      char* const place = image + m / 2 * 512 + (BITS == 1 ? j : q) * 16 + m % 2 * 8 + e * 4 + second * 2;
+      char* const place = image + to.product / 2 * 512 + (BITS == 1 ? j : q) * 16 + to.product % 2 * 8 + to.half * 4 + to.pair * 2;
       *(unsigned short*)place = (unsigned short)__byte_perm(value[0], value[1], 0x0040);
       *(unsigned short*)(place + 64) = (unsigned short)__byte_perm(value[0] + 128, value[1] + 128, 0x0051);
     }

@@ -107,18 +107,6 @@ __device__ __forceinline__ void dot_pair(Sums<P>& acc, const W (&window)[2], int
   }
 }
 
-// Starts reading the next unit of a warp's two row tiles, the `loaded`th of its runs, into place i. `at(run, tile)` is the first unit
-// of one of a run's tiles.
-template <class F, class P, class W, class At> __device__ __forceinline__ void load_pair(W (&window)[2], Unit (&next)[2], int& loaded, int i, At at) {
-  if (loaded % P::RUN == 0) {
-#pragma unroll
-    for (int tile = 0; tile < 2; ++tile) next[tile] = Unit::with_facts<F>(at(loaded / P::RUN, tile));
-  }
-#pragma unroll
-  for (int tile = 0; tile < 2; ++tile) window[tile].load(i, next[tile]), next[tile].step(1);
-  ++loaded;
-}
-
 // A warp's runs 0 to count - 1. `at(run, tile)` is the first unit of one of a run's tiles, `begin(run)` the number of that
 // unit in the block; `ready()` is called once the first weights are on their way, and makes the activations; `finish(run,
 // sums)` takes what a run gives.
@@ -128,7 +116,15 @@ __device__ __forceinline__ void take_runs(const Prepared<P, All>& x, int count, 
   Unit next[2];
   int loaded = 0, run = 0, unit = 0;
   const int total = count * P::RUN;
-  const auto load = [&](int i) { load_pair<F, P>(window, next, loaded, i, at); };
+  const auto load = [&](int i) {
+    if (loaded % P::RUN == 0) {
+#pragma unroll
+      for (int tile = 0; tile < 2; ++tile) next[tile] = Unit::with_facts<F>(at(loaded / P::RUN, tile));
+    }
+#pragma unroll
+    for (int tile = 0; tile < 2; ++tile) window[tile].load(i, next[tile]), next[tile].step(1);
+    ++loaded;
+  };
 #pragma unroll
   for (int i = 0; i < P::DEPTH; ++i)
     if (i < total) load(i);

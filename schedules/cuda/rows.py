@@ -47,10 +47,6 @@ class RunsPlan:
     def __str__(self) -> str:
         return f"w{self.warps}p{self.pairs}u{self.units}k{self.split}d{self.depth}{self.kind}{self.tokens}"
 
-    def groups(self, rows: int) -> int:
-        """Blocks that `rows` rows of a matrix take."""
-        return -(-rows // (2 * ROWS * self.pairs))
-
 
 @dataclass(frozen=True)
 class RowsPlan(RunsPlan):
@@ -62,6 +58,10 @@ class RowsPlan(RunsPlan):
     def slots(self) -> int:
         """Slots of a block's tile."""
         return self.tokens // COLUMN_TOKENS
+
+    def groups(self, rows: int) -> int:
+        """Blocks that `rows` rows of a matrix take."""
+        return -(-rows // (2 * ROWS * self.pairs))
 
     def check(self, columns: int, whole: bool) -> None:
         """InternalError unless it can cut `columns` columns; `whole`: a block takes all of them."""

@@ -58,12 +58,12 @@ __device__ __forceinline__ void down_rows(void* memory, const void* hidden, cons
           factors, warp, lane,
           [&](word* values, int slot, int unit) {
             const uint4 given = shifts_of(slot, unit);
-            load_hidden_raw<L::I>(values, columns_of(slot), (first_unit + unit) * COLUMNS, true, lane);
+            load_chunks<L::I>(values, columns_of(slot), (first_unit + unit) * COLUMNS, true, lane);
             return (given.x | given.y | given.z | given.w) != 0;
           },
           [&](int slot, int unit) { return largest_byte(shifts_of(slot, unit)); },
           [&](word* values, int slot, int unit, int most) {
-            load_hidden_raw<L::I>(values, columns_of(slot), (first_unit + unit) * COLUMNS, true, lane);
+            load_chunks<L::I>(values, columns_of(slot), (first_unit + unit) * COLUMNS, true, lane);
             apply_shifts(values, shifts_of(slot, unit), most, lane);
           },
           [&](word* values, int unit) {
